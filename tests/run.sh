@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 PACKAGES=(busybox-static ca-certificates containerd containernetworking-plugins curl docker.io etcd-client etcd-server faketime gcc iproute2 iptables
     iputils-ping libc6-dev nftables openssl podman procps prometheus libprotobuf-dev protobuf-compiler runc tcpdump util-linux)
-WELCOME=(shellcheck) # used if available
+OPTIONAL_PACKAGES=(shellcheck) # used if available
 SCRIPTS=(.ci/run tests/run.sh tests/fuzz.sh tests/systemd.sh tests/vagrant.sh)
 
 quick=no
@@ -33,19 +33,19 @@ main() {
         echo "tests/run.sh: root is needed to install packages and to create network namespaces: run  sudo $0 $*" >&2
         exit 2
     fi
-    trap tidy EXIT
+    trap clean_up EXIT
     find_cargo
     ulimit -n "$(ulimit -Hn)" || true
 
-    section "packages" install_packages || finish
-    section "machine" check_machine || finish
+    section "packages" install_packages || summarize
+    section "machine" check_machine || summarize
     host_state >"$work/before"
     section "format" cargo fmt --all --check || true
     section "clippy" cargo clippy --workspace --all-targets --locked -- -D warnings || true
     section "docs" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked || true
     section "scripts" check_scripts || true
     # The end-to-end tests start the binaries, so all of them are built first.
-    section "build" cargo build --workspace --locked || finish
+    section "build" cargo build --workspace --locked || summarize
     if [ "$quick" = yes ]; then
         section "tests" run_tests --exclude overlay-tests || true
         section "architecture" cargo test --locked -p overlay-tests --test architecture --test docs || true
@@ -56,7 +56,7 @@ main() {
         section "quickstart" ./deploy/quickstart.sh --bin "${CARGO_TARGET_DIR:-target}/debug" || true
     fi
     section "untouched" check_untouched || true
-    finish
+    summarize
 }
 
 # Runs the tests of the workspace, several side by side: most of their time they wait. Keeps how long each took for the summary.
@@ -95,7 +95,7 @@ section() {
     return $code
 }
 
-finish() {
+summarize() {
     printf '\n=== summary\n'
     printf '%s\n' "${summary[@]}"
     if [ -s "$work/tests" ]; then
@@ -109,7 +109,7 @@ finish() {
     exit 0
 }
 
-tidy() {
+clean_up() {
     restore_policy
     rm -rf "$work"
 }
@@ -139,11 +139,11 @@ find_cargo() {
 installed() { [ "$(dpkg-query -W -f='${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
 install_packages() {
-    local missing=() welcome=() package
+    local missing=() optional=() package
     for package in "${PACKAGES[@]}"; do installed "$package" || missing+=("$package"); done
-    for package in "${WELCOME[@]}"; do installed "$package" || welcome+=("$package"); done
-    if [ $((${#missing[@]} + ${#welcome[@]})) -eq 0 ]; then
-        echo "all installed: ${PACKAGES[*]} ${WELCOME[*]}"
+    for package in "${OPTIONAL_PACKAGES[@]}"; do installed "$package" || optional+=("$package"); done
+    if [ $((${#missing[@]} + ${#optional[@]})) -eq 0 ]; then
+        echo "all installed: ${PACKAGES[*]} ${OPTIONAL_PACKAGES[*]}"
         return
     fi
     if ! command -v apt-get >/dev/null; then
@@ -162,8 +162,8 @@ install_packages() {
         }
         restore_policy
     fi
-    if [ ${#welcome[@]} -gt 0 ]; then
-        "${apt[@]}" install -y --no-install-recommends "${welcome[@]}" || echo "without ${welcome[*]}: its section is skipped"
+    if [ ${#optional[@]} -gt 0 ]; then
+        "${apt[@]}" install -y --no-install-recommends "${optional[@]}" || echo "without ${optional[*]}: its section is skipped"
     fi
 }
 

@@ -225,9 +225,9 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
         tracing::warn!(%end, "task failed during shutdown");
     }
     match unexpected_exit {
-        Some(end) => match &end.outcome {
-            TaskOutcome::Completed => anyhow::bail!("task {} exited unexpectedly", end.task),
-            _ => anyhow::bail!("{end}"),
+        Some(exit) => match &exit.outcome {
+            TaskOutcome::Completed => anyhow::bail!("task {} exited unexpectedly", exit.task),
+            _ => anyhow::bail!("{exit}"),
         },
         None => {
             tracing::info!("stopped; data path keeps forwarding");

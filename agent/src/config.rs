@@ -83,7 +83,7 @@ pub struct EtcdConfig {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SettingError {
     /// The value's place: flag, environment variable, or key and file.
-    pub place: String,
+    pub location: String,
     /// The value.
     pub value: String,
     /// The violated rule, with the allowed values.
@@ -98,8 +98,8 @@ impl fmt::Display for SettingErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         write!(f, "{count} {} in the configuration:", if count == 1 { "error" } else { "errors" })?;
-        for SettingError { place, value, rule } in &self.0 {
-            write!(f, "\n  {place}: `{value}` {rule}")?;
+        for SettingError { location, value, rule } in &self.0 {
+            write!(f, "\n  {location}: `{value}` {rule}")?;
         }
         Ok(())
     }
@@ -150,8 +150,8 @@ impl Validator {
     fn etcd(&mut self) -> EtcdConfig {
         let discovery_srv = self.raw.text("etcd-discovery-srv");
         if let Some(domain) = &discovery_srv {
-            let plain = domain.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
-            if domain.is_empty() || domain.len() > 253 || !plain {
+            let is_valid = domain.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+            if domain.is_empty() || domain.len() > 253 || !is_valid {
                 self.fail("etcd-discovery-srv", domain, "is not a domain name");
             }
             if self.raw.is_set("etcd-endpoints") {
@@ -161,12 +161,12 @@ impl Validator {
         let endpoints = if discovery_srv.is_some() { Vec::new() } else { self.raw.list("etcd-endpoints") };
         for endpoint in &endpoints {
             let rest = endpoint.strip_prefix("http://").or_else(|| endpoint.strip_prefix("https://"));
-            let good = rest.is_some_and(|rest| {
+            let is_valid = rest.is_some_and(|rest| {
                 let host = rest.strip_suffix('/').unwrap_or(rest);
                 let port = host.rsplit_once(':').map(|(name, port)| (!name.is_empty(), port.parse::<u16>().is_ok()));
                 port == Some((true, true)) && !host.contains(['/', '@', ' '])
             });
-            if !good {
+            if !is_valid {
                 let rule = match rest {
                     _ if endpoint.contains('@') => "holds a user: use --etcd-username and --etcd-password-file".to_owned(),
                     Some(host) if !host.is_empty() && !host.contains([':', '/', ' ']) => {
@@ -258,9 +258,9 @@ impl Validator {
         let name = given
             .clone()
             .unwrap_or_else(|| nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default());
-        let good =
+        let is_valid =
             (1..=253).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
-        if !good {
+        if !is_valid {
             let rule = "is not 1 to 253 of a-z A-Z 0-9 . - _ (the default is the host's name)";
             self.fail("node-name", &name, rule);
         }
@@ -276,8 +276,8 @@ impl Validator {
     }
 
     fn fail(&mut self, name: &str, value: &str, rule: &str) {
-        let place = self.raw.place(name);
-        self.errors.push(SettingError { place, value: value.chars().take(200).collect(), rule: rule.to_owned() });
+        let location = self.raw.location(name);
+        self.errors.push(SettingError { location, value: value.chars().take(200).collect(), rule: rule.to_owned() });
     }
 
     fn boolean(&mut self, name: &str) -> bool {
@@ -335,9 +335,9 @@ impl Validator {
                 None
             }
             Err(SecretError::File(error)) => {
-                let place = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
+                let resolved_path = if path == Path::new(&text) { String::new() } else { format!(" at {}", path.display()) };
                 let advice = credential::advice(&text, &error);
-                self.fail(name, &text, &format!("cannot be read{place}: {error}{advice}"));
+                self.fail(name, &text, &format!("cannot be read{resolved_path}: {error}{advice}"));
                 None
             }
         }

@@ -155,7 +155,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     pub async fn wait_for_network(&self) {
         let mut network = self.0.has_network.subscribe();
         // Cannot fail: `self` owns the sender.
-        let _known = network.wait_for(|known| *known).await;
+        let _network_set = network.wait_for(|is_set| *is_set).await;
     }
 
     /// Attaches a container. A repeated request returns the same endpoint and restores its missing parts. The work completes even
@@ -242,20 +242,20 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     /// endpoints.
     pub async fn audit(&self) -> Vec<EndpointName> {
         let inner = Arc::clone(&self.0);
-        let looked = tokio::task::spawn_blocking(move || {
+        let task = tokio::task::spawn_blocking(move || {
             let records: Vec<_> = lock(&inner.table).records().cloned().collect();
             records.into_iter().filter(|r| r.phase != Phase::Attached || !inner.is_alive(r)).collect::<Vec<_>>()
         });
         // Fails only while the Tokio runtime shuts down.
-        let Ok(suspects) = looked.await else { return Vec::new() };
-        let gone: BTreeSet<EndpointName> =
-            suspects.iter().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
+        let Ok(candidates) = task.await else { return Vec::new() };
+        let missing: BTreeSet<EndpointName> =
+            candidates.iter().filter(|r| r.phase == Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let missing_twice: Vec<EndpointName> = {
-            let mut before = lock(&self.0.missing_before);
-            let twice = gone.intersection(&before).cloned().collect();
-            before.clone_from(&gone);
-            *lock(&self.0.missing) = gone;
-            twice
+            let mut missing_before = lock(&self.0.missing_before);
+            let missing_twice = missing.intersection(&missing_before).cloned().collect();
+            missing_before.clone_from(&missing);
+            *lock(&self.0.missing) = missing;
+            missing_twice
         };
         self.0.broadcast_ports();
         let mut released = Vec::new();
@@ -264,7 +264,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
                 released.push(name);
             }
         }
-        for name in suspects.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()) {
+        for name in candidates.into_iter().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()) {
             self.remove_partial(&name).await;
         }
         released
@@ -316,15 +316,15 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     fn is_idle(&self) -> bool {
         let inner = &self.0;
         let no_endpoints = lock(&inner.table).records().next().is_none() && lock(&inner.missing_before).is_empty();
-        no_endpoints && inner.store.try_lock().is_ok_and(|book| book.is_synced(&inner.table))
+        no_endpoints && inner.store.try_lock().is_ok_and(|store| store.is_synced(&inner.table))
     }
 
     /// Refuses new work and waits for running work.
     pub async fn close(&self) {
-        let work = lock(&self.0.tasks).take();
-        let Some(mut work) = work else { return };
-        while let Some(end) = work.join_next().await {
-            log_panic(end);
+        let tasks = lock(&self.0.tasks).take();
+        let Some(mut tasks) = tasks else { return };
+        while let Some(result) = tasks.join_next().await {
+            log_panic(result);
         }
         if let Err(error) = self.flush().await {
             tracing::warn!(%error, "cannot write the endpoints at shutdown");
@@ -358,22 +358,22 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         name: EndpointName,
         work: impl Future<Output = Result<T, EndpointError>> + Send + 'static,
     ) -> Result<T, EndpointError> {
-        let guard = self.lock_name(&name).await;
+        let name_guard = self.lock_name(&name).await;
         let permit = Arc::clone(&self.0.permits).acquire_owned().await.map_err(|_| EndpointError::ShuttingDown)?;
-        let (answer, receiver) = oneshot::channel();
+        let (sender, receiver) = oneshot::channel();
         {
             let mut running = lock(&self.0.tasks);
             let running = running.as_mut().ok_or(EndpointError::ShuttingDown)?;
-            while let Some(end) = running.try_join_next() {
-                log_panic(end);
+            while let Some(result) = running.try_join_next() {
+                log_panic(result);
             }
             let inner = Arc::clone(&self.0);
             running.spawn(async move {
                 let outcome = work.await;
                 inner.work_done.notify_one();
-                drop((guard, permit));
+                drop((name_guard, permit));
                 // The caller may be gone; the work is complete nevertheless.
-                let _ = answer.send(outcome);
+                let _ = sender.send(outcome);
             });
         }
         receiver.await.unwrap_or_else(|_| {
@@ -391,8 +391,8 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     }
 }
 
-fn log_panic(end: Result<(), tokio::task::JoinError>) {
-    if let Some(panic) = end.err().and_then(crate::shutdown::panic_text) {
+fn log_panic(result: Result<(), tokio::task::JoinError>) {
+    if let Some(panic) = result.err().and_then(crate::shutdown::panic_text) {
         tracing::error!(panic, "work on an endpoint panicked");
     }
 }

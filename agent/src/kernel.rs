@@ -107,7 +107,7 @@ struct Shared {
 
 impl Shared {
     fn links(&mut self) -> Links<'_> {
-        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, known: &mut self.cache }
+        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
     }
 }
 

@@ -112,20 +112,20 @@ impl Tasks {
     ///
     /// The caller has told the tasks to stop before. Returns each exit other than [`TaskOutcome::Completed`].
     pub async fn join_all(&mut self, deadline: Duration) -> Vec<TaskExit> {
-        let mut ends = Vec::new();
+        let mut exits = Vec::new();
         let drain = async {
-            while let Some(end) = self.next_exit().await {
-                ends.push(end);
+            while let Some(exit) = self.next_exit().await {
+                exits.push(exit);
             }
         };
         if tokio::time::timeout(deadline, drain).await.is_err() {
             self.set.abort_all();
-            while let Some(end) = self.next_exit().await {
-                ends.push(end);
+            while let Some(exit) = self.next_exit().await {
+                exits.push(exit);
             }
         }
-        ends.retain(|end| end.outcome != TaskOutcome::Completed);
-        ends
+        exits.retain(|exit| exit.outcome != TaskOutcome::Completed);
+        exits
     }
 
     fn record_exit(&mut self, joined: Result<(Id, Result<(), String>), JoinError>) -> TaskExit {

@@ -230,7 +230,7 @@ impl StateDir {
 
     /// A journal in the directory.
     pub fn journal(&self, name: &str) -> Journal {
-        Journal::at(self.path.join(name))
+        Journal::new(self.path.join(name))
     }
 }
 

@@ -100,7 +100,7 @@ impl Store {
         self.config.validate()?;
         let watch_state = watch::WatchState::new();
         let mut watcher = watch::Watcher::new();
-        let mut keeper = lease_keeper::LeaseKeeper::new(&self.config, &watch_state, events.clone(), lease_request);
+        let mut lease_keeper = lease_keeper::LeaseKeeper::new(&self.config, &watch_state, events.clone(), lease_request);
         let mut random = SmallRng::from_rng(&mut rand::rng());
         let mut backoff = RECONNECT_BACKOFF;
         let mut last_reported: Option<Connection> = None;
@@ -115,7 +115,7 @@ impl Store {
                         let session = &*last_session.insert(session);
                         tokio::select! {
                             error = watcher.run(session, &watch_state, &events) => error,
-                            error = keeper.run(session) => error,
+                            error = lease_keeper.run(session) => error,
                         }
                     }
                 };
@@ -130,11 +130,11 @@ impl Store {
                 }
                 let error = error.to_string();
                 match last_reported {
-                    Some(Connection::Down { error: ref known }) if *known == error => debug!(error, "etcd unavailable"),
+                    Some(Connection::Down { error: ref last }) if *last == error => debug!(error, "etcd unavailable"),
                     _ => warn!(error, "etcd unavailable; retrying, data path unchanged"),
                 }
-                if let Err(gone) = watcher.report_down(error, &mut last_reported, &events).await {
-                    return gone;
+                if let Err(send_error) = watcher.report_down(error, &mut last_reported, &events).await {
+                    return send_error;
                 }
                 tokio::time::sleep(backoff.next_delay(&mut random)).await;
             }
@@ -145,7 +145,7 @@ impl Store {
             error = work => Err(error),
         };
         if let Some(session) = &last_session {
-            keeper.revoke_unused(session).await;
+            lease_keeper.revoke_unused(session).await;
         }
         result
     }
@@ -158,9 +158,9 @@ impl Store {
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<connect::Session, StoreError> {
         let endpoints = self.config.candidates().await?;
-        let known = servers.len();
+        let known_count = servers.len();
         servers.extend(discovery::resolve_addresses(&endpoints).await);
-        if servers.len() > known {
+        if servers.len() > known_count {
             events.send(StoreEvent::Servers(servers.clone())).await.map_err(|_| StoreError::ReceiverClosed)?;
         }
         connect::connect_to_any(&self.config, endpoints, self.metrics.as_ref()).await
@@ -171,7 +171,7 @@ impl Store {
     /// # Errors
     /// As [`Store::run`].
     pub async fn watch(&self, events: mpsc::Sender<StoreEvent>, shutdown: CancellationToken) -> Result<(), StoreError> {
-        let (_nobody, lease_request) = latest::channel(None);
+        let (_sender, lease_request) = latest::channel(None);
         self.run(events, lease_request, shutdown).await
     }
 }

@@ -51,8 +51,8 @@ impl FromStr for LogFormat {
     type Err = TelemetryError;
 
     fn from_str(text: &str) -> Result<LogFormat, TelemetryError> {
-        let known = LOG_FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
-        known.ok_or_else(|| TelemetryError::Format { text: crate::model::lease::printable(text) })
+        let format = LOG_FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
+        format.ok_or_else(|| TelemetryError::Format { text: crate::model::lease::printable(text) })
     }
 }
 
@@ -169,11 +169,11 @@ pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
     }
     // A bare `debug` or `trace` applies to the agent's own events only, because the HTTP/2 library logs every frame at these
     // levels.
-    let ours = |part: &str| match part.to_ascii_lowercase().as_str() {
+    let expand_level = |part: &str| match part.to_ascii_lowercase().as_str() {
         word @ ("debug" | "trace") => format!("info,overlay_agent={word}"),
         _ => part.to_owned(),
     };
-    let text: Vec<String> = text.split(',').map(ours).collect();
+    let text: Vec<String> = text.split(',').map(expand_level).collect();
     EnvFilter::builder().parse(text.join(",")).map_err(|e| error(&e.to_string()))
 }
 

@@ -142,16 +142,16 @@ impl Archive {
         header.set_size(bytes.len() as u64);
         header.set_mode(0o600);
         header.set_mtime(self.mtime);
-        let inside = format!("{}/{name}", self.top);
+        let archive_path = format!("{}/{name}", self.top);
         let partial = self.partial.clone();
-        self.tar.append_data(&mut header, inside, bytes).map_err(|source| BundleError::Write { path: partial, source })
+        self.tar.append_data(&mut header, archive_path, bytes).map_err(|source| BundleError::Write { path: partial, source })
     }
 }
 
 impl Drop for Archive {
     // An incomplete archive is removed; a finished one has been renamed.
     fn drop(&mut self) {
-        let _gone = std::fs::remove_file(&self.partial);
+        let _ignored = std::fs::remove_file(&self.partial);
     }
 }
 

@@ -156,7 +156,7 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
         if !only.is_empty() && !only.iter().any(|wanted| wanted == name) {
             continue;
         }
-        let begun = Instant::now();
+        let start = Instant::now();
         let mut findings = Findings::for_check(name);
         match name {
             "agent" => agent::check(&facts, &mut findings).await,
@@ -173,7 +173,7 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
             name: name.to_owned(),
             about: about.to_owned(),
             worst: found.iter().map(|finding| finding.severity).max(),
-            milliseconds: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            milliseconds: u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
         });
         report.findings.extend(found);
     }

@@ -241,12 +241,12 @@ impl Client {
             None => Vec::new(),
         };
         let request = builder.body(Full::new(Bytes::from(bytes))).map_err(|e| self.connection_lost(&name, e.to_string()))?;
-        let answer = sender.send_request(request).await.map_err(|e| self.connection_lost(&name, e.to_string()))?;
-        let status = answer.status();
+        let response = sender.send_request(request).await.map_err(|e| self.connection_lost(&name, e.to_string()))?;
+        let status = response.status();
         if status.is_success() {
-            return Ok((answer.into_body(), driver));
+            return Ok((response.into_body(), driver));
         }
-        let bytes = read_body(answer.into_body()).await.map_err(|reason| self.connection_lost(&name, reason))?;
+        let bytes = read_body(response.into_body()).await.map_err(|reason| self.connection_lost(&name, reason))?;
         let message = match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(problem) => problem.error,
             Err(_) => format!("the agent answered {name} with {status}"),

@@ -81,15 +81,21 @@ fn handle(
     started: Instant,
 ) -> Result<Option<Value>, VersionedError> {
     // No other version is known before the configuration is read.
-    let early = |error| VersionedError { version: Version::LATEST, error };
-    let verb = environment::verb(&variable).map_err(early)?;
-    let bytes = input(MAX_INPUT_BYTES + 1)
-        .map_err(|e| early(CniError::new(Code::Io, format!("cannot read the network configuration from standard input: {e}"))))?;
+    let with_latest_version = |error| VersionedError { version: Version::LATEST, error };
+    let verb = environment::verb(&variable).map_err(with_latest_version)?;
+    let bytes = input(MAX_INPUT_BYTES + 1).map_err(|e| {
+        with_latest_version(CniError::new(Code::Io, format!("cannot read the network configuration from standard input: {e}")))
+    })?;
     if bytes.len() as u64 > MAX_INPUT_BYTES {
-        return Err(early(CniError::new(Code::Decode, format!("the network configuration exceeds {MAX_INPUT_BYTES} bytes"))));
+        return Err(with_latest_version(CniError::new(
+            Code::Decode,
+            format!("the network configuration exceeds {MAX_INPUT_BYTES} bytes"),
+        )));
     }
     if verb == Verb::Version {
-        return config::requested_version(&bytes).map(|asked| Some(version::supported(asked.as_deref()))).map_err(early);
+        return config::requested_version(&bytes)
+            .map(|asked| Some(version::supported(asked.as_deref())))
+            .map_err(with_latest_version);
     }
     let config = Config::decode(&bytes).map_err(|(version, error)| VersionedError { version, error })?;
     let log = Log::open(&config);

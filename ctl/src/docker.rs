@@ -137,11 +137,11 @@ impl DockerOptions {
         let mut holders = Vec::new();
         for endpoint in network.endpoints.iter().map(|view| &view.endpoint) {
             for (family, address) in endpoint.addresses().iter() {
-                let held = |share: &DockerShare| {
+                let is_in_share = |share: &DockerShare| {
                     network.ipam.get(family).is_some_and(|ipam| ipam.subnet.contains(*address))
                         && address_value(*address) >= address_value(share.first_address)
                 };
-                if shares.get(family).is_some_and(held) {
+                if shares.get(family).is_some_and(is_in_share) {
                     holders.push((endpoint.name.clone(), *address));
                 }
             }
@@ -171,25 +171,25 @@ impl DockerOptions {
 
     /// Merges the options into the current content of dockerd's configuration file. In a file with one of the overlay's bridges,
     /// the options of an earlier lease are replaced; in any other, a different value is a conflict.
-    pub fn merged(&self, path: &Path, mut present: Map<String, Value>) -> Result<Map<String, Value>, DockerError> {
+    pub fn merged(&self, path: &Path, mut config: Map<String, Value>) -> Result<Map<String, Value>, DockerError> {
         let keys = self.keys();
         let mut conflicts: Vec<String> = CONFLICTING_KEYS
             .iter()
-            .filter_map(|(key, reason)| present.get(*key).map(|value| format!("\"{key}\": {value}: {reason}")))
+            .filter_map(|(key, reason)| config.get(*key).map(|value| format!("\"{key}\": {value}: {reason}")))
             .collect();
-        if present.get("bridge").and_then(Value::as_str).is_some_and(is_overlay_bridge) {
-            present.retain(|key, _| !OWN_KEYS.contains(&key.as_str()));
+        if config.get("bridge").and_then(Value::as_str).is_some_and(is_overlay_bridge) {
+            config.retain(|key, _| !OWN_KEYS.contains(&key.as_str()));
         }
         for (key, value) in &keys {
-            if let Some(other) = present.get(key).filter(|other| *other != value) {
+            if let Some(other) = config.get(key).filter(|other| *other != value) {
                 conflicts.push(format!("\"{key}\": {other}: it must be {value}"));
             }
         }
         if !conflicts.is_empty() {
             return Err(DockerError::Conflict { path: path.to_owned(), conflicts });
         }
-        present.extend(keys);
-        Ok(present)
+        config.extend(keys);
+        Ok(config)
     }
 }
 

@@ -88,12 +88,12 @@ impl Graph {
         let mut keys = Vec::new();
         for entry in &first.subnets.subnets {
             let subnet = entry.subnet.map_or_else(|| entry.key.clone(), |subnet| subnet.to_string());
-            let asked = all
-                .iter()
-                .find(|one| one.status.lease.as_ref().map(|lease| lease.subnet) == entry.subnet && entry.subnet.is_some());
-            let (state, well) = match (&entry.refused, asked) {
+            let snapshot = all.iter().find(|snapshot| {
+                snapshot.status.lease.as_ref().map(|lease| lease.subnet) == entry.subnet && entry.subnet.is_some()
+            });
+            let (state, healthy) = match (&entry.refused, snapshot) {
                 (Some(reason), _) => (format!("ignored: {reason}"), false),
-                (None, Some(one)) if one.status.ready => ("ready".to_owned(), true),
+                (None, Some(snapshot)) if snapshot.status.ready => ("ready".to_owned(), true),
                 (None, Some(_)) => ("not ready".to_owned(), false),
                 (None, None) => ("known by its lease".to_owned(), true),
             };
@@ -103,30 +103,30 @@ impl Graph {
                 subnet,
                 public_ip: joined(entry.public_ip.iter().map(|(_, address)| address)),
                 state,
-                well,
-                containers: asked.map(|one| containers(&one.endpoints)),
+                well: healthy,
+                containers: snapshot.map(|snapshot| containers(&snapshot.endpoints)),
             });
         }
         let mut links: BTreeMap<(usize, usize), Vec<String>> = BTreeMap::new();
-        for one in all {
-            let own = one.status.lease.as_ref().map(|lease| lease.subnet);
+        for snapshot in all {
+            let own = snapshot.status.lease.as_ref().map(|lease| lease.subnet);
             let Some(from) = keys.iter().position(|key| key.is_some() && *key == own) else { continue };
-            for peer in &one.peers.peers {
-                let held = |key: &Option<_>| {
+            for peer in &snapshot.peers.peers {
+                let is_peer_subnet = |key: &Option<_>| {
                     key.is_some_and(|subnet: overlay_agent::model::Subnet| subnet.get(peer.subnet.family()) == Some(peer.subnet))
                 };
-                let Some(to) = keys.iter().position(held) else { continue };
-                let faults = links.entry((from.min(to), from.max(to))).or_default();
+                let Some(to) = keys.iter().position(is_peer_subnet) else { continue };
+                let problems = links.entry((from.min(to), from.max(to))).or_default();
                 if !is_programmed(peer) {
-                    faults.push(format!("{}: {}", one.status.node, peer.state));
+                    problems.push(format!("{}: {}", snapshot.status.node, peer.state));
                 }
             }
         }
         graph.links = links
             .into_iter()
-            .map(|((from, to), faults)| {
-                let well = faults.is_empty();
-                Link { from, to, state: if well { "programmed".to_owned() } else { faults.join("; ") }, well }
+            .map(|((from, to), problems)| {
+                let healthy = problems.is_empty();
+                Link { from, to, state: if healthy { "programmed".to_owned() } else { problems.join("; ") }, well: healthy }
             })
             .collect();
         graph
@@ -134,11 +134,11 @@ impl Graph {
 
     /// Returns the graph of the first hosts, and the number of omitted ones.
     fn truncated(&self, max_hosts: usize) -> (Graph, usize) {
-        let left = self.hosts.len().saturating_sub(max_hosts);
+        let omitted = self.hosts.len().saturating_sub(max_hosts);
         let mut graph = self.clone();
         graph.hosts.truncate(max_hosts);
         graph.links.retain(|link| link.from < max_hosts && link.to < max_hosts);
-        (graph, left)
+        (graph, omitted)
     }
 }
 

@@ -95,26 +95,26 @@ impl NamedNamespaces {
         Netns::create(&self.full_name(name))?;
         let created = CreatedNamespace { owner: self, name: name.clone(), kept: false };
         let inode = std::fs::metadata(&path).map_err(|source| NamespaceError::Marker { path: path.clone(), source })?.ino();
-        let note = self.marker_path(name);
+        let marker = self.marker_path(name);
         std::fs::create_dir_all(&self.marker_dir)
-            .and_then(|()| std::fs::write(&note, inode.to_string()))
-            .map_err(|source| NamespaceError::Marker { path: note, source })?;
+            .and_then(|()| std::fs::write(&marker, inode.to_string()))
+            .map_err(|source| NamespaceError::Marker { path: marker, source })?;
         Ok(created)
     }
 
     /// Removes the namespace of an endpoint if [`NamedNamespaces::create`] created it. Returns whether it did.
     pub fn remove(&self, name: &EndpointName) -> Result<bool, NamespaceError> {
-        let ours = self.is_managed(name);
-        if ours {
+        let is_managed = self.is_managed(name);
+        if is_managed {
             Netns::delete(&self.full_name(name))?;
         }
-        let note = self.marker_path(name);
-        match std::fs::remove_file(&note) {
+        let marker = self.marker_path(name);
+        match std::fs::remove_file(&marker) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(source) => return Err(NamespaceError::Marker { path: note, source }),
+            Err(source) => return Err(NamespaceError::Marker { path: marker, source }),
         }
-        Ok(ours)
+        Ok(is_managed)
     }
 
     fn full_name(&self, name: &EndpointName) -> String {
@@ -127,9 +127,10 @@ impl NamedNamespaces {
 
     /// Whether the namespace of that name matches its marker file.
     fn is_managed(&self, name: &EndpointName) -> bool {
-        let noted = std::fs::read_to_string(self.marker_path(name)).ok().and_then(|text| text.trim().parse::<u64>().ok());
-        let found = std::fs::metadata(self.path(name)).ok().map(|m| m.ino());
-        noted.is_some() && noted == found
+        let recorded_inode =
+            std::fs::read_to_string(self.marker_path(name)).ok().and_then(|text| text.trim().parse::<u64>().ok());
+        let inode = std::fs::metadata(self.path(name)).ok().map(|m| m.ino());
+        recorded_inode.is_some() && recorded_inode == inode
     }
 }
 
@@ -150,6 +151,6 @@ impl Drop for CreatedNamespace<'_> {
             eprintln!("overlayctl: cannot remove the namespace {name}: {error}. Remove it: ip netns delete {name}");
         }
         // A marker without its namespace is meaningless.
-        let _gone = std::fs::remove_file(self.owner.marker_path(&self.name));
+        let _ignored = std::fs::remove_file(self.owner.marker_path(&self.name));
     }
 }

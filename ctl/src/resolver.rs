@@ -94,12 +94,12 @@ impl ResolverArgs {
     }
 
     fn merge_with_host(&self, host: &ResolvConf) -> ResolvConf {
-        let pick = |own: &[String], host: &[String]| if own.is_empty() { host.to_vec() } else { own.to_vec() };
+        let own_or_host = |own: &[String], host: &[String]| if own.is_empty() { host.to_vec() } else { own.to_vec() };
         let own_servers = !self.servers.is_empty();
         ResolvConf {
             servers: if own_servers { self.servers.clone() } else { host.servers.clone() },
-            search: pick(&self.search, &host.search).into_iter().filter(|domain| domain != ".").collect(),
-            options: pick(&self.options, &host.options),
+            search: own_or_host(&self.search, &host.search).into_iter().filter(|domain| domain != ".").collect(),
+            options: own_or_host(&self.options, &host.options),
             unreachable: if own_servers { Vec::new() } else { host.unreachable.clone() },
         }
     }
@@ -138,7 +138,10 @@ impl ResolvConf {
             UPSTREAM_RESOLV_CONFS.iter().filter_map(|path| read(Path::new(path)).ok()).map(|text| ResolvConf::parse(&text));
         match upstream.into_iter().find(|text| !text.servers.is_empty()) {
             // The options next to the stub's address apply to the stub only.
-            Some(behind) => ResolvConf { search: if behind.search.is_empty() { host.search } else { behind.search }, ..behind },
+            Some(upstream_conf) => ResolvConf {
+                search: if upstream_conf.search.is_empty() { host.search } else { upstream_conf.search },
+                ..upstream_conf
+            },
             None => host,
         }
     }
@@ -173,7 +176,7 @@ pub fn remove_managed(prefix: &str) -> Result<(), ResolverError> {
         }
         fs::remove_file(&path).map_err(|source| FileError::new("remove", &path, source))?;
         // Foreign files in the directory stay.
-        let _kept = fs::remove_dir(entry.path());
+        let _ignored = fs::remove_dir(entry.path());
     }
     Ok(())
 }
@@ -230,8 +233,8 @@ impl ResolverFile {
         }
         let text = args.merge_with_host(&ResolvConf::from_host(|path| fs::read_to_string(path)));
         if text.servers.is_empty() && !text.unreachable.is_empty() {
-            let left_out = text.unreachable.join(", ");
-            warn(&format!("the container can reach no resolver of this host ({left_out}): set one with --dns"));
+            let unreachable = text.unreachable.join(", ");
+            warn(&format!("the container can reach no resolver of this host ({unreachable}): set one with --dns"));
         }
         match self.write_atomically(text.render(&self.endpoint).as_bytes()) {
             Ok(()) => Ok(Some(WriteGuard { file: self.clone(), previous, kept: false })),
@@ -256,11 +259,11 @@ impl ResolverFile {
 
     /// Removes a managed file, and its directory if it is empty.
     pub fn remove(&self) -> Result<(), ResolverError> {
-        let ours = fs::read(&self.path).is_ok_and(|bytes| bytes.starts_with(marker_line(&self.endpoint).as_bytes()));
-        if ours && let Err(source) = fs::remove_file(&self.path) {
+        let is_managed = fs::read(&self.path).is_ok_and(|bytes| bytes.starts_with(marker_line(&self.endpoint).as_bytes()));
+        if is_managed && let Err(source) = fs::remove_file(&self.path) {
             return Err(FileError::new("remove", &self.path, source).into());
         }
-        if ours {
+        if is_managed {
             self.remove_empty_dir();
         }
         Ok(())
@@ -268,7 +271,7 @@ impl ResolverFile {
 
     fn remove_empty_dir(&self) {
         // Foreign files in the directory stay.
-        let _kept = self.path.parent().map(fs::remove_dir);
+        let _ignored = self.path.parent().map(fs::remove_dir);
     }
 }
 
@@ -281,12 +284,12 @@ impl WriteGuard {
 
 impl Drop for WriteGuard {
     fn drop(&mut self) {
-        let undone = match &self.previous {
+        let restored = match &self.previous {
             _ if self.kept => return,
             Some(bytes) => self.file.write_atomically(bytes).map_err(ResolverError::from),
             None => self.file.remove(),
         };
-        if let Err(error) = undone {
+        if let Err(error) = restored {
             warn(&error.to_string());
         }
     }

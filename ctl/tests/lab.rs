@@ -54,10 +54,10 @@ impl TestLab {
         let files: Vec<_> =
             std::fs::read_dir(self.dir.path()).expect("the directory of labs").flatten().map(|e| e.path()).collect();
         assert_eq!(files, Vec::<std::path::PathBuf>::new());
-        let ours = self.dir.path().to_string_lossy().into_owned();
-        let left: Vec<String> =
-            processes().filter(|(_, line)| line.contains(&ours)).map(|(pid, line)| format!("{pid} {line}")).collect();
-        assert_eq!(left, Vec::<String>::new());
+        let lab_path = self.dir.path().to_string_lossy().into_owned();
+        let leftovers: Vec<String> =
+            processes().filter(|(_, line)| line.contains(&lab_path)).map(|(pid, line)| format!("{pid} {line}")).collect();
+        assert_eq!(leftovers, Vec::<String>::new());
     }
 }
 
@@ -206,14 +206,14 @@ fn lab_works_without_root() {
     // The ordinary user may not read the build directory.
     let program = lab.dir.path().join("overlayctl");
     std::fs::copy(env!("CARGO_BIN_EXE_overlayctl"), &program).expect("a copy");
-    let home = lab.dir.path().join("home");
-    std::fs::create_dir(&home).expect("a directory");
+    let home_dir = lab.dir.path().join("home");
+    std::fs::create_dir(&home_dir).expect("a directory");
     std::fs::set_permissions(lab.dir.path(), std::fs::Permissions::from_mode(0o755)).expect("own directory");
-    std::os::unix::fs::chown(&home, Some(65_534), Some(65_534)).expect("root gives it away");
+    std::os::unix::fs::chown(&home_dir, Some(65_534), Some(65_534)).expect("root gives it away");
     let run = |verb: &str, arguments: &[&str]| {
         let mut command = Command::new("setpriv");
         command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--"]).arg(&program);
-        command.args(["lab", verb, "--name", &lab.name]).args(arguments).env("OVERLAY_LAB_DIR", &home).env("LC_ALL", "C");
+        command.args(["lab", verb, "--name", &lab.name]).args(arguments).env("OVERLAY_LAB_DIR", &home_dir).env("LC_ALL", "C");
         command.output().expect("setpriv (util-linux) runs")
     };
     for kill_keeper in [false, true] {
@@ -225,17 +225,17 @@ fn lab_works_without_root() {
         assert_eq!(run("exec", &["h2", "--", "sh", "-c", "exit 9"]).status.code(), Some(9));
         assert!(text(&run("up", &["--no-agents"]).stderr).contains("exists"));
         if kill_keeper {
-            let record = std::fs::read_to_string(home.join(&lab.name).join("keeper.pid")).expect("the keeper's record");
+            let record = std::fs::read_to_string(home_dir.join(&lab.name).join("keeper.pid")).expect("the keeper's record");
             let pid = record.split(' ').next().and_then(|p| p.parse().ok()).expect("a process id");
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).expect("it runs");
         }
         let down = run("down", &[]);
         assert!(down.status.success(), "{}", text(&down.stderr));
-        assert_eq!(std::fs::read_dir(&home).expect("a directory").count(), 0);
+        assert_eq!(std::fs::read_dir(&home_dir).expect("a directory").count(), 0);
         let program = program.to_string_lossy().into_owned();
         assert_eq!(processes().filter(|(_, line)| line.contains(&program)).collect::<Vec<_>>(), Vec::new());
     }
-    std::fs::remove_dir(&home).and_then(|()| std::fs::remove_file(&program)).expect("own files");
+    std::fs::remove_dir(&home_dir).and_then(|()| std::fs::remove_file(&program)).expect("own files");
 }
 
 #[test]

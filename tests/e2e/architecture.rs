@@ -56,8 +56,8 @@ struct SourceFile {
 impl SourceFile {
     /// The path of the module in its crate: `agent/src/plan/diff.rs` is `["plan", "diff"]`.
     fn module(&self) -> Vec<String> {
-        let Some((_, inside)) = self.path.split_once("/src/") else { return Vec::new() };
-        let parts: Vec<String> = inside.trim_end_matches(".rs").split('/').map(ToOwned::to_owned).collect();
+        let Some((_, module_path)) = self.path.split_once("/src/") else { return Vec::new() };
+        let parts: Vec<String> = module_path.trim_end_matches(".rs").split('/').map(ToOwned::to_owned).collect();
         if parts == ["lib"] || parts == ["main"] || parts[0] == "bin" { Vec::new() } else { parts }
     }
 
@@ -74,57 +74,57 @@ impl SourceFile {
 /// All rule violations of a file, each as `PATH:LINE: what`.
 fn rule_violations(file: &SourceFile) -> Vec<String> {
     let all = tokens(&file.text);
-    let own = if file.is_test() { Vec::new() } else { without_tests(&all) };
-    let mut faults = Vec::new();
-    let mut fault = |line: usize, what: String| faults.push(format!("{}:{line}: {what}", file.path));
+    let own_tokens = if file.is_test() { Vec::new() } else { without_tests(&all) };
+    let mut violations = Vec::new();
+    let mut add_violation = |line: usize, violation: String| violations.push(format!("{}:{line}: {violation}", file.path));
 
     if file.path.ends_with("/mod.rs") {
-        fault(1, "a module file is foo.rs next to foo/, never mod.rs".to_owned());
+        add_violation(1, "a module file is foo.rs next to foo/, never mod.rs".to_owned());
     }
     let lines = file.text.lines().count();
     if lines > MAX_LINES {
-        fault(lines, format!("{lines} lines exceed {MAX_LINES}: split the file by subject"));
+        add_violation(lines, format!("{lines} lines exceed {MAX_LINES}: split the file by subject"));
     }
     if !file.is_test() && !file.text.starts_with("//!") {
-        fault(1, "a file begins with a `//!` doc that says what it owns".to_owned());
+        add_violation(1, "a file begins with a `//!` doc that says what it owns".to_owned());
     }
     for token in &all {
         let name = token.text.as_str();
         if name == "etcd_client" && !file.is_in("agent/src/store") {
-            fault(token.line, "etcd_client is named outside agent/src/store".to_owned());
+            add_violation(token.line, "etcd_client is named outside agent/src/store".to_owned());
         }
         if (name == "rtnetlink" || name.starts_with("netlink_")) && !file.is_in("agent/src/kernel") {
-            fault(token.line, format!("{name} is named outside agent/src/kernel"));
+            add_violation(token.line, format!("{name} is named outside agent/src/kernel"));
         }
     }
     if file.path.contains("/src/") && !file.path.starts_with("tests/") {
-        for (line, what) in panicking_calls(&own) {
-            fault(line, what);
+        for (line, violation) in panicking_calls(&own_tokens) {
+            add_violation(line, violation);
         }
     }
     if file.is_in("agent/src") {
-        for (line, what) in print_macros(&own, file.path == "agent/src/main.rs") {
-            fault(line, what);
+        for (line, violation) in print_macros(&own_tokens, file.path == "agent/src/main.rs") {
+            add_violation(line, violation);
         }
-        for path in paths(&own, &file.module()) {
-            if let Some(what) = layer_violation(&file.module(), &path) {
-                fault(path.line, what);
+        for path in paths(&own_tokens, &file.module()) {
+            if let Some(violation) = layer_violation(&file.module(), &path) {
+                add_violation(path.line, violation);
             }
         }
     }
     if file.path.starts_with("ctl/") {
-        for path in paths(&own, &file.module()) {
-            let taken = path.parts.split_first().filter(|(first, _)| *first == "overlay_agent").map(|(_, rest)| rest);
-            if let Some(rest) = taken
+        for path in paths(&own_tokens, &file.module()) {
+            let import = path.parts.split_first().filter(|(first, _)| *first == "overlay_agent").map(|(_, rest)| rest);
+            if let Some(rest) = import
                 && !CTL_ALLOWED_IMPORTS
                     .iter()
                     .any(|allowed| rest.iter().zip(*allowed).filter(|(a, b)| a == b).count() == allowed.len())
             {
-                fault(path.line, format!("ctl imports {} from the agent", rest.join("::")));
+                add_violation(path.line, format!("ctl imports {} from the agent", rest.join("::")));
             }
         }
     }
-    faults
+    violations
 }
 
 /// The reason why an import violates the layers, if it does.
@@ -137,8 +137,8 @@ fn layer_violation(module: &[String], path: &ImportPath) -> Option<String> {
     };
     let (first, rest) = path.parts.split_first()?;
     if own_layer < HELPER_LAYER {
-        let impure = first == "std" && rest.iter().any(|part| IMPURE.contains(&part.as_str()));
-        if first == "tokio" || impure {
+        let is_impure = first == "std" && rest.iter().any(|part| IMPURE.contains(&part.as_str()));
+        if first == "tokio" || is_impure {
             return Some(format!("{from} is pure and names {}", path.parts.join("::")));
         }
     }
@@ -169,16 +169,16 @@ fn repo_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn collect_sources(folder: &Path, prefix: &str, into: &mut Vec<SourceFile>) {
+fn collect_sources(folder: &Path, prefix: &str, sources: &mut Vec<SourceFile>) {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     for entry in entries {
         let entry = entry.expect("an entry of the folder");
         let name = entry.file_name().into_string().expect("names are UTF-8");
         let path = format!("{prefix}/{name}");
         if entry.file_type().expect("a type").is_dir() {
-            collect_sources(&entry.path(), &path, into);
+            collect_sources(&entry.path(), &path, sources);
         } else if name.ends_with(".rs") {
-            into.push(SourceFile { path, text: fs::read_to_string(entry.path()).expect("a source is UTF-8") });
+            sources.push(SourceFile { path, text: fs::read_to_string(entry.path()).expect("a source is UTF-8") });
         }
     }
 }
@@ -190,8 +190,8 @@ fn sources_follow_architecture_rules() {
         collect_sources(&repo_root().join(member), member, &mut files);
     }
     assert!(files.len() > 20, "the sources are found: {}", files.len());
-    let faults: Vec<String> = files.iter().flat_map(rule_violations).collect();
-    assert!(faults.is_empty(), "{} violations:\n{}", faults.len(), faults.join("\n"));
+    let violations: Vec<String> = files.iter().flat_map(rule_violations).collect();
+    assert!(violations.is_empty(), "{} violations:\n{}", violations.len(), violations.join("\n"));
 }
 
 #[test]
@@ -199,9 +199,9 @@ fn top_level_has_only_allowed_entries() {
     let names = fs::read_dir(repo_root())
         .expect("the repository")
         .map(|e| e.expect("an entry").file_name().into_string().expect("UTF-8"));
-    let strange: Vec<String> =
+    let unexpected: Vec<String> =
         names.filter(|name| !name.starts_with('.') && name != "target" && !TOP_LEVEL_ENTRIES.contains(&name.as_str())).collect();
-    assert!(strange.is_empty(), "{strange:?} at the top level: only {TOP_LEVEL_ENTRIES:?} and dotfiles are allowed");
+    assert!(unexpected.is_empty(), "{unexpected:?} at the top level: only {TOP_LEVEL_ENTRIES:?} and dotfiles are allowed");
 }
 
 /// A violation of each rule, and valid code that resembles one.
@@ -264,6 +264,6 @@ fn rule_violations_are_detected() {
     }
     let long = SourceFile { path: "ctl/src/x.rs".to_owned(), text: format!("//! x\n{}", "fn f() {}\n".repeat(MAX_LINES)) };
     assert!(rule_violations(&long)[0].contains("501 lines"));
-    let bare = SourceFile { path: "ctl/src/x.rs".to_owned(), text: "fn f() {}\n".to_owned() };
-    assert!(rule_violations(&bare)[0].contains("begins with a `//!` doc"));
+    let without_doc = SourceFile { path: "ctl/src/x.rs".to_owned(), text: "fn f() {}\n".to_owned() };
+    assert!(rule_violations(&without_doc)[0].contains("begins with a `//!` doc"));
 }

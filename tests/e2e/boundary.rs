@@ -40,9 +40,9 @@ async fn unassigned_address(lab: &TestLab, family: Family) -> IpAddr {
     let Subnets { subnets } = lab.host("h1").client().subnets().await.expect_ok("subnets");
     let config = NetworkConfig::parse(&lab.layout().config).expect_ok("the configuration").config;
     let pool = *config.pools.get(family).expect_ok("a pool");
-    let held: Vec<_> = subnets.iter().filter_map(|entry| entry.subnet?.get(family)).collect();
+    let used: Vec<_> = subnets.iter().filter_map(|entry| entry.subnet?.get(family)).collect();
     let free =
-        (0..pool.count()).filter_map(|index| pool.nth(index)).find(|range| held.iter().all(|other| !other.overlaps(*range)));
+        (0..pool.count()).filter_map(|index| pool.nth(index)).find(|range| used.iter().all(|other| !other.overlaps(*range)));
     free.and_then(|range| range.nth(9)).expect_ok("a free subnet")
 }
 

@@ -53,19 +53,19 @@ fn run_check(lab: &TestLab, arguments: &[&str]) -> (Report, Option<i32>) {
 #[track_caller]
 fn assert_finding(lab: &TestLab, arguments: &[&str], severity: Severity, words: &[&str]) -> Finding {
     let (report, code) = run_check(lab, arguments);
-    let holds = |finding: &&Finding| {
+    let is_expected = |finding: &&Finding| {
         let text = format!("{} {} {}", finding.summary, finding.evidence.join(" "), finding.remedy);
         finding.severity == severity && words.iter().all(|word| text.contains(word))
     };
-    let found = report.findings.iter().find(holds).cloned();
+    let found = report.findings.iter().find(is_expected).cloned();
     let found = found.expect_ok(&format!("{arguments:?} finds {severity:?} {words:?} in {:#?}", report.findings));
     assert!(!found.evidence.is_empty() && !found.remedy.is_empty(), "{found:#?}");
-    let wanted = match report.worst {
+    let expected_code = match report.worst {
         Some(Severity::Error) => 1,
         Some(Severity::Warning) => 3,
         _ => 0,
     };
-    assert_eq!(code, Some(wanted), "the exit code is that of the worst finding");
+    assert_eq!(code, Some(expected_code), "the exit code is that of the worst finding");
     found
 }
 
@@ -73,8 +73,8 @@ fn assert_finding(lab: &TestLab, arguments: &[&str], severity: Severity, words: 
 async fn wait_no_findings(lab: &TestLab, arguments: &[&str]) {
     eventually(&format!("{arguments:?} has no findings"), REPAIR_TIMEOUT, || {
         let (report, code) = run_check(lab, arguments);
-        let grave: Vec<&Finding> = report.findings.iter().filter(|finding| finding.severity > Severity::Info).collect();
-        if grave.is_empty() && code == Some(0) { Ok(()) } else { Err(format!("{grave:#?}, exit code {code:?}")) }
+        let problems: Vec<&Finding> = report.findings.iter().filter(|finding| finding.severity > Severity::Info).collect();
+        if problems.is_empty() && code == Some(0) { Ok(()) } else { Err(format!("{problems:#?}, exit code {code:?}")) }
     })
     .await;
 }

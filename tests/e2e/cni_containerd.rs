@@ -78,9 +78,9 @@ impl<'a> Containerd<'a> {
 impl Drop for Containerd<'_> {
     fn drop(&mut self) {
         // Each container has a containerd process that outlives it.
-        let _gone = self.ctr("sh -c 'for task in $(ctr task ls -q); do ctr task rm -f $task; ctr container rm $task; done'");
+        let _ignored = self.ctr("sh -c 'for task in $(ctr task ls -q); do ctr task rm -f $task; ctr container rm $task; done'");
         let pid = i32::try_from(self.process.id()).unwrap_or_default();
-        let _told = kill(Pid::from_raw(pid), Signal::SIGTERM);
+        let _sent = kill(Pid::from_raw(pid), Signal::SIGTERM);
         let _ended = self.process.wait();
         if std::thread::panicking() {
             eprintln!("--- containerd's log\n{}", fs::read_to_string(self.dir.join("log")).unwrap_or_default());

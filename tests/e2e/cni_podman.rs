@@ -105,7 +105,7 @@ impl<'a> Podman<'a> {
 impl Drop for Podman<'_> {
     fn drop(&mut self) {
         // Also after a failed test: no podman process stays.
-        let _gone = self.run(&["rm", "--all", "--force", "--time", "0"]);
+        let _ignored = self.run(&["rm", "--all", "--force", "--time", "0"]);
     }
 }
 

@@ -55,18 +55,18 @@ fn address(docker: &Docker<'_>, container: &str, family: Family) -> IpAddr {
 
 /// One container pings another and fetches its page; the server sees the client's own address.
 async fn assert_reaches(from: (&Docker<'_>, &str), to: (&Docker<'_>, &str), family: Family, page: &str) {
-    let (own, other) = (address(from.0, from.1, family), address(to.0, to.1, family));
+    let (source, target) = (address(from.0, from.1, family), address(to.0, to.1, family));
     let ping = if family == Family::V4 { "/bin/ping" } else { "/bin/ping6" };
-    let other_text = other.to_string();
+    let other_text = target.to_string();
     from.0.run(&["exec", from.1, ping, "-c", "2", "-W", "10", &other_text]);
     // Without wget: the static busybox has no service names, which wget needs.
-    let request = format!("printf 'GET / HTTP/1.0\r\n\r\n' | /bin/nc -w 20 {other} 80");
-    let fetched = from.0.run(&["exec", from.1, "/bin/sh", "-c", &request]);
-    assert!(fetched.starts_with("HTTP/1.") && fetched.ends_with(page), "{fetched}");
-    eventually(&format!("{other} has a request of {own}"), CONVERGE_TIMEOUT, || {
+    let request = format!("printf 'GET / HTTP/1.0\r\n\r\n' | /bin/nc -w 20 {target} 80");
+    let response = from.0.run(&["exec", from.1, "/bin/sh", "-c", &request]);
+    assert!(response.starts_with("HTTP/1.") && response.ends_with(page), "{response}");
+    eventually(&format!("{target} has a request of {source}"), CONVERGE_TIMEOUT, || {
         let output = to.0.attempt(&["logs", to.1]);
         // httpd writes `[ADDRESS]:PORT: response:200`, IPv4 as ::ffff:ADDRESS.
-        let seen = |line: &str| line.contains("response:200") && line.contains(&format!("{own}]:"));
+        let seen = |line: &str| line.contains("response:200") && line.contains(&format!("{source}]:"));
         if output.stderr.lines().any(seen) { Ok(()) } else { Err(output.stderr) }
     })
     .await;

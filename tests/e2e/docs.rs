@@ -105,14 +105,14 @@ fn packaged_config_has_every_setting() {
 fn assert_round_trips<T: Serialize + DeserializeOwned>(json: &str) -> Result<(), String> {
     let value: serde_json::Value = serde_json::from_str(json).map_err(|e| e.to_string())?;
     let typed: T = serde_json::from_value(value.clone()).map_err(|e| e.to_string())?;
-    let again = serde_json::to_value(typed).map_err(|e| e.to_string())?;
-    if again == value { Ok(()) } else { Err(format!("the agent writes\n{again:#}\nfor\n{value:#}")) }
+    let round_trip = serde_json::to_value(typed).map_err(|e| e.to_string())?;
+    if round_trip == value { Ok(()) } else { Err(format!("the agent writes\n{round_trip:#}\nfor\n{value:#}")) }
 }
 
 #[test]
 fn api_examples_match_agent_output() {
     let text = read("docs/api.md");
-    let mut seen = 0;
+    let mut count = 0;
     for part in text.split("<!-- type: ").skip(1) {
         let (name, rest) = part.split_once(" -->\n```json\n").expect("a type and its example");
         let (json, _) = rest.split_once("```").expect("the end of the example");
@@ -131,9 +131,9 @@ fn api_examples_match_agent_output() {
             other => Err(format!("no type {other}")),
         };
         result.unwrap_or_else(|error| panic!("{name}: {error}"));
-        seen += 1;
+        count += 1;
     }
-    assert_eq!(seen, 11);
+    assert_eq!(count, 11);
     assert!(text.contains(&format!("GET /v{}/status", api::VERSION)));
 }
 
@@ -178,12 +178,12 @@ fn every_direct_dependency_has_its_reason() {
 fn cited_tests_exist() {
     let text = read("docs/reliability.md");
     let is_path = |word: &&str| {
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | ':');
-        word.contains("::") && word.chars().all(plain)
+        let is_path_char = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | ':');
+        word.contains("::") && word.chars().all(is_path_char)
     };
-    let named: BTreeSet<&str> = text.split('`').skip(1).step_by(2).filter(is_path).collect();
-    assert!(named.len() > 60, "{}", named.len());
-    for path in named {
+    let cited: BTreeSet<&str> = text.split('`').skip(1).step_by(2).filter(is_path).collect();
+    assert!(cited.len() > 60, "{}", cited.len());
+    for path in cited {
         let (modules, test) = path.rsplit_once("::").expect("a module");
         let file = modules.replace("::", "/");
         // Tests may be in the module itself, below `mod tests`.
@@ -234,8 +234,8 @@ fn doc_links_resolve() {
 
 /// The link anchor of a heading.
 fn anchor(heading: &str) -> String {
-    let kept = heading.trim().to_lowercase().replace(' ', "-");
-    kept.chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
+    let slug = heading.trim().to_lowercase().replace(' ', "-");
+    slug.chars().filter(|c| c.is_alphanumeric() || matches!(c, '-' | '_')).collect()
 }
 
 #[test]

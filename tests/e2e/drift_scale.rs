@@ -112,14 +112,14 @@ fn repair_count(lab: &TestLab, kind: &str) -> u64 {
     metrics.lines().find_map(|line| line.strip_prefix(&name)).and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
-fn print_row(what: &str, times: &RepairTimes, whole: Duration) {
+fn print_row(what: &str, times: &RepairTimes, total: Duration) {
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     println!(
         "{what:<32} {:>5} entries, away {:>7.2} ms at the median, {:>7.2} ms at worst; all over after {:>7.2} ms",
         times.len(),
         ms(times.median()),
         ms(times.worst()),
-        ms(whole)
+        ms(total)
     );
 }
 

@@ -105,20 +105,20 @@ impl UnderlayFixture {
         let before = self.dropped_count().await;
         drop(self.container_socket.frames());
         send();
-        let came = || self.container_socket.frames().iter().any(|frame| frame.ends_with(data));
-        let wanted = before + u64::from(expected == Dropped);
+        let arrived = || self.container_socket.frames().iter().any(|frame| frame.ends_with(data));
+        let expected_count = before + u64::from(expected == Dropped);
         eventually_async(&format!("{name}: {expected:?}"), CONVERGE_TIMEOUT, || async {
             let now = self.dropped_count().await;
-            match now == wanted && (expected != Delivered || came()) {
+            match now == expected_count && (expected != Delivered || arrived()) {
                 true => Ok(()),
                 false => Err(format!("{before} were counted before, {now} are now")),
             }
         })
         .await;
         if expected != Delivered {
-            assert!(!came(), "{name}: it reached the container");
+            assert!(!arrived(), "{name}: it reached the container");
         }
-        assert_eq!(self.dropped_count().await, wanted, "{name}");
+        assert_eq!(self.dropped_count().await, expected_count, "{name}");
     }
 
     /// The same for a packet to the container with this inner source.

@@ -31,9 +31,9 @@ fn random_entries_are_handled() {
         let (key, value) = data.split_at(data.iter().position(|b| *b == b'\n').unwrap_or(data.len()));
         check_entry(&String::from_utf8_lossy(key), value.get(1..).unwrap_or_default());
     }
-    let mut junk = InvalidValueGenerator::new(seed());
+    let mut generator = InvalidValueGenerator::new(seed());
     for _ in 0..ITERATIONS {
-        let (key, value) = junk.random_entry();
+        let (key, value) = generator.random_entry();
         let repeat = format!("OVERLAY_SEED={}: {key} {}", seed(), String::from_utf8_lossy(&value));
         std::panic::catch_unwind(|| check_entry(&key, &value)).unwrap_or_else(|_| panic!("{repeat}"));
     }
@@ -44,9 +44,9 @@ fn random_configs_are_handled() {
     for data in corpus("config") {
         check_config(&String::from_utf8_lossy(&data));
     }
-    let mut junk = InvalidValueGenerator::new(seed());
+    let mut generator = InvalidValueGenerator::new(seed());
     for _ in 0..ITERATIONS {
-        let text = String::from_utf8_lossy(&junk.random_config()).into_owned();
+        let text = String::from_utf8_lossy(&generator.random_config()).into_owned();
         std::panic::catch_unwind(|| check_config(&text)).unwrap_or_else(|_| panic!("OVERLAY_SEED={}: {text}", seed()));
     }
 }
@@ -54,8 +54,8 @@ fn random_configs_are_handled() {
 /// Runs a function with a connection to the lab's etcd.
 fn with_etcd_gateway<T: Send>(lab: &TestLab, work: impl FnOnce(&mut EtcdGateway) -> anyhow::Result<T> + Send) -> T {
     let address = std::net::SocketAddr::new(layout::etcd_address(Family::V4), layout::ETCD_PORT);
-    let done = lab.open_netns("net").run(|| work(&mut EtcdGateway::connect(address)?));
-    done.expect_ok("the namespace of etcd").expect_ok("etcd")
+    let result = lab.open_netns("net").run(|| work(&mut EtcdGateway::connect(address)?));
+    result.expect_ok("the namespace of etcd").expect_ok("etcd")
 }
 
 #[tokio::test(flavor = "multi_thread")]

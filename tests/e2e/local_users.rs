@@ -53,14 +53,14 @@ impl AuthLab {
         let lab = TestLab::without_agents(1, Families::Dual).await;
         let dir = tempfile::tempdir().expect_ok("a directory");
         set_mode(dir.path(), 0o755);
-        let place = AuthLab { lab, dir, agent: None };
+        let auth_lab = AuthLab { lab, dir, agent: None };
         for (name, password) in [("password", PASSWORD), ("wrong", WRONG_PASSWORD)] {
-            fs::write(place.file(name), format!("{password}\n")).expect_ok(name);
-            set_mode(&place.file(name), 0o600);
+            fs::write(auth_lab.file(name), format!("{password}\n")).expect_ok(name);
+            set_mode(&auth_lab.file(name), 0o600);
         }
         // A copy that every user may run, wherever the sources are.
-        fs::copy(overlayctl(), place.file("overlayctl")).expect_ok("a copy of overlayctl");
-        set_mode(&place.file("overlayctl"), 0o755);
+        fs::copy(overlayctl(), auth_lab.file("overlayctl")).expect_ok("a copy of overlayctl");
+        set_mode(&auth_lab.file("overlayctl"), 0o755);
         let agent = format!("agent:{PASSWORD}");
         for command in [
             &["user", "add", "root:of-the-store"][..],
@@ -69,9 +69,9 @@ impl AuthLab {
             &["user", "grant-role", "agent", "root"],
             &["auth", "enable"],
         ] {
-            etcd::etcdctl(&place.lab, command).assert_code(0);
+            etcd::etcdctl(&auth_lab.lab, command).assert_code(0);
         }
-        place
+        auth_lab
     }
 
     fn file(&self, name: &str) -> PathBuf {

@@ -50,8 +50,9 @@ fn sample(page: &str, name: &str) -> Option<f64> {
 /// The agent's metrics in an expression.
 fn metric_names(expression: &str) -> BTreeSet<String> {
     let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    let ours = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
-    ours.map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned())
+    let agent_metrics = words.filter(|word| word.starts_with("overlayd_") || word.starts_with("process_"));
+    agent_metrics
+        .map(|word| ["_bucket", "_sum", "_count"].iter().find_map(|end| word.strip_suffix(end)).unwrap_or(word).to_owned())
         .collect()
 }
 
@@ -215,6 +216,6 @@ fn dashboard_uses_known_metrics() {
     let file = tempfile::NamedTempFile::with_suffix(".yaml").expect_ok("a file");
     fs::write(file.path(), rules).expect_ok("a file");
     promtool(&["check", "rules", "--lint=none", &file.path().to_string_lossy()], "").assert_code(0);
-    let unseen: Vec<&String> = known.difference(&shown).collect();
-    assert!(unseen.is_empty(), "the dashboard does not show {unseen:?}");
+    let unused: Vec<&String> = known.difference(&shown).collect();
+    assert!(unused.is_empty(), "the dashboard does not show {unused:?}");
 }

@@ -101,8 +101,8 @@ impl NetnsProcess {
         let process = NetnsProcess(command.spawn().expect_ok("unshare"));
         let own = Netns::current().expect_ok("this namespace");
         eventually("the process has its own namespace", CONVERGE_TIMEOUT, || {
-            let apart = process.netns().and_then(|netns| netns.is_same(&own)).map(|same| !same);
-            if apart.as_ref().is_ok_and(|apart| *apart) { Ok(()) } else { Err(format!("{apart:?}")) }
+            let is_separate = process.netns().and_then(|netns| netns.is_same(&own)).map(|same| !same);
+            if is_separate.as_ref().is_ok_and(|is_separate| *is_separate) { Ok(()) } else { Err(format!("{is_separate:?}")) }
         })
         .await;
         process

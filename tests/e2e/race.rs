@@ -52,6 +52,6 @@ async fn assert_distinct_subnets(hosts: u16, families: Families, network: &str) 
         lab.wait_converged(host.name(), test_lab::CONVERGE_TIMEOUT).await;
     }
     let keys: BTreeSet<String> = etcd::leases(&lab).into_iter().map(|entry| entry.key).collect();
-    let held: BTreeSet<String> = subnets.iter().map(|subnet| etcd::lease_key(&subnet.to_key())).collect();
-    assert_eq!(keys, held, "one lease per host, and none left behind by a lost race");
+    let expected_keys: BTreeSet<String> = subnets.iter().map(|subnet| etcd::lease_key(&subnet.to_key())).collect();
+    assert_eq!(keys, expected_keys, "one lease per host, and none left behind by a lost race");
 }

@@ -119,6 +119,6 @@ struct RemoveOnDrop(PathBuf);
 impl Drop for RemoveOnDrop {
     fn drop(&mut self) {
         // On success it is already gone.
-        let _gone = fs::remove_dir_all(&self.0);
+        let _ignored = fs::remove_dir_all(&self.0);
     }
 }

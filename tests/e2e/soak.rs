@@ -136,10 +136,10 @@ impl Soak {
     }
 
     /// Records a step and its place.
-    fn record_step(&mut self, location: &str, what: impl Into<String>) {
-        let what = what.into();
-        self.steps.push(format!("{location}: {what}"));
-        *self.counts.entry(what).or_default() += 1;
+    fn record_step(&mut self, location: &str, event: impl Into<String>) {
+        let event = event.into();
+        self.steps.push(format!("{location}: {event}"));
+        *self.counts.entry(event).or_default() += 1;
     }
 
     /// One of the participating hosts.
@@ -169,13 +169,15 @@ impl Soak {
     }
 
     async fn join_or_leave(&mut self) {
-        let away: Vec<&'static str> = HOSTS.into_iter().filter(|host| !self.containers_by_host.contains_key(host)).collect();
-        if let Some(host) = away.choose(&mut self.rng).copied() {
+        let absent_hosts: Vec<&'static str> =
+            HOSTS.into_iter().filter(|host| !self.containers_by_host.contains_key(host)).collect();
+        if let Some(host) = absent_hosts.choose(&mut self.rng).copied() {
             self.join(host);
             return;
         }
-        let others: Vec<&'static str> = self.containers_by_host.keys().copied().filter(|host| *host != STABLE_HOST).collect();
-        let host = others.choose(&mut self.rng).copied().expect_ok("another host");
+        let removable_hosts: Vec<&'static str> =
+            self.containers_by_host.keys().copied().filter(|host| *host != STABLE_HOST).collect();
+        let host = removable_hosts.choose(&mut self.rng).copied().expect_ok("another host");
         // Its lease can be deleted only while the store answers.
         if self.fault.is_some() {
             return;
@@ -238,11 +240,11 @@ impl Soak {
             AttachKind::Published(port) => request.publish = vec![format!("{port}:{SERVICE_PORT}").parse().expect_ok("a port")],
             AttachKind::LoopbackOnly => request.mode = Mode::None,
         }
-        let answer = self.lab.host(host).client().attach(&name.parse().expect_ok("a name"), &request).await;
-        if answer.is_err() {
+        let result = self.lab.host(host).client().attach(&name.parse().expect_ok("a name"), &request).await;
+        if result.is_err() {
             Netns::delete(&self.namespace_name(host, name)).expect_ok("delete the container");
         }
-        answer.map(|_| ())
+        result.map(|_| ())
     }
 
     fn namespace_name(&self, host: &str, name: &str) -> String {
@@ -308,7 +310,7 @@ impl Soak {
         }
         let member = self.rng.random_range(1..=3u8);
         let kind = self.rng.random_range(0..9);
-        let moment = match kind {
+        let instant_fault = match kind {
             0 => Some((Fault::LeaderMoves, "leader moves")),
             1 => Some((Fault::HistoryCompacted, "compacted")),
             2 => Some((Fault::Defragmented, "defragmented")),
@@ -318,7 +320,7 @@ impl Soak {
             3 | 4 => return,
             _ => None,
         };
-        if let Some((fault, name)) = moment {
+        if let Some((fault, name)) = instant_fault {
             self.record_step(&format!("store ({host}, e{member})"), name);
             fault.begin(&self.lab).await;
             return;
@@ -335,15 +337,15 @@ impl Soak {
     }
 
     fn has_lease(&self, host: &str) -> bool {
-        let named = format!("\"Name\":\"{host}\"");
-        etcd::leases(&self.lab).iter().any(|entry| entry.value.contains(&named) && entry.lease != 0)
+        let name_field = format!("\"Name\":\"{host}\"");
+        etcd::leases(&self.lab).iter().any(|entry| entry.value.contains(&name_field) && entry.lease != 0)
     }
 
     /// Lets the current fault last, and ends it.
     async fn end_fault(&mut self) {
         let Some(fault) = self.fault.take() else { return };
-        let longest = u64::try_from(self.max_fault_duration.as_millis()).expect_ok("milliseconds");
-        tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..longest))).await;
+        let max_millis = u64::try_from(self.max_fault_duration.as_millis()).expect_ok("milliseconds");
+        tokio::time::sleep(Duration::from_millis(self.rng.random_range(0..max_millis))).await;
         self.steps.push(format!("ends: {fault}"));
         fault.end(&self.lab).await;
         cluster::wait_members_healthy(&self.lab, &cluster::MEMBERS).await;

@@ -64,14 +64,14 @@ struct SpoofFixture<'a> {
 
 impl<'a> SpoofFixture<'a> {
     async fn new(lab: &'a TestLab, sender: &str) -> SpoofFixture<'a> {
-        let (me, other) = (find_station(lab, "h1", sender).await, find_station(lab, "h1", "c2").await);
+        let (own_station, peer_station) = (find_station(lab, "h1", sender).await, find_station(lab, "h1", "c2").await);
         let from = PacketSocket::open(&lab.open_netns(&format!("h1-{sender}")), "eth0");
         SpoofFixture {
             lab,
             sender_socket: from,
             receiver_socket: PacketSocket::open(&lab.open_netns("h1-c2"), "eth0"),
-            sender: me,
-            receiver: other,
+            sender: own_station,
+            receiver: peer_station,
             marker_count: 0,
         }
     }
@@ -90,33 +90,35 @@ impl<'a> SpoofFixture<'a> {
     /// Sends a frame and checks its outcome: delivered, or counted under its reason and not delivered. No other counter changes.
     async fn assert_outcome(&mut self, name: &str, frame: &[u8], expected: ExpectedOutcome) {
         let before = drop_counts(self.lab, "h1").await;
-        let mut wanted = before.clone();
+        let mut expected_counts = before.clone();
         if let ExpectedOutcome::Dropped(reason) = expected {
-            *wanted.get_mut(reason).expect_ok(reason) += 1;
+            *expected_counts.get_mut(reason).expect_ok(reason) += 1;
         }
         drop(self.receiver_socket.frames());
         self.sender_socket.send(frame);
-        let fence = self.marker_frame();
-        self.sender_socket.send(&fence);
-        let mut seen: Vec<Vec<u8>> = Vec::new();
+        let marker = self.marker_frame();
+        self.sender_socket.send(&marker);
+        let mut received: Vec<Vec<u8>> = Vec::new();
         eventually(&format!("{name}: the frame has been filtered"), CONVERGE_TIMEOUT, || {
-            seen.extend(self.receiver_socket.frames());
-            let has = |frame: &[u8]| seen.iter().any(|s| s == frame);
-            match (has(&fence), has(frame) || expected != ExpectedOutcome::Delivered) {
+            received.extend(self.receiver_socket.frames());
+            let has = |frame: &[u8]| received.iter().any(|s| s == frame);
+            match (has(&marker), has(frame) || expected != ExpectedOutcome::Delivered) {
                 (true, true) => Ok(()),
-                (fence, frame) => Err(format!("the frame has arrived: {frame}, the next one: {fence}")),
+                (marker_arrived, frame_arrived) => {
+                    Err(format!("the frame has arrived: {frame_arrived}, the next one: {marker_arrived}"))
+                }
             }
         })
         .await;
         let lab = self.lab;
         eventually_async(&format!("{name}: {expected:?}"), CONVERGE_TIMEOUT, || async {
             let now = drop_counts(lab, "h1").await;
-            if now == wanted { Ok(()) } else { Err(format!("it was {before:?}, is {now:?}")) }
+            if now == expected_counts { Ok(()) } else { Err(format!("it was {before:?}, is {now:?}")) }
         })
         .await;
-        seen.extend(self.receiver_socket.frames());
-        let came = seen.iter().any(|s| s == frame);
-        assert_eq!(came, expected == ExpectedOutcome::Delivered, "{name}: arrival; {expected:?}");
+        received.extend(self.receiver_socket.frames());
+        let arrived = received.iter().any(|s| s == frame);
+        assert_eq!(arrived, expected == ExpectedOutcome::Delivered, "{name}: arrival; {expected:?}");
     }
 }
 

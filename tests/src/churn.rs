@@ -37,11 +37,11 @@ impl Churn {
     /// Starts the churn in the subnets 10.244.240.0 to 10.244.247.0. No host may own one of these, or the test must tolerate it.
     pub fn start(lab: &Lab) -> Churn {
         let stop = Arc::new(AtomicBool::new(false));
-        let (lab, ended) = (lab.clone(), Arc::clone(&stop));
+        let (lab, thread_stop) = (lab.clone(), Arc::clone(&stop));
         let thread = std::thread::spawn(move || {
             let mut count = ChurnStats::default();
             let mut round = 0u8;
-            while !ended.load(Ordering::Relaxed) {
+            while !thread_stop.load(Ordering::Relaxed) {
                 round = round.wrapping_add(1);
                 let number = round % 8;
                 let key = etcd::lease_key(&format!("10.244.{}.0-24", 240 + number));

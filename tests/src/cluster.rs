@@ -148,9 +148,10 @@ pub fn etcdctl_at_member(lab: &Lab, member: u8, arguments: &[&str]) -> crate::pr
 pub async fn leader(lab: &Lab) -> u8 {
     eventually("one member leads", ELECTION_TIMEOUT, || {
         let ids = MEMBERS.map(|member| (member, status(lab, member)));
-        let leads = |(member, status): &(u8, Option<(u64, u64)>)| status.filter(|(own, leader)| own == leader).map(|_| *member);
-        let found: Vec<u8> = ids.iter().filter_map(leads).collect();
-        if let [one] = found.as_slice() { Ok(*one) } else { Err(format!("{ids:?}")) }
+        let leader_of =
+            |(member, status): &(u8, Option<(u64, u64)>)| status.filter(|(own, leader)| own == leader).map(|_| *member);
+        let leaders: Vec<u8> = ids.iter().filter_map(leader_of).collect();
+        if let [member] = leaders.as_slice() { Ok(*member) } else { Err(format!("{ids:?}")) }
     })
     .await
 }
@@ -169,9 +170,9 @@ pub async fn move_leader(lab: &Lab) -> u8 {
     let to = from % 3 + 1;
     let (id, _) = status(lab, to).expect_ok("a responding follower");
     etcdctl_at_member(lab, from, &["move-leader", &format!("{id:x}")]).assert_code(0);
-    let now = leader(lab).await;
-    assert_ne!(now, from, "the leadership has moved");
-    now
+    let new_leader = leader(lab).await;
+    assert_ne!(new_leader, from, "the leadership has moved");
+    new_leader
 }
 
 /// Compacts all history up to now on every member, and returns the space to the disk.
@@ -187,8 +188,8 @@ pub fn compact(lab: &Lab) {
 /// Waits until every agent is ready and connected to the store.
 pub async fn wait_agents_healthy(lab: &TestLab) {
     for host in lab.hosts() {
-        let well = |s: &overlay_agent::model::api::Status| s.ready && s.store.connected;
-        host.wait_status(READY_TIMEOUT, "not healthy again", well).await.expect_ok(host.name());
+        let is_healthy = |s: &overlay_agent::model::api::Status| s.ready && s.store.connected;
+        host.wait_status(READY_TIMEOUT, "not healthy again", is_healthy).await.expect_ok(host.name());
     }
     agent::wait_mesh(lab, READY_TIMEOUT).await.expect_ok("every agent reaches every other agent");
 }

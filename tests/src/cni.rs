@@ -107,11 +107,11 @@ impl Network {
         config["cniVersion"] = self.version.clone().into();
         config["name"] = self.name.clone().into();
         let capabilities = config.as_object_mut().and_then(|keys| keys.remove("capabilities")).unwrap_or_default();
-        let asked = self.runtime.as_object().into_iter().flatten();
-        let served: serde_json::Map<String, Value> =
-            asked.filter(|(key, _)| capabilities[key.as_str()] == true).map(|(k, v)| (k.clone(), v.clone())).collect();
-        if !served.is_empty() {
-            config["runtimeConfig"] = served.into();
+        let capability_args = self.runtime.as_object().into_iter().flatten();
+        let runtime_config: serde_json::Map<String, Value> =
+            capability_args.filter(|(key, _)| capabilities[key.as_str()] == true).map(|(k, v)| (k.clone(), v.clone())).collect();
+        if !runtime_config.is_empty() {
+            config["runtimeConfig"] = runtime_config.into();
         }
         for (key, value) in extra.iter().filter(|(_, value)| !value.is_null()) {
             config[*key] = value.clone();

@@ -43,8 +43,8 @@ struct DocHost {
 
 impl DocHosts {
     /// Boots three hosts with an agent each and the subnets of the pages, `etcd`, and the named hosts.
-    pub async fn with_overlay(more: &[&str]) -> DocHosts {
-        let machines = DocHosts::boot(&[&["host-1", "host-2", "host-3", "etcd"], more].concat()).await;
+    pub async fn with_overlay(agent_args: &[&str]) -> DocHosts {
+        let machines = DocHosts::boot(&[&["host-1", "host-2", "host-3", "etcd"], agent_args].concat()).await;
         machines.start_etcd("etcd");
         machines.set_network_config("host-1", r#"{"Network": "10.244.0.0/16"}"#);
         for (host, subnet) in [("host-1", "10.244.7.0/24"), ("host-2", "10.244.9.0/24"), ("host-3", "10.244.12.0/24")] {
@@ -147,8 +147,8 @@ impl DocHosts {
     pub async fn wait_for(&self, name: &str, script: &str) {
         eventually(&format!("on {name}: {script}"), CONDITION_TIMEOUT, || {
             let output = self.command(name, "bash", &["-euo", "pipefail", "-c", script]).output().expect_ok("nsenter");
-            let said = CommandOutput::from_output(&[name, script], &output);
-            if said.code == Some(0) { Ok(()) } else { Err(said.stdout + &said.stderr) }
+            let result = CommandOutput::from_output(&[name, script], &output);
+            if result.code == Some(0) { Ok(()) } else { Err(result.stdout + &result.stderr) }
         })
         .await;
     }
@@ -240,8 +240,8 @@ impl DocHost {
             .arg(name)
             .arg(own.join("bin"));
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        let keeper = command.spawn().expect_ok("unshare");
-        let children = format!("/proc/{0}/task/{0}/children", keeper.id());
+        let supervisor = command.spawn().expect_ok("unshare");
+        let children = format!("/proc/{0}/task/{0}/children", supervisor.id());
         let init = eventually(&format!("host {name} is up"), BOOT_TIMEOUT, || {
             let text = std::fs::read_to_string(&children).unwrap_or_default();
             let init: i32 = text.trim().parse().map_err(|_| "no init process".to_owned())?;
@@ -249,7 +249,7 @@ impl DocHost {
             if ready { Ok(init) } else { Err("not ready".to_owned()) }
         })
         .await;
-        DocHost { supervisor: keeper, init_pid: init }
+        DocHost { supervisor, init_pid: init }
     }
 }
 

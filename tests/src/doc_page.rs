@@ -84,7 +84,7 @@ pub fn blocks(page: &str) -> Result<Vec<Block>, String> {
     let mut section = String::new();
     let mut marker: Option<String> = None;
     // Whether the previous line ended a block of commands.
-    let mut behind = false;
+    let mut after_commands = false;
     let mut lines = page.lines().enumerate();
     while let Some((number, line)) = lines.next() {
         if let Some(heading) = line.strip_prefix("## ").or_else(|| line.strip_prefix("### ")) {
@@ -95,23 +95,23 @@ pub fn blocks(page: &str) -> Result<Vec<Block>, String> {
                 return Err(format!("{}: an indented block: fence it, commands with ```sh", number + 1));
             }
             marker = line.strip_prefix("<!-- ").and_then(|rest| rest.strip_suffix(" -->")).map(str::to_owned);
-            behind = false;
+            after_commands = false;
             continue;
         };
         let text: String =
             lines.by_ref().map(|(_, line)| line).take_while(|line| *line != "```").map(|l| format!("{l}\n")).collect();
         let commands = matches!(kind, "sh" | "bash" | "shell" | "console");
         match (kind, blocks.last_mut()) {
-            ("text", Some(block)) if behind => block.expected_output = Some(text),
+            ("text", Some(block)) if after_commands => block.expected_output = Some(text),
             _ if commands => {
-                let place =
+                let target =
                     marker.as_deref().map(parse_target).transpose().map_err(|error| format!("{}: {error}", number + 1))?;
                 let section = section.clone();
-                blocks.push(Block { line: number + 1, section, target: place, commands: text, expected_output: None });
+                blocks.push(Block { line: number + 1, section, target, commands: text, expected_output: None });
             }
             _ => {}
         }
-        behind = commands;
+        after_commands = commands;
         marker = None;
     }
     Ok(blocks)
@@ -127,15 +127,15 @@ fn parse_target(marker: &str) -> Result<RunTarget, String> {
         |(machines, words)| (machines, words.split(", ").collect()),
     );
     let code = |word: &str| word.strip_prefix("exits ").and_then(|code| code.parse::<i32>().ok());
-    let way = match *words.as_slice() {
+    let mode = match *words.as_slice() {
         [] => RunMode::Plain,
         ["goes on"] => RunMode::Background,
         ["soon"] => RunMode::RetryUntilExit(0),
-        [one] => RunMode::ExpectExit(code(one).ok_or_else(unknown)?),
-        [one, "soon"] => RunMode::RetryUntilExit(code(one).ok_or_else(unknown)?),
+        [exit] => RunMode::ExpectExit(code(exit).ok_or_else(unknown)?),
+        [exit, "soon"] => RunMode::RetryUntilExit(code(exit).ok_or_else(unknown)?),
         _ => return Err(unknown()),
     };
-    Ok(RunTarget::Hosts { hosts: machines.split(' ').map(str::to_owned).collect(), mode: way })
+    Ok(RunTarget::Hosts { hosts: machines.split(' ').map(str::to_owned).collect(), mode })
 }
 
 #[cfg(test)]

@@ -80,14 +80,14 @@ impl<'a> DocPage<'a> {
     /// Runs the next block, on each of its machines.
     pub async fn run_block(&mut self) {
         let block = self.blocks.pop_front().expect_ok("a remaining block");
-        let Some(RunTarget::Hosts { hosts: machines, mode: way }) = &block.target else { return };
+        let Some(RunTarget::Hosts { hosts: machines, mode }) = &block.target else { return };
         for machine in machines {
             let end = Instant::now() + RETRY_TIMEOUT;
             loop {
-                let outcome = self.run_on_host(machine, &block, *way).await;
+                let outcome = self.run_on_host(machine, &block, *mode).await;
                 match outcome {
                     Ok(()) => break,
-                    Err(_) if matches!(way, RunMode::RetryUntilExit(_)) && Instant::now() < end => {
+                    Err(_) if matches!(mode, RunMode::RetryUntilExit(_)) && Instant::now() < end => {
                         tokio::time::sleep(Duration::from_millis(200)).await
                     }
                     Err(error) => panic!("{}:{}: on {machine}:\n{}{error}", self.name, block.line, block.commands),
@@ -101,7 +101,7 @@ impl<'a> DocPage<'a> {
         let file = self.scratch.path().join(format!("step-{}", self.blocks_run));
         self.blocks_run += 1;
         std::fs::write(&file, &block.commands).expect_ok("a file");
-        let (word, wanted) = match mode {
+        let (mode_name, expected_code) = match mode {
             RunMode::Plain => ("plain", 0),
             RunMode::Background => ("on", 0),
             RunMode::ExpectExit(code) | RunMode::RetryUntilExit(code) => ("own", code),
@@ -109,30 +109,29 @@ impl<'a> DocPage<'a> {
         let (machines, scratch) = (self.hosts, self.scratch.path());
         let shell = self.shells.entry(host.to_owned()).or_insert_with(|| Shell::start(machines, host, scratch));
         let before = shell.read_output().len();
-        writeln!(shell.bash.stdin.as_mut().expect_ok("the shell's input"), "{word} {}", file.display()).expect_ok("bash");
-        let mark = format!("\u{1}{} ", file.display());
-        let place = format!("{}:{} ends on {host}", self.name, block.line);
-        let (printed, code) = eventually(&place, BLOCK_TIMEOUT, || {
+        writeln!(shell.bash.stdin.as_mut().expect_ok("the shell's input"), "{mode_name} {}", file.display()).expect_ok("bash");
+        let end_marker = format!("\u{1}{} ", file.display());
+        let context = format!("{}:{} ends on {host}", self.name, block.line);
+        let (output, code) = eventually(&context, BLOCK_TIMEOUT, || {
             let text = shell.read_output();
             let ended = shell.bash.try_wait().expect_ok("bash");
-            match text[before..].split_once(&mark) {
+            match text[before..].split_once(&end_marker) {
                 // Commands in the background may print after the mark.
-                Some((printed, rest)) if rest.contains('\n') => {
-                    Ok((printed.to_owned(), rest.lines().next().and_then(|code| code.parse::<i32>().ok())))
+                Some((output, rest)) if rest.contains('\n') => {
+                    Ok((output.to_owned(), rest.lines().next().and_then(|code| code.parse::<i32>().ok())))
                 }
                 _ if ended.is_some() => Ok((text[before..].to_owned(), None)),
                 _ => Err(text[before..].to_owned()),
             }
         })
         .await;
-        if code != Some(wanted) {
+        if code != Some(expected_code) {
             let code = code.map_or_else(|| "a command that failed".to_owned(), |code| format!("exit code {code}"));
-            return Err(format!("ends with {code} and prints\n{printed}"));
+            return Err(format!("ends with {code} and prints\n{output}"));
         }
         match &block.expected_output {
-            Some(shown) => {
-                matches(shown, &printed).map_err(|line| format!("the page shows\n{shown}but it prints\n{printed}missing: {line}"))
-            }
+            Some(expected) => matches(expected, &output)
+                .map_err(|line| format!("the page shows\n{expected}but it prints\n{output}missing: {line}")),
             None => Ok(()),
         }
     }

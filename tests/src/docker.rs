@@ -91,12 +91,12 @@ impl DockerFiles {
     pub async fn start(&self, lab: &Lab, host: &str, config: Option<&Path>) -> Docker<'_> {
         let dir = self.dir.path();
         let socket = dir.join("docker.sock");
-        let _from_before = fs::remove_file(&socket);
+        let _ignored = fs::remove_file(&socket);
         let mut command = Command::new("unshare");
         command.args(["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", INIT_SCRIPT, "docker"]);
-        let none = dir.join("no.json");
-        fs::write(&none, "{}").expect_ok("a configuration");
-        command.arg("--config-file").arg(config.unwrap_or(&none));
+        let no_config = dir.join("no.json");
+        fs::write(&no_config, "{}").expect_ok("a configuration");
+        command.arg("--config-file").arg(config.unwrap_or(&no_config));
         command.env("DIR", dir).env("CGROUP", &self.cgroup).env_remove("DOCKER_HOST");
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let netns = lab.netns(host).expect_ok(host);
@@ -122,17 +122,17 @@ impl Drop for DockerFiles {
 
 /// Removes leftovers of killed test runs: cgroups and files of labs that no longer exist. Busy ones stay for the next run.
 pub fn remove_leftovers(is_finished: impl Fn(&str) -> bool) {
-    let left = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
+    let leftovers = |parent: &Path, prefix: &str| -> Vec<PathBuf> {
         let entries = fs::read_dir(parent).into_iter().flatten().flatten();
-        let over = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_finished(lab));
-        entries.filter(|entry| entry.file_name().to_str().and_then(over) == Some(true)).map(|entry| entry.path()).collect()
+        let is_leftover = |name: &str| name.strip_prefix(prefix)?.split_once('-').map(|(lab, _)| is_finished(lab));
+        entries.filter(|entry| entry.file_name().to_str().and_then(is_leftover) == Some(true)).map(|entry| entry.path()).collect()
     };
-    for group in cgroup_parents().iter().flat_map(|parent| left(parent, CGROUP_PREFIX)) {
+    for group in cgroup_parents().iter().flat_map(|parent| leftovers(parent, CGROUP_PREFIX)) {
         remove_cgroup(&group);
     }
-    for dir in left(Path::new(DATA_DIR.0), DATA_DIR.1) {
+    for dir in leftovers(Path::new(DATA_DIR.0), DATA_DIR.1) {
         // Another test process may remove the same files.
-        let _gone_already = fs::remove_dir_all(dir);
+        let _ignored = fs::remove_dir_all(dir);
     }
 }
 
@@ -147,7 +147,7 @@ fn remove_cgroup(group: &Path) {
     for inner in fs::read_dir(group).into_iter().flatten().flatten().filter(|entry| entry.path().is_dir()) {
         remove_cgroup(&inner.path());
     }
-    let _not_there_or_in_use = fs::remove_dir(group);
+    let _ignored = fs::remove_dir(group);
 }
 
 impl Docker<'_> {
@@ -228,8 +228,8 @@ impl Docker<'_> {
     /// The last lines of the daemons' logs.
     pub fn log(&self) -> String {
         let dir = self.files.dir.path();
-        let end = |name: &str| overlayctl::lab::process::log_tail(&dir.join(name));
-        format!("containerd:\n{}\ndockerd:\n{}", end("containerd.log"), end("dockerd.log"))
+        let tail = |name: &str| overlayctl::lab::process::log_tail(&dir.join(name));
+        format!("containerd:\n{}\ndockerd:\n{}", tail("containerd.log"), tail("dockerd.log"))
     }
 }
 
@@ -243,7 +243,7 @@ impl Drop for Docker<'_> {
         let end = Instant::now() + START_TIMEOUT;
         while let Ok(None) = self.init.try_wait() {
             if Instant::now() > end {
-                let _killed = self.init.kill();
+                let _ignored = self.init.kill();
                 let _collected = self.init.wait();
             }
             std::thread::sleep(Duration::from_millis(10));

@@ -78,13 +78,13 @@ impl NetnsDump {
         let names = |dump: &NetnsDump| -> BTreeSet<String> {
             dump.0.iter().filter(|l| l.starts_with("sysctl ")).filter_map(|l| l.split(" = ").next().map(str::to_owned)).collect()
         };
-        let known = names(before);
-        let came_along = |line: &str| {
-            line.starts_with("sysctl net/netfilter/") && !line.split(" = ").next().is_some_and(|n| known.contains(n))
+        let known_names = names(before);
+        let is_new_sysctl = |line: &str| {
+            line.starts_with("sysctl net/netfilter/") && !line.split(" = ").next().is_some_and(|n| known_names.contains(n))
         };
-        let gone = before.0.difference(&self.0).map(|line| format!("  gone: {line}\n"));
-        let new = self.0.difference(&before.0).filter(|line| !came_along(line)).map(|line| format!("  new: {line}\n"));
-        gone.chain(new).collect()
+        let removed = before.0.difference(&self.0).map(|line| format!("  gone: {line}\n"));
+        let added = self.0.difference(&before.0).filter(|line| !is_new_sysctl(line)).map(|line| format!("  new: {line}\n"));
+        removed.chain(added).collect()
     }
 }
 

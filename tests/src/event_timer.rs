@@ -45,11 +45,11 @@ impl EventTimer {
     pub fn start(netns: &Netns) -> EventTimer {
         let sockets = notify::sockets(netns);
         let (stop, changes) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (ended, noted) = (Arc::clone(&stop), Arc::clone(&changes));
+        let (thread_stop, thread_events) = (Arc::clone(&stop), Arc::clone(&changes));
         let thread = std::thread::spawn(move || {
             use_realtime_scheduling();
-            while !ended.load(Ordering::Relaxed) {
-                read_events(&sockets, &noted);
+            while !thread_stop.load(Ordering::Relaxed) {
+                read_events(&sockets, &thread_events);
             }
         });
         EventTimer { stop, events: changes, thread: Some(thread) }
@@ -81,18 +81,15 @@ impl Drop for EventTimer {
 impl EventSpans {
     fn from_events(events: &[TimedEvent]) -> EventSpans {
         let mut spans: BTreeMap<&str, (Instant, Instant)> = BTreeMap::new();
-        for (at, what) in events {
-            spans.entry(what).and_modify(|(_, last)| *last = *at).or_insert((*at, *at));
+        for (at, key) in events {
+            spans.entry(key).and_modify(|(_, last)| *last = *at).or_insert((*at, *at));
         }
-        let whole = match (events.first(), events.last()) {
+        let total = match (events.first(), events.last()) {
             (Some((first, _)), Some((last, _))) => last.duration_since(*first),
             _ => Duration::ZERO,
         };
-        let lasting = spans.into_iter().filter(|(_, (first, last))| first != last);
-        EventSpans {
-            entries: lasting.map(|(what, (first, last))| (what.to_owned(), last.duration_since(first))).collect(),
-            total: whole,
-        }
+        let repaired = spans.into_iter().filter(|(_, (first, last))| first != last);
+        EventSpans { entries: repaired.map(|(key, (first, last))| (key.to_owned(), last.duration_since(first))).collect(), total }
     }
 }
 
@@ -109,16 +106,16 @@ fn use_realtime_scheduling() {
 
 /// Reads the available messages, or waits briefly for the next ones.
 fn read_events(sockets: &[(&'static str, OwnedFd); 2], events: &Mutex<Vec<TimedEvent>>) {
-    let mut wanted: Vec<PollFd> = sockets.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
-    let _ready = poll(&mut wanted, PollTimeout::from(50u8));
+    let mut poll_fds: Vec<PollFd> = sockets.iter().map(|(_, fd)| PollFd::new(fd.as_fd(), PollFlags::POLLIN)).collect();
+    let _ready = poll(&mut poll_fds, PollTimeout::from(50u8));
     let mut buffer = vec![0; 64 << 10];
     for (kind, fd) in sockets {
         loop {
             match recv(fd.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Ok(length) => {
                     let at = Instant::now();
-                    let named = messages(&buffer[..length]).filter_map(|m| entry_key(kind, m)).map(|what| (at, what));
-                    events.lock().unwrap_or_else(PoisonError::into_inner).extend(named);
+                    let timed = messages(&buffer[..length]).filter_map(|m| entry_key(kind, m)).map(|key| (at, key));
+                    events.lock().unwrap_or_else(PoisonError::into_inner).extend(timed);
                 }
                 Err(Errno::EAGAIN) => break,
                 Err(Errno::EINTR) => {}
@@ -133,8 +130,9 @@ fn entry_key(kind: &str, message: &[u8]) -> Option<String> {
     let code = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
     // The message of a deleted permanent neighbour no longer has the permanent state; NDA_PROTOCOL distinguishes it from learned
     // ones.
-    let made = matches!(code, 28 | 29) && message.get(28..).and_then(|attributes| find_attribute(attributes, 12)).is_some();
-    if !made {
+    let is_agent_neighbour =
+        matches!(code, 28 | 29) && message.get(28..).and_then(|attributes| find_attribute(attributes, 12)).is_some();
+    if !is_agent_neighbour {
         notify::describe(kind, message)?;
     }
     if kind == "nftables" {

@@ -44,41 +44,41 @@ pub fn check_entry(key: &str, value: &[u8]) {
     let network = NetworkConfig::parse(NETWORK_CONFIG).expect_ok("the network").config;
     let entry = read_entry(key, value, 100);
     assert_eq!(entry, read_entry(key, value, 100), "a second read has the same result");
-    if let Err(refusal) = &entry.value {
-        assert_log_line(&refusal.to_string());
+    if let Err(reason) = &entry.value {
+        assert_log_line(&reason.to_string());
     }
     let own = own_host();
-    let mut roster = LeaseTable::default();
-    let mut others = vec![host_entry(OWN_LEASE, 1)];
-    others.extend(VALID_PEERS.map(|good| host_entry(good, 2)));
-    roster.replace(others);
-    roster.upsert(entry);
-    for (good, _) in VALID_PEERS.iter().filter(|(good, _)| *good != key) {
-        let standing = roster.classify(good, &network, Some(&own));
-        assert!(matches!(standing, Some(Classification::Accepted(_))), "{good} is not accepted: {standing:?}");
+    let mut table = LeaseTable::default();
+    let mut entries = vec![host_entry(OWN_LEASE, 1)];
+    entries.extend(VALID_PEERS.map(|peer| host_entry(peer, 2)));
+    table.replace(entries);
+    table.upsert(entry);
+    for (valid_key, _) in VALID_PEERS.iter().filter(|(good, _)| *good != key) {
+        let classification = table.classify(valid_key, &network, Some(&own));
+        assert!(matches!(classification, Some(Classification::Accepted(_))), "{valid_key} is not accepted: {classification:?}");
     }
-    match roster.classify(key, &network, Some(&own)).expect_ok("the entry is in the table") {
+    match table.classify(key, &network, Some(&own)).expect_ok("the entry is in the table") {
         Classification::Own => assert_eq!(Subnet::from_key(key).ok(), Some(own.subnet)),
-        Classification::Rejected(refusal) => assert_log_line(&refusal.to_string()),
+        Classification::Rejected(reason) => assert_log_line(&reason.to_string()),
         Classification::Accepted(peer) => {
-            for (family, reach) in peer.remote_subnets.iter() {
+            for (family, remote) in peer.remote_subnets.iter() {
                 let pool = network.pools.get(family).expect_ok("a family of the network");
-                assert!(pool.network.covers(reach.subnet), "{} is outside the network", reach.subnet);
-                assert!(reach.subnet.length() >= pool.network.length() + 2, "{} is most of the network", reach.subnet);
+                assert!(pool.network.covers(remote.subnet), "{} is outside the network", remote.subnet);
+                assert!(remote.subnet.length() >= pool.network.length() + 2, "{} is most of the network", remote.subnet);
                 assert!(
-                    !own.subnet.get(family).expect_ok("the own subnet").overlaps(reach.subnet),
+                    !own.subnet.get(family).expect_ok("the own subnet").overlaps(remote.subnet),
                     "{} overlaps the own subnet",
-                    reach.subnet
+                    remote.subnet
                 );
                 assert!(
-                    is_unicast_host(reach.public_ip)
-                        && !pool.covers_address(reach.public_ip)
-                        && !reach.subnet.contains(reach.public_ip),
+                    is_unicast_host(remote.public_ip)
+                        && !pool.covers_address(remote.public_ip)
+                        && !remote.subnet.contains(remote.public_ip),
                     "{} is not a host address",
-                    reach.public_ip
+                    remote.public_ip
                 );
-                assert_ne!(Some(&reach.public_ip), own.public_ip.get(family), "our own address");
-                assert!(reach.vtep.is_unicast() && Some(&reach.vtep) != own.vtep.get(family), "{}", reach.vtep);
+                assert_ne!(Some(&remote.public_ip), own.public_ip.get(family), "our own address");
+                assert!(remote.vtep.is_unicast() && Some(&remote.vtep) != own.vtep.get(family), "{}", remote.vtep);
             }
         }
     }
@@ -154,12 +154,12 @@ impl InvalidValueGenerator {
 
     /// A random configuration.
     pub fn random_config(&mut self) -> Vec<u8> {
-        let good = [
+        let valid_configs = [
             NETWORK_CONFIG,
             r#"{"Network":"10.244.0.0/16","SubnetLen":24,"SubnetMin":"10.244.1.0","SubnetMax":"10.244.99.0","Backend":{"Type":"vxlan","VNI":1,"Port":8472}}"#,
             r#"{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:10:244::/48","IPv6SubnetLen":64}"#,
         ];
-        let text = good[self.rng.random_range(0..good.len())];
+        let text = valid_configs[self.rng.random_range(0..valid_configs.len())];
         self.mutate(text)
     }
 
@@ -211,7 +211,7 @@ impl InvalidValueGenerator {
         for _ in 0..self.rng.random_range(0..4) {
             let atom = self.random_json_value();
             let name = self.random_field(&value);
-            let place = match value.get_mut(&name) {
+            let slot = match value.get_mut(&name) {
                 Some(Value::Object(inner)) if self.rng.random_bool(0.8) => {
                     let inner_name = self.pick(&["VNI", "VtepMAC", "vtepmac", "Type", "Port", "Name", "Id", "x"]);
                     inner.entry(inner_name).or_insert(Value::Null)
@@ -221,7 +221,7 @@ impl InvalidValueGenerator {
                     None => break,
                 },
             };
-            *place = atom;
+            *slot = atom;
         }
         let mut bytes = value.to_string().into_bytes();
         for _ in 0..self.pick(&[0, 0, 0, 1, 3]) {
@@ -284,15 +284,15 @@ impl InvalidValueGenerator {
 
 /// A subnet in key form, sometimes with host bits set.
 fn subnet_key(address: IpAddr, length: u8) -> String {
-    let whole = Cidr::containing(address, length).filter(|_| address.is_ipv4() || length % 16 != 1);
-    whole.map_or_else(|| format!("{address}-{length}"), |c| format!("{}-{}", c.base(), c.length()))
+    let range = Cidr::containing(address, length).filter(|_| address.is_ipv4() || length % 16 != 1);
+    range.map_or_else(|| format!("{address}-{length}"), |c| format!("{}-{}", c.base(), c.length()))
 }
 
 /// Whether an entry's key overlaps one of these ranges, in either family.
 pub fn overlaps_any(key: &str, ranges: &[Subnet]) -> bool {
-    let claims = |subnet: &Subnet| Family::ALL.into_iter().filter_map(|family| subnet.get(family)).collect::<Vec<_>>();
+    let ranges_of = |subnet: &Subnet| Family::ALL.into_iter().filter_map(|family| subnet.get(family)).collect::<Vec<_>>();
     Subnet::from_key(key).is_ok_and(|subnet| {
-        let theirs = claims(&subnet);
-        ranges.iter().flat_map(claims).any(|range| theirs.iter().any(|other| other.overlaps(range)))
+        let key_ranges = ranges_of(&subnet);
+        ranges.iter().flat_map(ranges_of).any(|range| key_ranges.iter().any(|other| other.overlaps(range)))
     })
 }

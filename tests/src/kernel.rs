@@ -90,8 +90,8 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
         }
         for fdb in list_json(lab, target, "bridge", &["fdb", "show", "dev", &device]) {
             let flags = fdb["flags"].as_array().map(Vec::len);
-            let lasting = fdb["state"] == "permanent" && flags == Some(1) && fdb["flags"][0] == "self";
-            let state = if lasting { "permanent self".to_owned() } else { format!("{} {}", fdb["state"], fdb["flags"]) };
+            let is_permanent = fdb["state"] == "permanent" && flags == Some(1) && fdb["flags"][0] == "self";
+            let state = if is_permanent { "permanent self".to_owned() } else { format!("{} {}", fdb["state"], fdb["flags"]) };
             all.insert(format!("fdb {} dst {} dev {device} {state}", text(&fdb, "mac"), text(&fdb, "dst")));
         }
         for neigh in list_json(lab, target, "ip", &["neigh", "show", "dev", &device]) {
@@ -118,9 +118,9 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
             all.insert(format!("route unreachable {} metric {metric} proto {ROUTE_PROTOCOL}", text(&route, "dst")));
         }
         for route in list_json(lab, target, "ip", &[family, "route", "show", "proto", ROUTE_PROTOCOL, "type", "unicast"]) {
-            let by = if route.get("nhid").is_some() { "nexthop" } else { "classic" };
+            let route_kind = if route.get("nhid").is_some() { "nexthop" } else { "classic" };
             all.insert(format!(
-                "route {} via {} dev {} {} {by} proto {ROUTE_PROTOCOL}",
+                "route {} via {} dev {} {} {route_kind} proto {ROUTE_PROTOCOL}",
                 text(&route, "dst"),
                 text(&route, "gateway"),
                 text(&route, "dev"),
@@ -133,9 +133,9 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
     {
         all.insert(format!("route local {} dev {} proto {ROUTE_PROTOCOL}", text(&route, "dst"), text(&route, "dev")));
     }
-    let there = |name: &str| link(lab, target, name).is_some();
+    let exists = |name: &str| link(lab, target, name).is_some();
     for path in expected_sysctls(lab).into_iter().map(|(path, _)| path) {
-        if path.split('/').nth(2).is_none_or(|name| name == "all" || there(name)) {
+        if path.split('/').nth(2).is_none_or(|name| name == "all" || exists(name)) {
             all.insert(format!("sysctl {path} {}", sysctl(lab, target, &path)));
         }
     }
@@ -155,7 +155,7 @@ pub async fn expected_state(host: &Host<'_>, classic: bool) -> BTreeSet<String> 
     let mut all = BTreeSet::new();
     let mut smallest = u64::MAX;
     for (family, range) in subnet.iter() {
-        let (device, overhead, whole) = match family {
+        let (device, overhead, host_length) = match family {
             Family::V4 => (format!("ovx.{vni}"), 50, 32),
             Family::V6 => (format!("ovx6.{vni}"), 70, 128),
         };
@@ -166,7 +166,7 @@ pub async fn expected_state(host: &Host<'_>, classic: bool) -> BTreeSet<String> 
         all.insert(format!(
             "link {device} vxlan {vni} local {local} dev eth0 port {port} learning false mac {mac} mtu {mtu} up alias overlayd"
         ));
-        all.insert(format!("address {}/{whole} dev {device}", range.base()));
+        all.insert(format!("address {}/{host_length} dev {device}", range.base()));
         all.insert(format!("address {}/{} dev ovb.{vni}", subnet.gateway(family).expect_ok("a gateway"), range.length()));
         for peer in &peers {
             let Some(base) = peer.subnet.and_then(|s| s.get(family)) else { continue };

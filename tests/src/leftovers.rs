@@ -25,15 +25,15 @@ impl Leftovers {
         // The kernel reports the lost carrier of a bridge without ports up to a second later.
         let has = |dump: &NetnsDump, words: &[&str]| dump.lines().iter().any(|line| words.iter().all(|word| line.contains(word)));
         eventually("the host is quiet after the first container", CONVERGE_TIMEOUT, || {
-            let left = Leftovers::collect(lab);
-            if has(&left.host_dump, &["\"tentative\":true"]) {
+            let state = Leftovers::collect(lab);
+            if has(&state.host_dump, &["\"tentative\":true"]) {
                 return Err("duplicate address detection is in progress".to_owned());
             }
-            let without_ports = !has(&left.host_dump, &["\"ifname\":\"ove"]);
-            if without_ports && !has(&left.host_dump, &["\"ifname\":\"ovb.", "\"NO-CARRIER\""]) {
+            let without_ports = !has(&state.host_dump, &["\"ifname\":\"ove"]);
+            if without_ports && !has(&state.host_dump, &["\"ifname\":\"ovb.", "\"NO-CARRIER\""]) {
                 return Err("the bridge has carrier without ports".to_owned());
             }
-            Ok(left)
+            Ok(state)
         })
         .await
     }
@@ -43,10 +43,10 @@ impl Leftovers {
         let files = std::fs::read_dir("/etc/netns").into_iter().flatten().flatten();
         let files = files.filter_map(|e| e.file_name().into_string().ok()).map(|name| ("resolver file", name));
         let namespaces = Netns::list().expect_ok("namespaces").into_iter().map(|name| ("namespace", name));
-        let ours = namespaces.chain(files).filter(|(_, name)| name.starts_with(&prefix));
+        let own_names = namespaces.chain(files).filter(|(_, name)| name.starts_with(&prefix));
         Leftovers {
             host_dump: NetnsDump::of(&lab.open_netns("h1")),
-            names: ours.map(|(kind, name)| format!("{kind} {name}")).collect(),
+            names: own_names.map(|(kind, name)| format!("{kind} {name}")).collect(),
             endpoints: lab.endpoints("h1"),
         }
     }

@@ -48,25 +48,25 @@ pub use wait::{eventually, eventually_true};
 /// Turns an error into a panic with context.
 pub trait ExpectContext<T> {
     /// The value, or a panic with the failed action and the reason.
-    fn expect_ok(self, what: &str) -> T;
+    fn expect_ok(self, context: &str) -> T;
 }
 
 impl<T, E: Display> ExpectContext<T> for Result<T, E> {
     #[track_caller]
-    fn expect_ok(self, what: &str) -> T {
+    fn expect_ok(self, context: &str) -> T {
         match self {
             Ok(value) => value,
-            Err(error) => panic!("{what}: {error}"),
+            Err(error) => panic!("{context}: {error}"),
         }
     }
 }
 
 impl<T> ExpectContext<T> for Option<T> {
     #[track_caller]
-    fn expect_ok(self, what: &str) -> T {
+    fn expect_ok(self, context: &str) -> T {
         match self {
             Some(value) => value,
-            None => panic!("{what}: missing"),
+            None => panic!("{context}: missing"),
         }
     }
 }

@@ -65,9 +65,9 @@ impl Notifications {
 
     /// Checks that there were no notifications.
     #[track_caller]
-    pub fn assert_none(&self, what: &str) {
+    pub fn assert_none(&self, context: &str) {
         let lines = self.drain();
-        assert!(lines.is_empty(), "{what}: the kernel reports {} changes:\n  {}", lines.len(), lines.join("\n  "));
+        assert!(lines.is_empty(), "{context}: the kernel reports {} changes:\n  {}", lines.len(), lines.join("\n  "));
     }
 
     /// Waits until duplicate address detection has ended for every address (one or two seconds) and a quiet period has passed.

@@ -4,26 +4,26 @@
 
 /// Compares expected and actual output. An error is the first line that only one of them has.
 pub fn matches(expected: &str, actual: &str) -> Result<(), String> {
-    let plain = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
+    let squeeze_blanks = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
     // bash's message about a background server that ended with its lab; it may come at any time.
-    let mut printed = actual.lines().filter(|line| !matches!(*line, "Terminated" | "Killed")).map(plain);
+    let mut actual_lines = actual.lines().filter(|line| !matches!(*line, "Terminated" | "Killed")).map(squeeze_blanks);
     let mut any = false;
-    for line in expected.lines().map(plain) {
+    for line in expected.lines().map(squeeze_blanks) {
         if line == "..." {
             any = true;
             continue;
         }
         let found = if any {
-            printed.any(|other| line_matches(&line, &other))
+            actual_lines.any(|other| line_matches(&line, &other))
         } else {
-            printed.next().is_some_and(|other| line_matches(&line, &other))
+            actual_lines.next().is_some_and(|other| line_matches(&line, &other))
         };
         if !found {
             return Err(line);
         }
         any = false;
     }
-    match printed.next() {
+    match actual_lines.next() {
         Some(line) if !any => Err(format!("`{line}` of the page")),
         _ => Ok(()),
     }
@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn ellipsis_matches_any_output() {
-        for (shown, printed, same) in [
+        for (pattern, output, is_match) in [
             ("a\nb\n", "a\nb\n", true),
             ("a  b\n", "a b  \n", true),
             ("a\n", "a\nb\n", false),
@@ -65,7 +65,7 @@ mod tests {
             ("a...b...c\n", "a1c\n", false),
             ("a\nb\n", "a\nTerminated\nb\n", true),
         ] {
-            assert_eq!(matches(shown, printed).is_ok(), same, "{shown:?} {printed:?}");
+            assert_eq!(matches(pattern, output).is_ok(), is_match, "{pattern:?} {output:?}");
         }
     }
 }

@@ -53,16 +53,16 @@ impl PacketSocket {
     }
 
     fn open_in_current_netns(interface: &str) -> io::Result<PacketSocket> {
-        let everything = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?.to_be();
+        let protocol = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?.to_be();
         let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers; the result is checked.
-        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(everything)) })?;
+        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(protocol)) })?;
         // SAFETY: just opened, and without another owner.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: a plain structure of integers, for which all zeros is a value.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
-        address.sll_protocol = everything;
+        address.sll_protocol = protocol;
         let index = nix::net::if_::if_nametoindex(interface)?;
         address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
         let length = u32::try_from(size_of_val(&address)).map_err(io::Error::other)?;
@@ -147,9 +147,9 @@ pub fn icmpv6(source: IpAddr, destination: IpAddr, kind: u8, body: &[u8]) -> Vec
 /// Builds a router advertisement with a /64 prefix for address autoconfiguration, valid for an hour.
 pub fn router_advertisement(mac: Mac, prefix: IpAddr) -> Vec<u8> {
     let all_nodes = IpAddr::from([0xff02, 0, 0, 0, 0, 0, 0, 1]);
-    let (hour, source) = (3600_u32.to_be_bytes(), link_local(mac));
+    let (lifetime, source) = (3600_u32.to_be_bytes(), link_local(mac));
     let head = [64, 0, 0x0e, 0x10, 0, 0, 0, 0, 0, 0, 0, 0];
-    let body = [head.as_slice(), &[3, 4, 64, 0xc0], &hour, &hour, &[0; 4], &octets(prefix)].concat();
+    let body = [head.as_slice(), &[3, 4, 64, 0xc0], &lifetime, &lifetime, &[0; 4], &octets(prefix)].concat();
     ip_frame(ALL_NODES, mac, &icmpv6(source, all_nodes, ROUTER_ADVERTISEMENT, &body))
 }
 

@@ -60,11 +60,11 @@ pub struct PingStats {
 impl PingStats {
     /// Checks that packets were sent and none was lost.
     #[track_caller]
-    pub fn assert_no_loss(&self, what: &str) {
-        assert!(self.sent >= MIN_PACKETS, "{what}: only {} packets were sent, too few for a result", self.sent);
+    pub fn assert_no_loss(&self, context: &str) {
+        assert!(self.sent >= MIN_PACKETS, "{context}: only {} packets were sent, too few for a result", self.sent);
         assert!(
             self.lost.is_empty(),
-            "{what}: {} of {} packets were lost, sent at {:?} after the start; errors: {:?}",
+            "{context}: {} of {} packets were lost, sent at {:?} after the start; errors: {:?}",
             self.lost.len(),
             self.sent,
             self.lost,
@@ -78,8 +78,8 @@ impl PingFlow {
     pub async fn start(from: &Netns, to: &Netns, address: IpAddr) -> PingFlow {
         let echo = socket(to, SocketAddr::new(address, ECHO_PORT));
         let any: IpAddr = if address.is_ipv4() { [0u8; 4].into() } else { [0u16; 8].into() };
-        let near = Arc::new(socket(from, SocketAddr::new(any, 0)));
-        near.connect(SocketAddr::new(address, ECHO_PORT)).await.expect_ok("the flow's socket");
+        let client = Arc::new(socket(from, SocketAddr::new(any, 0)));
+        client.connect(SocketAddr::new(address, ECHO_PORT)).await.expect_ok("the flow's socket");
         let (stop, counts) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Counts::default())));
         let start = Instant::now();
         let mut tasks = JoinSet::new();
@@ -92,8 +92,8 @@ impl PingFlow {
                 }
             }
         });
-        tasks.spawn(receive(Arc::clone(&near), Arc::clone(&counts)));
-        let sender = tokio::spawn(send(near, Arc::clone(&counts), Arc::clone(&stop), start));
+        tasks.spawn(receive(Arc::clone(&client), Arc::clone(&counts)));
+        let sender = tokio::spawn(send(client, Arc::clone(&counts), Arc::clone(&stop), start));
         let flow = PingFlow { tasks, sender, stop, counts };
         let end = Instant::now() + Duration::from_secs(10);
         while !flow.with_counts(|counts| counts.answered.iter().any(|a| *a)) {
@@ -161,11 +161,11 @@ fn socket(netns: &Netns, at: SocketAddr) -> UdpSocket {
 }
 
 async fn send(socket: Arc<UdpSocket>, counts: Arc<Mutex<Counts>>, stop: Arc<AtomicBool>, start: Instant) {
-    let mut pace = tokio::time::interval(PING_INTERVAL);
+    let mut interval = tokio::time::interval(PING_INTERVAL);
     // A busy machine sends late, but never in bursts.
-    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !stop.load(Ordering::Relaxed) {
-        pace.tick().await;
+        interval.tick().await;
         let number = {
             let mut counts = lock(&counts);
             counts.sent.push(start.elapsed());

@@ -11,8 +11,8 @@ use crate::ExpectContext;
 /// A binary of this workspace, from the directory above the running test binary.
 pub fn workspace_binary(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect_ok("the path of the running test");
-    let found = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
-    found.expect_ok(&format!("{name} not found near {}: run `cargo build --workspace` first", own.display()))
+    let sibling = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
+    sibling.expect_ok(&format!("{name} not found near {}: run `cargo build --workspace` first", own.display()))
 }
 
 /// The path of the agent.

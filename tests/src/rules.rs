@@ -100,13 +100,13 @@ impl ExpectedRuleset<'_> {
 
     fn inet(&self) -> String {
         let (vni, port, bridge) = (self.vni, self.port, format!("\"ovb.{}\"", self.vni));
-        let each = |text: &dyn Fn(FamilyTokens, &str, Cidr) -> String| -> String {
+        let per_family = |text: &dyn Fn(FamilyTokens, &str, Cidr) -> String| -> String {
             let families = self.subnet.iter().filter_map(|(family, own)| Some((family, self.pools.get(family)?, own)));
-            let leased = |pool: &Pool| format!("{}-{}", pool.min.base(), pool.max.last());
-            families.map(|(family, pool, own)| text(family_tokens(family), &leased(pool), own)).collect()
+            let pool_range = |pool: &Pool| format!("{}-{}", pool.min.base(), pool.max.last());
+            families.map(|(family, pool, own)| text(family_tokens(family), &pool_range(pool), own)).collect()
         };
         let mut text = "table inet overlayd {\n\tcounter encapsulation {\n\t}\n\tcounter tunnel {\n\t}\n".to_owned();
-        text += &each(&|FamilyTokens { digit, kind, .. }, _, _| {
+        text += &per_family(&|FamilyTokens { digit, kind, .. }, _, _| {
             format!(
                 "\tset peers{digit} {{\n\t\ttype {kind} . {kind}\n\t}}\n\tset ranges{digit} {{\n\t\ttype {kind} . {kind}\n\t\tflags interval\n\t}}\n"
             )
@@ -132,23 +132,23 @@ impl ExpectedRuleset<'_> {
             "\t}}\n\tchain outgoing {{\n\t\ttype filter hook output priority raw; policy accept;\n\t\tudp dport {port} notrack\n\t}}\n"
         );
         text += "\tchain overlay {\n";
-        text += &each(&|FamilyTokens { ip, .. }, leased, _| {
-            format!("\t\t{ip} saddr {leased} accept\n\t\t{ip} daddr {leased} accept\n")
+        text += &per_family(&|FamilyTokens { ip, .. }, pool_range, _| {
+            format!("\t\t{ip} saddr {pool_range} accept\n\t\t{ip} daddr {pool_range} accept\n")
         });
         text += "\t}\n";
         text += "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat; policy accept;\n";
         if self.publishes() {
-            text += &each(&|FamilyTokens { ip, loopback, .. }, _, own| {
+            text += &per_family(&|FamilyTokens { ip, loopback, .. }, _, own| {
                 let rule = |source: String| {
                     format!("\t\toifname {bridge} ct status dnat {ip} saddr {source} masquerade random,fully-random\n")
                 };
                 rule(own.to_string()) + &rule(loopback.to_owned())
             });
         }
-        text += &each(&|FamilyTokens { ip, multicast, tunnel, .. }, leased, _| {
+        text += &per_family(&|FamilyTokens { ip, multicast, tunnel, .. }, pool_range, _| {
             format!(
-                "\t\t{ip} saddr {leased} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {leased} {ip} daddr != {multicast} masquerade random,fully-random
-\t\toifname \"{tunnel}.{vni}\" {ip} saddr != {leased} masquerade random,fully-random\n"
+                "\t\t{ip} saddr {pool_range} oifname != {bridge} oifname != \"{tunnel}.{vni}\" {ip} daddr != {pool_range} {ip} daddr != {multicast} masquerade random,fully-random
+\t\toifname \"{tunnel}.{vni}\" {ip} saddr != {pool_range} masquerade random,fully-random\n"
             )
         });
         text += &format!(
@@ -160,29 +160,29 @@ impl ExpectedRuleset<'_> {
 		iifname {bridge} counter name \"encapsulation\" drop
 		@th,96,24 != {vni:#x} return\n"
         );
-        text += &each(&|FamilyTokens { ip, digit, ethertype, source, .. }, _, own| {
+        text += &per_family(&|FamilyTokens { ip, digit, ethertype, source, .. }, _, own| {
             let pass =
                 |inner: String, set: &str| format!("\t\t@th,224,16 {ethertype} {ip} saddr . {inner} @{set}{digit} accept\n");
             pass(format!("{source}{}", mask(own)), "peers") + &pass(source.to_owned(), "ranges")
         });
         text += "\t\tcounter name \"tunnel\" drop\n\t}\n";
         if self.publishes() {
-            text += &self.published(each);
+            text += &self.published(per_family);
         }
         text + "}\n"
     }
 
-    fn published(&self, each: impl Fn(&dyn Fn(FamilyTokens, &str, Cidr) -> String) -> String) -> String {
-        let mut text = each(&|FamilyTokens { digit, kind, .. }, _, _| {
+    fn published(&self, per_family: impl Fn(&dyn Fn(FamilyTokens, &str, Cidr) -> String) -> String) -> String {
+        let mut text = per_family(&|FamilyTokens { digit, kind, .. }, _, _| {
             let map = |name, key: &str| {
                 format!("\tmap {name}{digit} {{\n\t\ttype {key}inet_proto . inet_service : {kind} . inet_service\n\t}}\n")
             };
             map("bound", &format!("{kind} . ")) + &map("ports", "")
         });
-        let bound = each(&|FamilyTokens { ip, digit, .. }, _, _| {
+        let bound = per_family(&|FamilyTokens { ip, digit, .. }, _, _| {
             format!("\t\tdnat {ip} to {ip} daddr . meta l4proto . th dport map @bound{digit}\n")
         });
-        let any = each(&|FamilyTokens { ip, digit, .. }, _, _| {
+        let any = per_family(&|FamilyTokens { ip, digit, .. }, _, _| {
             format!("\t\tfib daddr type local dnat {ip} to meta l4proto . th dport map @ports{digit}\n")
         });
         let loopback = if self.subnet.get(Family::V4).is_some() { "\t\tip daddr 127.0.0.0/8 accept\n" } else { "" };
@@ -228,10 +228,10 @@ impl ExpectedRuleset<'_> {
                     }
                     for n in 0..*count {
                         let (from, to) = (host_port + n, container_port + n);
-                        let lead = format!("{protocol} . {from} : {address} . {to}");
+                        let key_suffix = format!("{protocol} . {from} : {address} . {to}");
                         match bound.filter(|bound| !bound.is_unspecified()) {
-                            Some(bound) => add("inet", format!("bound{digit}"), format!("{bound} . {lead}")),
-                            None => add("inet", format!("ports{digit}"), lead),
+                            Some(bound) => add("inet", format!("bound{digit}"), format!("{bound} . {key_suffix}")),
+                            None => add("inet", format!("ports{digit}"), key_suffix),
                         };
                     }
                 }
@@ -248,8 +248,8 @@ fn mask(subnet: Cidr) -> String {
         return String::new();
     }
     let host_part = (1u128 << (bits - length)) - 1;
-    let whole = if bits == 32 { u128::from(u32::MAX) } else { u128::MAX };
-    format!(" & {:#x}", whole & !host_part)
+    let all_ones = if bits == 32 { u128::from(u32::MAX) } else { u128::MAX };
+    format!(" & {:#x}", all_ones & !host_part)
 }
 
 /// The kernel's link-local address for a MAC (RFC 4291, appendix A).
@@ -263,24 +263,24 @@ fn lines(text: &str) -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     let (mut table, mut block, mut body, mut elements) = (String::new(), String::new(), String::new(), None::<String>);
     for line in text.lines() {
-        let bare = line.trim();
+        let trimmed = line.trim();
         if let Some(name) = line.strip_prefix("table ") {
             table = name.split_whitespace().next().unwrap_or_default().to_owned();
-        } else if let Some(found) = &mut elements {
-            *found += bare;
-        } else if let Some(first) = bare.strip_prefix("elements = {") {
+        } else if let Some(pending) = &mut elements {
+            *pending += trimmed;
+        } else if let Some(first) = trimmed.strip_prefix("elements = {") {
             elements = Some(first.to_owned());
         } else if line == "\t}" {
             all.insert(format!("nft {table} {block}{body}"));
         } else if line.starts_with("\t\t") {
-            let _written = write!(body, "\n    {bare}");
-        } else if let Some(name) = bare.strip_suffix(" {") {
+            let _written = write!(body, "\n    {trimmed}");
+        } else if let Some(name) = trimmed.strip_suffix(" {") {
             block = name.to_owned();
             body.clear();
         }
-        if let Some(found) = elements.take_if(|found| found.ends_with('}')) {
+        if let Some(pending) = elements.take_if(|found| found.ends_with('}')) {
             let set = block.split_whitespace().last().unwrap_or_default();
-            all.extend(found.trim_end_matches('}').split(',').map(|element| format!("nft {table} {set}: {}", element.trim())));
+            all.extend(pending.trim_end_matches('}').split(',').map(|element| format!("nft {table} {set}: {}", element.trim())));
         }
     }
     all

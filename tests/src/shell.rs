@@ -25,14 +25,14 @@ fn strip(mut words: Vec<String>) -> Vec<String> {
                     && !name.starts_with(|c: char| c.is_ascii_digit())
             })
         };
-        let drop = match words.first().map(String::as_str) {
+        let prefix_len = match words.first().map(String::as_str) {
             Some(word) if KEYWORDS.contains(&word) || assignment(word) || matches!(word, "sudo" | "env") => 1,
             // The tutorials' form: on HOST COMMAND.
             Some("on") => 2,
             Some("ip") if words.len() > 4 && words[1..3] == ["netns", "exec"] => 4,
             _ => return words,
         };
-        words.drain(..drop.min(words.len()));
+        words.drain(..prefix_len.min(words.len()));
     }
 }
 
@@ -102,12 +102,12 @@ impl Lexer {
         while matches!(self.peek(), Some('<' | '>' | '&')) {
             self.at += 1;
         }
-        let sign: String = self.chars[start..self.at].iter().collect();
+        let operator: String = self.chars[start..self.at].iter().collect();
         while self.peek().is_some_and(|c| c == ' ') {
             self.at += 1;
         }
         let target = self.word();
-        if sign == "<<" {
+        if operator == "<<" {
             self.documents.push(target);
         }
     }

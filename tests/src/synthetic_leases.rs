@@ -19,9 +19,9 @@ pub fn networks() -> PerFamily<Cidr> {
 
 /// The key and value of a peer's lease; its subnets have the index `4000 - number` in [`networks`].
 pub fn lease(number: u16, dual: bool) -> (String, String) {
-    let place = 4000 - number;
+    let subnet_index = 4000 - number;
     let [high, low] = number.to_be_bytes();
-    let subnet = Ipv4Addr::from_bits(Ipv4Addr::new(10, 240, 0, 0).to_bits() + u32::from(place) * 256);
+    let subnet = Ipv4Addr::from_bits(Ipv4Addr::new(10, 240, 0, 0).to_bits() + u32::from(subnet_index) * 256);
     let address = Ipv4Addr::new(10, 99, 128 + high, low);
     let mac = |family: u8| format!("02:aa:00:0{family}:{high:02x}:{low:02x}");
     let node = format!(r#""Node":{{"Name":"peer{number}","Id":"{number:032x}"}}"#);
@@ -29,7 +29,7 @@ pub fn lease(number: u16, dual: bool) -> (String, String) {
     if !dual {
         return (format!("{subnet}-24"), format!(r#"{{"PublicIP":"{address}","PublicIPv6":null,{v4},{node}}}"#));
     }
-    let subnet6 = Ipv6Addr::new(0xfd00, 0x10, 0x240, place, 0, 0, 0, 0);
+    let subnet6 = Ipv6Addr::new(0xfd00, 0x10, 0x240, subnet_index, 0, 0, 0, 0);
     let address6 = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0x100, number);
     let v6 = format!(r#""BackendV6Data":{{"VNI":1,"VtepMAC":"{}"}}"#, mac(6));
     (format!("{subnet}-24&{}-64", subnet6), format!(r#"{{"PublicIP":"{address}","PublicIPv6":"{address6}",{v4},{v6},{node}}}"#))
@@ -37,8 +37,8 @@ pub fn lease(number: u16, dual: bool) -> (String, String) {
 
 /// The given number of leases, without the subnets of the lab's hosts.
 pub fn unused_leases(lab: &Lab, count: u16, dual: bool) -> Vec<(String, String)> {
-    let taken: Vec<String> = etcd::leases(lab).into_iter().map(|entry| entry.key).collect();
-    let free = (1..4000).map(|number| lease(number, dual)).filter(|(key, _)| !taken.contains(&lease_key(key)));
+    let used_keys: Vec<String> = etcd::leases(lab).into_iter().map(|entry| entry.key).collect();
+    let free = (1..4000).map(|number| lease(number, dual)).filter(|(key, _)| !used_keys.contains(&lease_key(key)));
     free.take(usize::from(count)).collect()
 }
 

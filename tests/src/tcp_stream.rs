@@ -54,9 +54,9 @@ pub struct TransferStats {
 impl TransferStats {
     /// Checks that the connection survived, every byte arrived, and no stall exceeded the limit.
     #[track_caller]
-    pub fn assert_complete(&self, what: &str, max_stall: Duration) {
-        assert!(self.error.is_none() && self.sent > 0 && self.sent == self.received, "{what}: the transfer failed: {self:?}");
-        assert!(self.longest_stall <= max_stall, "{what}: the transfer stalled for {:?}: {self:?}", self.longest_stall);
+    pub fn assert_complete(&self, context: &str, max_stall: Duration) {
+        assert!(self.error.is_none() && self.sent > 0 && self.sent == self.received, "{context}: the transfer failed: {self:?}");
+        assert!(self.longest_stall <= max_stall, "{context}: the transfer stalled for {:?}: {self:?}", self.longest_stall);
     }
 }
 
@@ -75,12 +75,12 @@ impl Transfer {
         };
         let stream = from.run(connect).expect_ok("enter the container").expect_ok(&format!("connect to {at}"));
         let stream = TcpStream::from_std(stream).expect_ok("a stream of the runtime");
-        let (near, _) = listener.accept().await.expect_ok("the connection");
+        let (receiving_end, _) = listener.accept().await.expect_ok("the connection");
         let (stop, sent, received) = (Arc::default(), Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let longest = Arc::new(Mutex::new(Duration::ZERO));
         let transfer = Transfer {
             sender: tokio::spawn(send(stream, Arc::clone(&stop), Arc::clone(&sent))),
-            receiver: tokio::spawn(receive(near, Arc::clone(&received), Arc::clone(&longest))),
+            receiver: tokio::spawn(receive(receiving_end, Arc::clone(&received), Arc::clone(&longest))),
             stop,
             sent,
             received,
@@ -131,11 +131,11 @@ impl Drop for Transfer {
 
 /// Sends until stopped. Returns the number of retransmitted segments.
 async fn send(mut stream: TcpStream, stop: Arc<AtomicBool>, sent: Arc<AtomicU64>) -> std::io::Result<u32> {
-    let mut pace = tokio::time::interval(BLOCK_INTERVAL);
-    pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut interval = tokio::time::interval(BLOCK_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut next = 0u64;
     while !stop.load(Ordering::Relaxed) {
-        pace.tick().await;
+        interval.tick().await;
         let block: Vec<u8> = (next..next + WORDS_PER_BLOCK).flat_map(u64::to_be_bytes).collect();
         next += WORDS_PER_BLOCK;
         stream.write_all(&block).await?;
@@ -163,22 +163,22 @@ async fn receive(mut stream: TcpStream, received: Arc<AtomicU64>, longest: Arc<M
     let (mut filled, mut next, mut last) = (0, 0u64, Instant::now());
     loop {
         let count = stream.read(&mut buffer[filled..]).await.map_err(|error| format!("receiving: {error}"))?;
-        let silence = std::mem::replace(&mut last, Instant::now()).elapsed();
+        let stall = std::mem::replace(&mut last, Instant::now()).elapsed();
         let mut longest = longest.lock().unwrap_or_else(PoisonError::into_inner);
-        *longest = silence.max(*longest);
+        *longest = stall.max(*longest);
         if count == 0 {
             return if filled == 0 { Ok(()) } else { Err(format!("the stream ends inside word {next}")) };
         }
         filled += count;
         received.fetch_add(count as u64, Ordering::Relaxed);
-        let whole = filled / 8 * 8;
-        for word in buffer[..whole].chunks_exact(8) {
+        let whole_words_len = filled / 8 * 8;
+        for word in buffer[..whole_words_len].chunks_exact(8) {
             if word != next.to_be_bytes() {
                 return Err(format!("word {next} is {word:?}"));
             }
             next += 1;
         }
-        buffer.copy_within(whole..filled, 0);
-        filled -= whole;
+        buffer.copy_within(whole_words_len..filled, 0);
+        filled -= whole_words_len;
     }
 }

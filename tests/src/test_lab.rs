@@ -114,13 +114,13 @@ impl TestLab {
     /// Checks calls from every container to every other container and to the outside.
     pub async fn assert_full_reachability(&self) {
         let report = check::check(&self.lab).await.expect_ok("check the lab");
-        let bad: Vec<String> = report
+        let failed: Vec<String> = report
             .overlay
             .iter()
             .chain(&report.egress)
             .filter_map(|c| c.error.as_ref().map(|e| format!("  {} to {} ({}): {e}", c.from, c.to, c.address)))
             .collect();
-        assert!(bad.is_empty() && report.ok, "{} calls failed:\n{}", bad.len(), bad.join("\n"));
+        assert!(failed.is_empty() && report.ok, "{} calls failed:\n{}", failed.len(), failed.join("\n"));
         assert!(!report.overlay.is_empty(), "there were calls");
     }
 
@@ -169,7 +169,7 @@ impl TestLab {
     /// and the test fails.
     #[track_caller]
     pub fn run_to_exit(&self, host: &str, mut command: Command) -> CommandOutput {
-        let shown: Vec<String> = std::iter::once(command.get_program())
+        let command_line: Vec<String> = std::iter::once(command.get_program())
             .chain(command.get_args())
             .map(|part| part.to_string_lossy().into_owned())
             .collect();
@@ -188,15 +188,15 @@ impl TestLab {
             &mut command
         };
         let output = self.open_netns(host).run(|| wrapped.output()).expect_ok("enter the host").expect_ok("timeout");
-        let said = CommandOutput::from_output(&shown, &output);
+        let result = CommandOutput::from_output(&command_line, &output);
         assert!(
-            !matches!(said.code, Some(124 | 137)),
+            !matches!(result.code, Some(124 | 137)),
             "`{}` does not exit; output:\n{}{}",
-            said.command,
-            said.stdout,
-            said.stderr
+            result.command,
+            result.stdout,
+            result.stderr
         );
-        said
+        result
     }
 
     /// The log of a host's agent.
@@ -274,11 +274,11 @@ pub(crate) fn prepare() {
     require_program("etcdctl", "etcd-client");
     require_program("ip", "iproute2");
     ONCE.call_once(|| {
-        let home = lab_dir();
-        for name in home.labs().unwrap_or_default() {
+        let labs_dir = lab_dir();
+        for name in labs_dir.labs().unwrap_or_default() {
             if is_stale_lab(&name.to_string()) {
                 // Another test process may remove the same lab at the same time.
-                let _removed = overlayctl::lab::down::down(&home.lab_dir(&name), &name);
+                let _removed = overlayctl::lab::down::down(&labs_dir.lab_dir(&name), &name);
             }
         }
         docker::remove_leftovers(is_stale_lab);

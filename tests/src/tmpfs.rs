@@ -34,10 +34,11 @@ impl<'a> Tmpfs<'a> {
         let script = "mount -t tmpfs -o size=$2,mode=700 none \"$1\" && exec sleep 86399";
         command.args(["--mount", "sh", "-c", script, "sh"]).arg(at.state_dir()).arg(TMPFS_SIZE);
         let (log, record) = (at.dir().join("volume.log"), at.dir().join("volume.pid"));
-        let holder = process::start(command, Some(&lab.open_netns(host)), &log, &record).expect_ok("unshare (util-linux)");
-        let sleeps = || std::fs::read(format!("/proc/{}/cmdline", holder.pid)).is_ok_and(|line| line.starts_with(b"sleep"));
-        eventually_true("the tmpfs is mounted", CONVERGE_TIMEOUT, sleeps).await;
-        Tmpfs { lab, host, mount_process: holder }
+        let mount_process = process::start(command, Some(&lab.open_netns(host)), &log, &record).expect_ok("unshare (util-linux)");
+        let is_mounted =
+            || std::fs::read(format!("/proc/{}/cmdline", mount_process.pid)).is_ok_and(|line| line.starts_with(b"sleep"));
+        eventually_true("the tmpfs is mounted", CONVERGE_TIMEOUT, is_mounted).await;
+        Tmpfs { lab, host, mount_process }
     }
 
     /// Starts the host's agent with its state on this file system. Does not wait.

@@ -37,9 +37,9 @@ impl Traffic {
         let endpoints = lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
         let endpoint = endpoints.into_iter().find(|e| e.name.as_str() == name).expect_ok(to);
         let address = *endpoint.addresses().get(family).expect_ok("the container's address");
-        let (near, far) = (lab.open_netns(from), lab.open_netns(to));
-        let pings = PingFlow::start(&near, &far, address).await;
-        let transfer = Transfer::start(&near, &far, address).await;
+        let (source, target) = (lab.open_netns(from), lab.open_netns(to));
+        let pings = PingFlow::start(&source, &target, address).await;
+        let transfer = Transfer::start(&source, &target, address).await;
         Traffic { label: format!("{from} to {to} ({family})"), pings, transfer }
     }
 
@@ -58,19 +58,24 @@ impl Traffic {
 impl TrafficStats {
     /// Checks that no ping is lost and the transfer is complete.
     #[track_caller]
-    pub fn assert_no_loss(&self, what: &str) {
-        println!("{what}: {self}");
-        self.pings.assert_no_loss(&format!("{what}, {}", self.label));
-        self.transfer.assert_complete(&format!("{what}, {}", self.label), MAX_STALL);
+    pub fn assert_no_loss(&self, context: &str) {
+        println!("{context}: {self}");
+        self.pings.assert_no_loss(&format!("{context}, {}", self.label));
+        self.transfer.assert_complete(&format!("{context}, {}", self.label), MAX_STALL);
     }
 
     /// Checks a limit of lost pings, and a complete transfer with a limited stall.
     #[track_caller]
-    pub fn assert_loss_at_most(&self, max_lost: usize, max_stall: Duration, what: &str) {
-        println!("{what}: {self}");
+    pub fn assert_loss_at_most(&self, max_lost: usize, max_stall: Duration, context: &str) {
+        println!("{context}: {self}");
         let count = self.pings.lost.len();
-        assert!(count <= max_lost, "{what}, {}: {count} pings lost, {max_lost} are allowed: {:?}", self.label, self.pings.lost);
-        self.transfer.assert_complete(&format!("{what}, {}", self.label), max_stall.max(MAX_STALL));
+        assert!(
+            count <= max_lost,
+            "{context}, {}: {count} pings lost, {max_lost} are allowed: {:?}",
+            self.label,
+            self.pings.lost
+        );
+        self.transfer.assert_complete(&format!("{context}, {}", self.label), max_stall.max(MAX_STALL));
     }
 }
 

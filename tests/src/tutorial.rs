@@ -110,29 +110,29 @@ impl Tutorial {
         let file = self.scratch.path().join(format!("step-{}", self.blocks_run));
         std::fs::write(&file, &step.commands).expect_ok("a file");
         writeln!(self.bash.stdin.as_mut().expect_ok("the shell's input"), "{}", file.display()).expect_ok("bash");
-        let mark = format!("\u{1}{}\n", file.display());
+        let end_marker = format!("\u{1}{}\n", file.display());
         let output = self.scratch.path().join("output");
         let bash = &mut self.bash;
-        let printed = eventually(&format!("these commands end:\n{}", step.commands), BLOCK_TIMEOUT, || {
+        let output_text = eventually(&format!("these commands end:\n{}", step.commands), BLOCK_TIMEOUT, || {
             let text = read(&output);
             let ended = bash.try_wait().expect_ok("bash").is_some();
-            match text.get(before.len()..).and_then(|new| new.split_once(&mark)) {
-                Some((printed, _)) => Ok(printed.to_owned()),
+            match text.get(before.len()..).and_then(|new| new.split_once(&end_marker)) {
+                Some((output_text, _)) => Ok(output_text.to_owned()),
                 None if ended => panic!("one of these commands failed:\n{}\n{}", step.commands, &text[before.len()..]),
                 None => Err(text[before.len()..].to_owned()),
             }
         })
         .await;
         self.blocks_run += 1;
-        collect_subnets(&mut self.subnets.1, &printed);
-        if let Some(shown) = &step.expected_output {
-            collect_subnets(&mut self.subnets.0, shown);
-            let wanted = replace_subnets(shown, &self.subnets.0, &self.subnets.1);
-            if let Err(line) = matches(&wanted, &printed) {
-                panic!("docs/tutorial.md shows\n{wanted}\nfor\n{}\nbut it prints\n{printed}\nmissing: {line}", step.commands);
+        collect_subnets(&mut self.subnets.1, &output_text);
+        if let Some(expected) = &step.expected_output {
+            collect_subnets(&mut self.subnets.0, expected);
+            let wanted = replace_subnets(expected, &self.subnets.0, &self.subnets.1);
+            if let Err(line) = matches(&wanted, &output_text) {
+                panic!("docs/tutorial.md shows\n{wanted}\nfor\n{}\nbut it prints\n{output_text}\nmissing: {line}", step.commands);
             }
         }
-        printed
+        output_text
     }
 
     /// Runs the blocks before the one that contains a text.
@@ -149,9 +149,9 @@ impl Tutorial {
         }
         assert!(Lab::open(&lab_dir(), &self.name).is_err(), "the section takes its lab down");
         let prefix = overlayctl::lab::layout::prefix(&self.name);
-        let left: Vec<String> =
+        let leftovers: Vec<String> =
             Netns::list().expect_ok("the namespaces").into_iter().filter(|name| name.starts_with(&prefix)).collect();
-        assert!(left.is_empty(), "namespaces left behind: {left:?}");
+        assert!(leftovers.is_empty(), "namespaces left behind: {leftovers:?}");
     }
 
     fn output(&self) -> String {
@@ -164,12 +164,12 @@ impl Drop for Tutorial {
         let _ended = self.bash.kill().and_then(|()| self.bash.wait());
         if Lab::open(&lab_dir(), &self.name).is_ok() {
             // The leftovers of a failed section; its servers and captures end with their namespaces.
-            let mut down = Command::new(overlayctl());
-            down.args(["lab", "down", "--name", &self.name.to_string()]).env("OVERLAY_LAB_DIR", lab_dir().base());
-            if let Ok(output) = down.stdin(Stdio::null()).output() {
-                let said = CommandOutput::from_output(&["overlayctl", "lab", "down"], &output);
-                if said.code != Some(0) {
-                    eprintln!("{}: {}", said.command, said.stderr);
+            let mut lab_down = Command::new(overlayctl());
+            lab_down.args(["lab", "down", "--name", &self.name.to_string()]).env("OVERLAY_LAB_DIR", lab_dir().base());
+            if let Ok(output) = lab_down.stdin(Stdio::null()).output() {
+                let result = CommandOutput::from_output(&["overlayctl", "lab", "down"], &output);
+                if result.code != Some(0) {
+                    eprintln!("{}: {}", result.command, result.stderr);
                 }
             }
         }
@@ -254,9 +254,9 @@ mod tests {
     fn section_blocks_keep_their_output() {
         let page =
             "# P\n\n## A\n\n```sh\none\n```\n```text\nsays\n```\n\nwords\n\n```sh\ntwo\nthree\n```\n\n## B\n\n```sh\nfour\n```\n";
-        let step = |commands: &str, shown: Option<&str>| TutorialBlock {
+        let step = |commands: &str, expected_output: Option<&str>| TutorialBlock {
             commands: commands.to_owned(),
-            expected_output: shown.map(str::to_owned),
+            expected_output: expected_output.map(str::to_owned),
         };
         assert_eq!(section_blocks(page, "A"), [step("one\n", Some("says\n")), step("two\nthree\n", None)]);
         assert_eq!(section_blocks(page, "B"), [step("four\n", None)]);

@@ -7,16 +7,16 @@ const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Waits until `check` returns a value; its error describes the current state. Panics at the limit.
 #[track_caller]
-pub fn eventually<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Result<T, String>) -> impl Future<Output = T> {
-    let place = std::panic::Location::caller();
-    let what = what.to_owned();
+pub fn eventually<T>(condition: &str, limit: Duration, mut check: impl FnMut() -> Result<T, String>) -> impl Future<Output = T> {
+    let caller = std::panic::Location::caller();
+    let condition = condition.to_owned();
     async move {
         let end = Instant::now() + limit;
         loop {
             match check() {
                 Ok(value) => return value,
                 Err(state) if Instant::now() >= end => {
-                    panic!("{place}: {what}: not within {} ms; last state: {state}", limit.as_millis())
+                    panic!("{caller}: {condition}: not within {} ms; last state: {state}", limit.as_millis())
                 }
                 Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
             }
@@ -26,13 +26,13 @@ pub fn eventually<T>(what: &str, limit: Duration, mut check: impl FnMut() -> Res
 
 /// Waits until `check` is true. Panics at the limit.
 #[track_caller]
-pub fn eventually_true(what: &str, limit: Duration, mut check: impl FnMut() -> bool) -> impl Future<Output = ()> {
-    eventually(what, limit, move || if check() { Ok(()) } else { Err("the condition is false".to_owned()) })
+pub fn eventually_true(condition: &str, limit: Duration, mut check: impl FnMut() -> bool) -> impl Future<Output = ()> {
+    eventually(condition, limit, move || if check() { Ok(()) } else { Err("the condition is false".to_owned()) })
 }
 
 /// The same as [`eventually`] for an asynchronous check. Panics at the limit.
 pub async fn eventually_async<T, F: Future<Output = Result<T, String>>>(
-    what: &str,
+    condition: &str,
     limit: Duration,
     mut check: impl FnMut() -> F,
 ) -> T {
@@ -41,7 +41,7 @@ pub async fn eventually_async<T, F: Future<Output = Result<T, String>>>(
         match check().await {
             Ok(value) => return value,
             Err(state) if Instant::now() >= end => {
-                panic!("{what}: not within {} ms; last state: {state}", limit.as_millis())
+                panic!("{condition}: not within {} ms; last state: {state}", limit.as_millis())
             }
             Err(_) => tokio::time::sleep(POLL_INTERVAL).await,
         }

@@ -104,7 +104,7 @@ pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
-            Some(end) = connections.join_next() => log_panic(end),
+            Some(result) = connections.join_next() => log_panic(result),
             accepted = listener.next() => match accepted {
                 Ok(stream) => {
                     failures = 0;
@@ -136,8 +136,8 @@ pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router
         }
     }
     let drained = tokio::time::timeout(limits.shutdown_grace, async {
-        while let Some(end) = connections.join_next().await {
-            log_panic(end);
+        while let Some(result) = connections.join_next().await {
+            log_panic(result);
         }
     });
     if drained.await.is_err() {
@@ -170,8 +170,8 @@ async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     }
 }
 
-fn log_panic(end: Result<(), tokio::task::JoinError>) {
-    if let Some(panic) = end.err().and_then(crate::shutdown::panic_text) {
+fn log_panic(result: Result<(), tokio::task::JoinError>) {
+    if let Some(panic) = result.err().and_then(crate::shutdown::panic_text) {
         tracing::error!(panic, "connection task panicked");
     }
 }

@@ -57,7 +57,7 @@ impl AgentBackend {
     /// The status, or an error if the reconcile loop does not answer.
     async fn query_status_with_timeout(&self) -> Result<api::Status, String> {
         match tokio::time::timeout(STUCK_LOOP_TIMEOUT, self.query_status()).await {
-            Ok(answer) => answer.map_err(|error| error.to_string()),
+            Ok(response) => response.map_err(|error| error.to_string()),
             Err(_) => Err(format!(
                 "the reconcile loop has made no progress for {} s: the data path keeps forwarding, but no longer follows changes; restart \
                  overlayd, and please report its log",
@@ -82,21 +82,21 @@ impl AgentBackend {
     /// Seconds until each of these etcd leases expires; leases with an unknown TTL are left out.
     async fn remaining_seconds(&self, ids: Vec<ExpiryId>) -> BTreeMap<ExpiryId, i64> {
         let mut cache = self.ttl_cache.lock().await;
-        if cache.as_ref().is_none_or(|known| known.fetched_at.elapsed() > TTL_CACHE_AGE) {
-            let left = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {
-                Ok(Ok(left)) => left,
+        if cache.as_ref().is_none_or(|cached| cached.fetched_at.elapsed() > TTL_CACHE_AGE) {
+            let remaining = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {
+                Ok(Ok(remaining)) => remaining,
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "cannot read lease TTLs from etcd");
                     BTreeMap::new()
                 }
                 Err(_) => BTreeMap::new(),
             };
-            *cache = Some(CachedTtls { fetched_at: Instant::now(), remaining: left });
+            *cache = Some(CachedTtls { fetched_at: Instant::now(), remaining });
         }
         let Some(cached) = cache.as_ref() else { return BTreeMap::new() };
         let age = cached.fetched_at.elapsed();
-        let seconds = |left: Duration| i64::try_from(left.saturating_sub(age).as_secs()).unwrap_or(i64::MAX);
-        cached.remaining.iter().map(|(id, left)| (*id, seconds(*left))).collect()
+        let seconds = |remaining: Duration| i64::try_from(remaining.saturating_sub(age).as_secs()).unwrap_or(i64::MAX);
+        cached.remaining.iter().map(|(id, remaining)| (*id, seconds(*remaining))).collect()
     }
 }
 
@@ -119,11 +119,11 @@ impl Backend for AgentBackend {
 
     async fn subnets(&self) -> Result<api::Subnets, ApiError> {
         let rows = self.queries.subnets().await.ok_or_else(stopping)?;
-        let left = self.remaining_seconds(rows.iter().filter_map(|(_, lease)| *lease).collect()).await;
+        let remaining = self.remaining_seconds(rows.iter().filter_map(|(_, lease)| *lease).collect()).await;
         let subnets = rows
             .into_iter()
             .map(|(mut entry, lease)| {
-                entry.expires_in_seconds = lease.and_then(|id| left.get(&id).copied());
+                entry.expires_in_seconds = lease.and_then(|id| remaining.get(&id).copied());
                 entry
             })
             .collect();

@@ -69,9 +69,12 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
     // Sysctls are restored last, because they affect the host's other traffic. Sysctls of deleted interfaces no longer exist.
     let present =
         kernel.watch_sysctls(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
-    let before = host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
+    let saved_sysctls =
+        host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
     batch.extend(
-        before.filter(|(key, _)| key.device().is_none() && present.contains_key(key)).map(|(key, value)| Op::Set(key, value)),
+        saved_sysctls
+            .filter(|(key, _)| key.device().is_none() && present.contains_key(key))
+            .map(|(key, value)| Op::Set(key, value)),
     );
     let report = kernel.apply(&batch).await;
     for (index, error) in report.failed {
@@ -90,11 +93,11 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
         }
     };
     match tokio::time::timeout(RELEASE_TIMEOUT, store::release(&store_config(&config.etcd), &id)).await {
-        Ok(Ok(done)) => {
-            for key in done.released {
+        Ok(Ok(report)) => {
+            for key in report.released {
                 tracing::info!(key, "lease released");
             }
-            for key in done.reservations {
+            for key in report.reservations {
                 tracing::info!(key, "reservation kept; delete its key to end it");
             }
         }

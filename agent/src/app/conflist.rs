@@ -87,8 +87,9 @@ fn inspect_file(path: &Path) -> Result<ExistingFile, FileError> {
         return Ok(ExistingFile::Foreign);
     }
     let bytes = std::fs::read(path).map_err(failed)?;
-    let mark = serde_json::from_slice::<Value>(&bytes).ok().and_then(|list| list.get(OWNER_FIELD.0)?.as_str().map(str::to_owned));
-    Ok(if mark.as_deref() == Some(OWNER_FIELD.1) { ExistingFile::Own } else { ExistingFile::Foreign })
+    let owner =
+        serde_json::from_slice::<Value>(&bytes).ok().and_then(|list| list.get(OWNER_FIELD.0)?.as_str().map(str::to_owned));
+    Ok(if owner.as_deref() == Some(OWNER_FIELD.1) { ExistingFile::Own } else { ExistingFile::Foreign })
 }
 
 fn render(socket: &Path) -> String {

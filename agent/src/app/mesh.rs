@@ -64,17 +64,17 @@ impl MeshState {
 }
 
 /// Probes peers until `stop`; `changes` is incremented when the peers may have changed.
-pub(super) async fn run(shared: Arc<MeshState>, queries: Queries, changes: watch::Receiver<u64>, stop: CancellationToken) {
-    let Some(interval) = shared.interval else { return stop.cancelled().await };
+pub(super) async fn run(state: Arc<MeshState>, queries: Queries, changes: watch::Receiver<u64>, stop: CancellationToken) {
+    let Some(interval) = state.interval else { return stop.cancelled().await };
     tokio::select! {
         () = stop.cancelled() => {}
-        () = probe_peers(&shared, interval, &queries, changes) => {}
+        () = probe_peers(&state, interval, &queries, changes) => {}
     }
     stop.cancelled().await;
 }
 
 /// Probes in rounds until the agent stops.
-async fn probe_peers(shared: &MeshState, interval: Duration, queries: &Queries, mut changes: watch::Receiver<u64>) {
+async fn probe_peers(state: &MeshState, interval: Duration, queries: &Queries, mut changes: watch::Receiver<u64>) {
     let start = Instant::now();
     let now = || u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX);
     let mut sockets: PerFamily<AsyncFd<PingSocket>> = PerFamily::default();
@@ -84,7 +84,7 @@ async fn probe_peers(shared: &MeshState, interval: Duration, queries: &Queries, 
         changes.mark_unchanged();
         let Some(Peers { peers }) = queries.peers().await else { return };
         let epoch = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
-        shared.with_table(|book| book.start_round(&peers, epoch));
+        state.with_table(|table| table.start_round(&peers, epoch));
         if peers.is_empty() {
             if changes.changed().await.is_err() {
                 return;
@@ -96,15 +96,15 @@ async fn probe_peers(shared: &MeshState, interval: Duration, queries: &Queries, 
             &mut sockets,
             peers.iter().map(|peer| peer.subnet.family()).chain(peers.iter().map(|p| Family::of(p.public_ip))),
         ) {
-            shared.set_error(Some(error));
+            state.set_error(Some(error));
             tokio::time::sleep(IDLE_RETRY_DELAY).await;
             continue;
         }
-        shared.set_error(None);
-        let pause = shared.with_table(|book| book.probe_interval(interval));
-        while let Some(probe) = shared.with_table(|book| book.next_probe(now())) {
-            send_probe(shared, &sockets, probe);
-            receive_for(shared, &sockets, pause, &now).await;
+        state.set_error(None);
+        let probe_interval = state.with_table(|table| table.probe_interval(interval));
+        while let Some(probe) = state.with_table(|table| table.next_probe(now())) {
+            send_probe(state, &sockets, probe);
+            receive_for(state, &sockets, probe_interval, &now).await;
         }
     }
 }
@@ -114,49 +114,49 @@ fn open_sockets(sockets: &mut PerFamily<AsyncFd<PingSocket>>, families: impl Ite
     for family in families {
         let slot = sockets.slot(family);
         if slot.is_none() {
-            let echo = PingSocket::open(family, rand::random(), None).map_err(|error| error.message)?;
+            let socket = PingSocket::open(family, rand::random(), None).map_err(|error| error.message)?;
             // SAFETY: `PingSocket` owns its descriptor, always returns the same one, and closes it only when it is dropped.
-            let registered = unsafe { AsyncFd::register_with_interest(echo, Interest::READABLE) };
+            let registered = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
             *slot = Some(registered.map_err(|error| error.into_parts().1.to_string())?);
         }
     }
     Ok(())
 }
 
-fn send_probe(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, probe: Probe) {
+fn send_probe(state: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, probe: Probe) {
     let sent = match sockets.get(Family::of(probe.address)) {
         Some(socket) => socket.get_ref().send(probe.address, probe.number).map_err(|error| error.to_string()),
         None => Err("no ICMP socket for the address's family".to_owned()),
     };
     if let Err(error) = sent
-        && let Some(way) = shared.with_table(|book| book.send_failed(probe.number, error))
+        && let Some(path) = state.with_table(|table| table.send_failed(probe.number, error))
     {
-        shared.metrics.probe_lost(way);
+        state.metrics.probe_lost(path);
     }
 }
 
 /// Receives replies for the given time, then expires old probes.
-async fn receive_for(shared: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, pause: Duration, now: &impl Fn() -> u64) {
-    let end = tokio::time::Instant::now() + pause;
+async fn receive_for(state: &MeshState, sockets: &PerFamily<AsyncFd<PingSocket>>, duration: Duration, now: &impl Fn() -> u64) {
+    let deadline = tokio::time::Instant::now() + duration;
     loop {
         tokio::select! {
-            () = tokio::time::sleep_until(end) => break,
-            () = receive_replies(shared, sockets.get(Family::V4), now) => {}
-            () = receive_replies(shared, sockets.get(Family::V6), now) => {}
+            () = tokio::time::sleep_until(deadline) => break,
+            () = receive_replies(state, sockets.get(Family::V4), now) => {}
+            () = receive_replies(state, sockets.get(Family::V6), now) => {}
         }
     }
-    shared.with_table(|book| book.expire(now(), |way| shared.metrics.probe_lost(way)));
+    state.with_table(|table| table.expire(now(), |path| state.metrics.probe_lost(path)));
 }
 
 /// Waits for replies on one socket and records them. Cancel-safe: there is no await after a read.
-async fn receive_replies(shared: &MeshState, socket: Option<&AsyncFd<PingSocket>>, now: &impl Fn() -> u64) {
+async fn receive_replies(state: &MeshState, socket: Option<&AsyncFd<PingSocket>>, now: &impl Fn() -> u64) {
     let Some(socket) = socket else { return std::future::pending().await };
     let Ok(mut ready) = socket.readable().await else { return std::future::pending().await };
     loop {
         match socket.get_ref().receive() {
             Ok(Some(reply)) => {
-                if let Some((way, took)) = shared.with_table(|book| book.on_reply(reply.sequence, reply.from, now())) {
-                    shared.metrics.probe_answered(way, Duration::from_micros(took));
+                if let Some((path, round_trip)) = state.with_table(|table| table.on_reply(reply.sequence, reply.from, now())) {
+                    state.metrics.probe_answered(path, Duration::from_micros(round_trip));
                 }
             }
             Ok(None) => {

@@ -37,7 +37,7 @@ pub(super) async fn run(queries: Queries, changes: watch::Receiver<u64>, stop: C
 
 /// Probes in rounds; returns `None` once the reconciler no longer answers.
 async fn probe_peers(queries: &Queries, mut changes: watch::Receiver<u64>) -> Option<()> {
-    let mut echo = None;
+    let mut socket = None;
     let mut due: HashMap<IpAddr, Instant> = HashMap::new();
     loop {
         changes.mark_unchanged();
@@ -51,7 +51,7 @@ async fn probe_peers(queries: &Queries, mut changes: watch::Receiver<u64>) -> Op
             .collect();
         for (address, due) in due.iter_mut().filter(|(_, due)| **due <= now) {
             let mtu = underlay.as_ref().map_or(0, |underlay| underlay.mtu);
-            let delay = match send_probe(&mut echo, *address, mtu) {
+            let delay = match send_probe(&mut socket, *address, mtu) {
                 Ok(()) => PROBE_INTERVAL,
                 Err(error) => {
                     tracing::debug!(%address, mtu, error, "cannot probe path MTU");
@@ -70,10 +70,10 @@ async fn probe_peers(queries: &Queries, mut changes: watch::Receiver<u64>) -> Op
     }
 }
 
-fn send_probe(echo: &mut Option<PingSocket>, address: IpAddr, mtu: u32) -> Result<(), String> {
-    let echo = match echo {
-        Some(echo) => echo,
-        None => echo.insert(PingSocket::open_pmtu_probe(Family::V6).map_err(|error| error.message)?),
+fn send_probe(socket: &mut Option<PingSocket>, address: IpAddr, mtu: u32) -> Result<(), String> {
+    let socket = match socket {
+        Some(socket) => socket,
+        None => socket.insert(PingSocket::open_pmtu_probe(Family::V6).map_err(|error| error.message)?),
     };
-    echo.send_sized(address, mtu).map_err(|error| error.to_string())
+    socket.send_sized(address, mtu).map_err(|error| error.to_string())
 }

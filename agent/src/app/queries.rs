@@ -18,31 +18,31 @@ pub struct Queries {
 impl Queries {
     /// The agent's status, without what the endpoints know.
     pub async fn status(&self) -> Option<Status> {
-        let network = ask(&self.network, NetworkQuery::Status).await?;
-        let data_path = ask(&self.reconciler, ReconcilerQuery::Status).await?;
+        let network = send_query(&self.network, NetworkQuery::Status).await?;
+        let data_path = send_query(&self.reconciler, ReconcilerQuery::Status).await?;
         Some(merge_status(network, data_path))
     }
 
     /// Every lease.
     pub async fn subnets(&self) -> Option<Vec<SubnetRow>> {
-        ask(&self.network, NetworkQuery::Subnets).await
+        send_query(&self.network, NetworkQuery::Subnets).await
     }
 
     /// Every peer in the data path.
     pub async fn peers(&self) -> Option<Peers> {
-        let rows = ask(&self.network, NetworkQuery::Peers).await?;
+        let rows = send_query(&self.network, NetworkQuery::Peers).await?;
         let keys = rows.iter().map(|row| (row.device, row.remote)).collect();
-        let states = ask(&self.reconciler, |reply| ReconcilerQuery::Peers(keys, reply)).await?;
+        let states = send_query(&self.reconciler, |reply| ReconcilerQuery::Peers(keys, reply)).await?;
         let mut peers: Vec<PeerEntry> = rows.into_iter().zip(states).map(peer_entry).collect();
         peers.sort_by_key(|peer| peer.subnet);
         Some(Peers { peers })
     }
 }
 
-async fn ask<Q, T>(queries: &mpsc::Sender<Q>, query: impl FnOnce(oneshot::Sender<T>) -> Q) -> Option<T> {
-    let (reply, answer) = oneshot::channel();
+async fn send_query<Q, T>(queries: &mpsc::Sender<Q>, query: impl FnOnce(oneshot::Sender<T>) -> Q) -> Option<T> {
+    let (reply, response) = oneshot::channel();
     queries.send(query(reply)).await.ok()?;
-    answer.await.ok()
+    response.await.ok()
 }
 
 fn merge_status(network: NetworkStatus, data_path: DataPathReport) -> Status {

@@ -72,9 +72,9 @@ where
 }
 
 /// The status line.
-fn status_line(ready: bool, answer: Option<Result<api::Status, ApiError>>) -> String {
+fn status_line(ready: bool, status: Option<Result<api::Status, ApiError>>) -> String {
     let prefix = if ready { "Ready" } else { "Not ready" };
-    match answer {
+    match status {
         Some(Ok(status)) => {
             let subnet = status.lease.map_or_else(|| "no subnet yet".to_owned(), |lease| lease.subnet.to_string());
             let problem = status.problems.first().map(|problem| format!("; {problem}")).unwrap_or_default();

@@ -56,7 +56,7 @@ impl RawSettings {
     }
 
     /// The origin of a setting's value, for messages.
-    pub fn place(&self, name: &str) -> String {
+    pub fn location(&self, name: &str) -> String {
         match self.values.get(name).map(|(_, origin)| origin) {
             Some(Origin::Environment) => env_variable(name),
             Some(Origin::File(path)) => format!("{name} in {}", path.display()),
@@ -68,13 +68,13 @@ impl RawSettings {
 /// Merges flags, environment, file and defaults.
 pub fn load_settings(matches: &ArgMatches) -> RawSettings {
     let mut raw = RawSettings::default();
-    let named = matches.get_one::<String>("config").map(PathBuf::from);
-    let path = named.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG_FILE));
+    let config_path = matches.get_one::<String>("config").map(PathBuf::from);
+    let path = config_path.clone().unwrap_or_else(|| PathBuf::from(DEFAULT_CONFIG_FILE));
     let mut file = match std::fs::read_to_string(&path) {
         Ok(text) => parse_file(&text, &path, &mut raw.errors),
-        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
+        Err(error) if config_path.is_none() && error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
         Err(error) => {
-            let place = "--config".to_owned();
+            let location = "--config".to_owned();
             let advice = match error.kind() {
                 std::io::ErrorKind::PermissionDenied => {
                     format!("; the agent's user needs to read it: chmod 644 {}", path.display())
@@ -82,7 +82,7 @@ pub fn load_settings(matches: &ArgMatches) -> RawSettings {
                 _ => String::new(),
             };
             let rule = format!("cannot be read: {error}{advice}");
-            raw.errors.push(SettingError { place, value: path.display().to_string(), rule });
+            raw.errors.push(SettingError { location, value: path.display().to_string(), rule });
             BTreeMap::new()
         }
     };
@@ -90,7 +90,7 @@ pub fn load_settings(matches: &ArgMatches) -> RawSettings {
         && let Some(exposed) = secret::writable_by_others(&path)
     {
         let value = path.display().to_string();
-        raw.errors.push(SettingError { place: "--config".to_owned(), value, rule: exposed.to_string() });
+        raw.errors.push(SettingError { location: "--config".to_owned(), value, rule: exposed.to_string() });
     }
     for setting in SETTINGS {
         let given = matches.get_many::<String>(setting.name).map(|values| values.cloned().collect::<Vec<_>>());
@@ -116,34 +116,34 @@ fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeM
         Ok(table) => table,
         Err(error) => {
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].lines().count().max(1));
-            let place = format!("{} line {line}", path.display());
+            let location = format!("{} line {line}", path.display());
             let mut value = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().to_owned();
             if let Some((key, _)) = value.split_once('=').filter(|(key, _)| secret::looks_secret(key)) {
                 value = format!("{key}= ...");
             }
-            errors.push(SettingError { place, value, rule: format!("is not TOML: {}", error.message()) });
+            errors.push(SettingError { location, value, rule: format!("is not TOML: {}", error.message()) });
             return values;
         }
     };
     for (key, value) in table {
-        let place = format!("{key} in {}", path.display());
+        let location = format!("{key} in {}", path.display());
         let shown = match &value {
             // The table may contain a secret.
             toml::Value::Table(_) => format!("[{key}]"),
             other => other.to_string(),
         };
-        let mut fail = |rule: String| errors.push(SettingError { place: place.clone(), value: shown.clone(), rule });
+        let mut fail = |rule: String| errors.push(SettingError { location: location.clone(), value: shown.clone(), rule });
         let Some(setting) = SETTINGS.iter().find(|setting| setting.name == key) else {
             if secret::looks_secret(&key) {
                 let rule = "is not a setting: put the secret into its own file and name it in etcd-password-file or etcd-keyfile";
-                errors.push(SettingError { place, value: "...".to_owned(), rule: rule.to_owned() });
+                errors.push(SettingError { location, value: "...".to_owned(), rule: rule.to_owned() });
                 continue;
             }
-            let near = match &value {
+            let suggestion = match &value {
                 toml::Value::Table(table) => table_advice(&key, table),
                 _ => nearest_setting(&key).map_or_else(String::new, |name| format!(": did you mean `{name}`?")),
             };
-            fail(format!("is not a setting{near}"));
+            fail(format!("is not a setting{suggestion}"));
             continue;
         };
         let texts = match (&value, setting.kind) {
@@ -170,10 +170,10 @@ fn parse_file(text: &str, path: &Path, errors: &mut Vec<SettingError>) -> BTreeM
 }
 
 /// The remedy for a table, which cannot contain a setting.
-fn table_advice(table: &str, inside: &toml::Table) -> String {
-    let meant = inside.keys().find_map(|key| nearest_setting(&format!("{table}-{key}")).or_else(|| nearest_setting(key)));
-    let such = meant.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
-    format!(" but a table: settings belong at the top level of the file, not below a line in brackets{such}")
+fn table_advice(table: &str, entries: &toml::Table) -> String {
+    let nearest = entries.keys().find_map(|key| nearest_setting(&format!("{table}-{key}")).or_else(|| nearest_setting(key)));
+    let example = nearest.map_or_else(String::new, |name| format!(", as `{name} = ...`"));
+    format!(" but a table: settings belong at the top level of the file, not below a line in brackets{example}")
 }
 
 /// The setting with the most similar name, at most two letters added, left out or changed; `None` without such a name.

@@ -20,13 +20,13 @@ pub struct ExposedFile {
     path: PathBuf,
     mode: u32,
     allowed: u32,
-    why: &'static str,
+    reason: &'static str,
 }
 
 impl fmt::Display for ExposedFile {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ExposedFile { path, mode, allowed, why } = self;
-        write!(f, "{why} (mode {mode:04o}): chmod {allowed:o} {}", path.display())
+        let ExposedFile { path, mode, allowed, reason } = self;
+        write!(f, "{reason} (mode {mode:04o}): chmod {allowed:o} {}", path.display())
     }
 }
 
@@ -47,8 +47,9 @@ pub enum SecretError {
 pub fn open(path: &Path) -> Result<File, SecretError> {
     let file = File::open(path).map_err(SecretError::File)?;
     let metadata = file.metadata().map_err(SecretError::File)?;
-    let why = "contains a secret and is accessible to other users";
-    check_mode(path, &metadata, FORBIDDEN_SECRET_MODE, 0o600, why).map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
+    let reason = "contains a secret and is accessible to other users";
+    check_mode(path, &metadata, FORBIDDEN_SECRET_MODE, 0o600, reason)
+        .map_or(Ok(file), |exposed| Err(SecretError::Exposed(exposed)))
 }
 
 /// Reads a file with a secret.
@@ -67,9 +68,9 @@ pub fn writable_by_others(path: &Path) -> Option<ExposedFile> {
     check_mode(path, &metadata, FORBIDDEN_WRITE_MODE, 0o644, "names files with secrets and is writable by other users")
 }
 
-fn check_mode(path: &Path, metadata: &Metadata, forbidden: u32, allowed: u32, why: &'static str) -> Option<ExposedFile> {
+fn check_mode(path: &Path, metadata: &Metadata, forbidden: u32, allowed: u32, reason: &'static str) -> Option<ExposedFile> {
     let mode = metadata.permissions().mode() & 0o7777;
-    (metadata.is_file() && mode & forbidden != 0).then(|| ExposedFile { path: path.to_owned(), mode, allowed, why })
+    (metadata.is_file() && mode & forbidden != 0).then(|| ExposedFile { path: path.to_owned(), mode, allowed, reason })
 }
 
 /// Removes user and password from a URL, for messages.

@@ -70,7 +70,7 @@ impl AttachSpec {
         let AttachRequest { mode, netns, interface, addresses, mac, mut publish, source_check, default_route, owner } = request;
         let unsupported = |what| EndpointError::UnsupportedInMode { what, mode: mode.clone() };
         if mode != Mode::Overlay {
-            let given = [
+            let options = [
                 (interface.is_some(), "an interface"),
                 (!addresses.is_empty(), "an address"),
                 (mac.is_some(), "a MAC"),
@@ -79,7 +79,7 @@ impl AttachSpec {
                 (default_route.is_some(), "a default route"),
                 (netns.is_some() && mode != Mode::None, "a network namespace"),
             ];
-            if let Some((_, what)) = given.into_iter().find(|(given, _)| *given) {
+            if let Some((_, what)) = options.into_iter().find(|(is_given, _)| *is_given) {
                 return Err(unsupported(what));
             }
         }

@@ -200,10 +200,13 @@ impl EndpointTable {
 
     /// Checks that an attached endpoint matches a request, so that a repeated attach can return it.
     pub(super) fn matches(&self, endpoint: &Endpoint, spec: &AttachSpec) -> Result<(), EndpointError> {
-        let held =
-            |held: String, requested: String| EndpointError::NameInUse { name: endpoint.name.clone(), held, asked: requested };
-        let differs = |what: &str, is: &str, asked: &str| {
-            if is == asked { Ok(()) } else { Err(held(format!("{what} {is}"), format!("{what} {asked}"))) }
+        let name_in_use = |existing: String, requested: String| EndpointError::NameInUse {
+            name: endpoint.name.clone(),
+            held: existing,
+            asked: requested,
+        };
+        let differs = |what: &str, actual: &str, requested: &str| {
+            if actual == requested { Ok(()) } else { Err(name_in_use(format!("{what} {actual}"), format!("{what} {requested}"))) }
         };
         differs("mode", &endpoint.mode.to_string(), &self.mode(&spec.mode).to_string())?;
         if let Some(netns) = spec.netns() {
@@ -223,8 +226,8 @@ impl EndpointTable {
         for (family, requested) in addresses.iter() {
             match port.addresses.get(family) {
                 Some(address) if address == requested => {}
-                Some(address) => return Err(held(format!("address {address}"), requested.to_string())),
-                None => return Err(held(format!("no {family} address"), requested.to_string())),
+                Some(address) => return Err(name_in_use(format!("address {address}"), requested.to_string())),
+                None => return Err(name_in_use(format!("no {family} address"), requested.to_string())),
             }
         }
         let subnet = self.network()?.subnet;
@@ -237,12 +240,12 @@ impl EndpointTable {
     /// Creates a record and allocates its resources, or fails without effect. It is `Attaching` if the kernel has work for it.
     pub(super) fn reserve(&mut self, name: EndpointName, spec: AttachSpec, now: u64) -> Result<Endpoint, EndpointError> {
         let mode = self.mode(&spec.mode);
-        let AttachSpec { mode: place, publish, source_check, default_route, owner } = spec;
-        let (netns, port) = match place {
-            AttachMode::Overlay { netns: site, interface, addresses, mac } => {
+        let AttachSpec { mode: attach_mode, publish, source_check, default_route, owner } = spec;
+        let (netns, port) = match attach_mode {
+            AttachMode::Overlay { netns, interface, addresses, mac } => {
                 self.check_published(&publish)?;
-                let port = self.reserve_port(&name, &site, interface, &addresses, mac)?;
-                (site, Some(port))
+                let port = self.reserve_port(&name, &netns, interface, &addresses, mac)?;
+                (netns, Some(port))
             }
             AttachMode::None(netns) => {
                 self.check_netns_free(&netns, |_| true)?;
@@ -251,8 +254,8 @@ impl EndpointTable {
             AttachMode::Host(netns) => (NetnsRef { path: netns, id: None }, None),
             AttachMode::Container(target) => {
                 let owner = if let Mode::Container(owner) = &mode { owner } else { &target };
-                let known = self.records.get(owner).filter(|r| r.phase == Phase::Attached);
-                let Some(record) = known else { return Err(EndpointError::TargetNotFound { target }) };
+                let attached = self.records.get(owner).filter(|r| r.phase == Phase::Attached);
+                let Some(record) = attached else { return Err(EndpointError::TargetNotFound { target }) };
                 (NetnsRef { path: record.endpoint.netns.clone(), id: record.netns_id.clone() }, None)
             }
         };
@@ -295,9 +298,9 @@ impl EndpointTable {
                 return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
             for endpoint in self.records.values().map(|r| &*r.endpoint) {
-                let mut in_effect = endpoint.published.iter().filter(|held| endpoint.has_address_for(held));
-                if let Some(held) = in_effect.find(|held| held.conflicts_with(wanted)) {
-                    return Err(EndpointError::PublishInUse { wanted: *wanted, holder: endpoint.name.clone(), held: *held });
+                let mut in_effect = endpoint.published.iter().filter(|published| endpoint.has_address_for(published));
+                if let Some(existing) = in_effect.find(|published| published.conflicts_with(wanted)) {
+                    return Err(EndpointError::PublishInUse { wanted: *wanted, holder: endpoint.name.clone(), held: *existing });
                 }
             }
         }
@@ -395,14 +398,14 @@ impl EndpointTable {
             self.remove(&sharer);
         }
         let record = self.records.get_mut(name)?;
-        let was = std::mem::replace(&mut record.phase, Phase::Detaching);
+        let previous_phase = std::mem::replace(&mut record.phase, Phase::Detaching);
         self.mark_changed(name);
-        Some(was)
+        Some(previous_phase)
     }
 
     /// The endpoints that share an endpoint's namespace.
-    pub(super) fn sharers(&self, of: &EndpointName) -> Vec<EndpointName> {
-        let shares = |r: &&EndpointRecord| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == of);
+    pub(super) fn sharers(&self, name: &EndpointName) -> Vec<EndpointName> {
+        let shares = |r: &&EndpointRecord| matches!(&r.endpoint.mode, Mode::Container(owner) if owner == name);
         self.records.values().filter(shares).map(|r| r.endpoint.name.clone()).collect()
     }
 

@@ -17,13 +17,13 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     /// bridge ports and counters.
     pub async fn views(&self) -> Vec<EndpointView> {
         let endpoints = self.clone();
-        let looked = tokio::task::spawn_blocking(move || {
+        let task = tokio::task::spawn_blocking(move || {
             let records: Vec<EndpointRecord> =
                 lock(&endpoints.0.table).records().filter(|r| r.phase == Phase::Attached).cloned().collect();
             records.into_iter().map(|record| endpoints.view(record)).collect()
         });
         // Fails only while the Tokio runtime shuts down.
-        looked.await.unwrap_or_default()
+        task.await.unwrap_or_default()
     }
 
     fn view(&self, record: EndpointRecord) -> EndpointView {
@@ -49,10 +49,10 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         let mut all = PerFamily::default();
         for (family, pool) in table.pools().iter() {
             let range = pool.range();
-            let (Some(of), Some(gateway)) = (network.pools.get(family), range.nth(1)) else { continue };
+            let (Some(network_pool), Some(gateway)) = (network.pools.get(family), range.nth(1)) else { continue };
             let free = pool.capacity().saturating_sub(pool.in_use() as u128);
             *all.slot(family) = Some(IpamView {
-                network: of.network,
+                network: network_pool.network,
                 subnet: range,
                 gateway,
                 docker: pool.docker_share().map(|share| share.fixed_cidr),

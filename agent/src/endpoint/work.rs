@@ -21,8 +21,8 @@ impl<C: PortDriver + 'static> Inner<C> {
         let existing = lock(&self.table).get(&name).cloned();
         if let Some(record) = existing {
             if record.phase == Phase::Attached {
-                let fits = lock(&self.table).matches(&record.endpoint, &spec);
-                match fits {
+                let match_result = lock(&self.table).matches(&record.endpoint, &spec);
+                match match_result {
                     Ok(()) if self.is_alive(&record) => return self.reattach_port(&record.endpoint).await,
                     Err(error) if error.class() != ErrorClass::Conflict || self.holds_resources(&record) => return Err(error),
                     Ok(()) | Err(_) => {
@@ -55,7 +55,7 @@ impl<C: PortDriver + 'static> Inner<C> {
             (None, _) => Ok(SourceFilter::Applied),
         };
         let source_filter = match created {
-            Ok(guard) => guard,
+            Ok(source_filter) => source_filter,
             Err(source) => {
                 self.rollback(&name).await;
                 return Err(EndpointError::Kernel { name, source });
@@ -94,16 +94,16 @@ impl<C: PortDriver + 'static> Inner<C> {
         force: bool,
     ) -> Result<Option<Vec<EndpointName>>, EndpointError> {
         let force = force || lock(&self.table).get(&name).cloned().is_some_and(|record| !self.holds_resources(&record));
-        let begun = {
+        let detaching = {
             let mut table = lock(&self.table);
             let sharers = table.sharers(&name);
             if !sharers.is_empty() && !force {
                 return Err(EndpointError::NetnsShared { name, sharers });
             }
             // From here on no other endpoint can start sharing it.
-            table.begin_detach(&name).map(|was| (was, sharers))
+            table.begin_detach(&name).map(|previous_phase| (previous_phase, sharers))
         };
-        let Some((was, sharers)) = begun else {
+        let Some((previous_phase, sharers)) = detaching else {
             // An agent whose state was lost may have left an interface with the name's hash in the kernel.
             let leftover = veth_name(&name, 0);
             let uses_leftover = |r: &EndpointRecord| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == leftover);
@@ -115,15 +115,15 @@ impl<C: PortDriver + 'static> Inner<C> {
             let written = self.persist();
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });
         };
-        self.finish_detach(&name, was).await?;
+        self.finish_detach(&name, previous_phase).await?;
         tracing::info!(endpoint = %name, ?sharers, "detached");
         Ok(Some(sharers))
     }
 
     /// Detaches an endpoint if its namespace is still gone.
     pub(super) async fn release_if_gone(self: Arc<Self>, name: EndpointName) -> Result<bool, EndpointError> {
-        let held = lock(&self.table).get(&name).cloned();
-        let Some(record) = held else { return Ok(false) };
+        let found = lock(&self.table).get(&name).cloned();
+        let Some(record) = found else { return Ok(false) };
         if self.holds_resources(&record) {
             return Ok(false);
         }
@@ -134,14 +134,14 @@ impl<C: PortDriver + 'static> Inner<C> {
 
     /// Removes the remaining parts of an incomplete endpoint.
     pub(super) async fn remove_partial(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
-        let unfinished = lock(&self.table).get(&name).is_some_and(|r| r.phase != Phase::Attached);
-        if unfinished { self.teardown(&name).await } else { Ok(()) }
+        let is_incomplete = lock(&self.table).get(&name).is_some_and(|r| r.phase != Phase::Attached);
+        if is_incomplete { self.teardown(&name).await } else { Ok(()) }
     }
 
     /// Restores the port of an attached endpoint if its namespace and its subnet exist.
     pub(super) async fn reattach(self: Arc<Self>, name: EndpointName) -> Result<(), EndpointError> {
-        let held = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached && r.endpoint.port.is_some()).cloned();
-        let Some(record) = held else { return Ok(()) };
+        let found = lock(&self.table).get(&name).filter(|r| r.phase == Phase::Attached && r.endpoint.port.is_some()).cloned();
+        let Some(record) = found else { return Ok(()) };
         if self.is_alive(&record) {
             return self.reattach_port(&record.endpoint).await.map(|_| ());
         }
@@ -215,8 +215,8 @@ impl<C: PortDriver + 'static> Inner<C> {
             return Ok(());
         }
         let inner = Arc::clone(self);
-        let looked = tokio::task::spawn_blocking(move || inner.driver.host_ports(&publish));
-        let host = match looked.await {
+        let task = tokio::task::spawn_blocking(move || inner.driver.host_ports(&publish));
+        let host = match task.await {
             Ok(Ok(host)) => host,
             // An unreadable socket list must not block the attach.
             Ok(Err(error)) => {
@@ -269,10 +269,12 @@ impl<C: PortDriver + 'static> Inner<C> {
             return;
         }
         let mut applied = applied;
-        let seen = applied.wait_for(|all| {
-            all.binary_search_by(|e| e.name.cmp(&endpoint.name)).is_ok_and(|at| all.get(at).is_some_and(|e| **e == *endpoint))
+        let wait = applied.wait_for(|endpoints| {
+            endpoints
+                .binary_search_by(|e| e.name.cmp(&endpoint.name))
+                .is_ok_and(|index| endpoints.get(index).is_some_and(|e| **e == *endpoint))
         });
-        if tokio::time::timeout(APPLY_TIMEOUT, seen).await.is_err() {
+        if tokio::time::timeout(APPLY_TIMEOUT, wait).await.is_err() {
             tracing::warn!(endpoint = %endpoint.name, "endpoint attached, but its rules are not applied yet");
         }
     }
@@ -293,19 +295,19 @@ impl<C: PortDriver + 'static> Inner<C> {
 
     /// Removes an endpoint in any phase, and the endpoints that share its namespace.
     async fn teardown(&self, name: &EndpointName) -> Result<(), EndpointError> {
-        let was = lock(&self.table).begin_detach(name);
-        match was {
-            Some(was) => self.finish_detach(name, was).await,
+        let previous_phase = lock(&self.table).begin_detach(name);
+        match previous_phase {
+            Some(previous_phase) => self.finish_detach(name, previous_phase).await,
             None => Ok(()),
         }
     }
 
-    /// Removes an endpoint that is marked as detaching: first its port, then its record. `was` is its previous phase.
-    async fn finish_detach(&self, name: &EndpointName, was: Phase) -> Result<(), EndpointError> {
+    /// Removes an endpoint that is marked as detaching: first its port, then its record.
+    async fn finish_detach(&self, name: &EndpointName, previous_phase: Phase) -> Result<(), EndpointError> {
         let port = lock(&self.table).get(name).and_then(|r| r.endpoint.port.clone());
         self.broadcast_ports();
         if let Some(Port { host_interface, addresses, .. }) = port {
-            if was == Phase::Attached
+            if previous_phase == Phase::Attached
                 && let Err(error) = self.persist()
             {
                 // A full disk must not prevent a detach; the last step below reports the error.

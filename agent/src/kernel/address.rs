@@ -12,7 +12,7 @@ use crate::plan::OpError;
 pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
     let verb = if present { "add" } else { "remove" };
     let what = || format!("cannot {verb} address {address} on {device}");
-    let result = match links.known.index(device) {
+    let result = match links.cache.index(device) {
         Some(index) if present => links.rtnl.add_address(index, address).await,
         Some(index) => links.rtnl.delete_address(index, address).await,
         None => Err(KernelError { errno: libc::ENODEV, detail: format!("device {device} does not exist") }),
@@ -30,9 +30,9 @@ pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, pres
         other => other.map_err(|e| e.context(what()))?,
     }
     if present {
-        links.known.addresses.insert((device, address));
+        links.cache.addresses.insert((device, address));
     } else {
-        links.known.addresses.remove(&(device, address));
+        links.cache.addresses.remove(&(device, address));
     }
     Ok(())
 }

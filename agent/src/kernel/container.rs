@@ -371,7 +371,7 @@ fn outer_difference(spec: &PortSpec, link: &LinkInfo, bridge: u32) -> Option<Str
         (link.mtu != spec.mtu, format!("{name} has MTU {}, not {}", link.mtu, spec.mtu)),
         (!link.up(), format!("{name} is down")),
     ];
-    checks.into_iter().find(|(is_wrong, _)| *is_wrong).map(|(_, what)| what)
+    checks.into_iter().find(|(is_wrong, _)| *is_wrong).map(|(_, difference)| difference)
 }
 
 /// The first setting inside the namespace that differs from `spec`. Runs inside it; `host_index` is the index of the host's end.
@@ -390,8 +390,8 @@ fn inner_difference(spec: &PortSpec, host_index: u32) -> Result<Option<String>, 
         (link.mtu != spec.mtu, format!("{name} has MTU {}, not {}", link.mtu, spec.mtu)),
         (!link.up(), format!("{name} is down")),
     ];
-    if let Some((_, what)) = checks.into_iter().find(|(is_wrong, _)| *is_wrong) {
-        return Ok(Some(what));
+    if let Some((_, difference)) = checks.into_iter().find(|(is_wrong, _)| *is_wrong) {
+        return Ok(Some(difference));
     }
     let addresses = objects::addresses(&mut socket, link.index)?;
     let has = |wanted: &IpNetwork| addresses.iter().any(|found| found.index == link.index && found.address == *wanted);

@@ -2,7 +2,7 @@
 //!
 //! Each message is compared with the cache. New changes are kept until the monitor delivers them.
 
-use std::collections::btree_map::Entry as Place;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
@@ -83,9 +83,9 @@ impl PendingEvents {
             self.require_resync("too many changes are pending");
         }
         match self.changes.entry(key) {
-            Place::Occupied(mut change) => change.get_mut().now = now,
-            Place::Vacant(place) => {
-                place.insert(PendingChange { before, now });
+            Entry::Occupied(mut change) => change.get_mut().now = now,
+            Entry::Vacant(entry) => {
+                entry.insert(PendingChange { before, now });
             }
         }
     }
@@ -230,8 +230,8 @@ fn on_address(
         let address = (device, info.address);
         let is_new = if present { cache.addresses.insert(address) } else { cache.addresses.remove(&address) };
         if is_new {
-            let (absent, there) = (None, Some(Value::Address));
-            let (before, now) = if present { (absent, there) } else { (there, absent) };
+            let (absent, value) = (None, Some(Value::Address));
+            let (before, now) = if present { (absent, value) } else { (value, absent) };
             pending.record_change(key, before, now);
             if !present && info.address.is_ipv6() {
                 on_ipv6_disabled(device, cache, pending);
@@ -342,14 +342,14 @@ fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache,
 /// Updates the cache from an FDB event; returns whether the event is new. Its events never name the requesting socket, so our own
 /// are recognised by their content.
 fn update_fdb(cache: &mut KernelCache, index: u32, mac: Mac, remote: Option<IpAddr>, present: bool) -> bool {
-    let at = (index, mac);
-    let before = cache.fdb.get(&at).copied();
+    let key = (index, mac);
+    let before = cache.fdb.get(&key).copied();
     match (present, remote) {
         (true, Some(remote)) if before == Some(remote) => false,
         (true, Some(remote)) => {
-            cache.fdb.insert(at, remote);
+            cache.fdb.insert(key, remote);
             true
         }
-        _ => cache.fdb.remove(&at).is_some(),
+        _ => cache.fdb.remove(&key).is_some(),
     }
 }

@@ -66,7 +66,7 @@ pub fn query(wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
 /// Whether a published port would divert the traffic of a socket.
 fn conflicts(publish: &PublishedPort, socket: &ListeningSocket) -> bool {
     let offset = u32::from(socket.port).checked_sub(u32::from(publish.host_port));
-    let same_port = offset.is_some_and(|behind| behind < u32::from(publish.count));
+    let same_port = offset.is_some_and(|offset| offset < u32::from(publish.count));
     let is_wildcard_v6 = socket.address == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
     same_port
         && match publish.address {

@@ -63,18 +63,18 @@ impl PingSocket {
             Ok(socket) => Ok((socket, false)),
             Err(_) => open_socket(SockType::Raw).map(|socket| (socket, true)),
         };
-        let refused = |errno: nix::Error| OpError {
+        let socket_error = |errno: nix::Error| OpError {
             errno: errno as i32,
             message: format!(
                 "cannot open a socket for ICMP echo over {family}: {errno}; this needs CAP_NET_RAW, or a group within the sysctl \
                  net.ipv4.ping_group_range"
             ),
         };
-        let (socket, raw) = opened.map_err(refused)?;
-        if let Some(pause) = receive_timeout {
-            let micros = i64::try_from(pause.as_micros()).unwrap_or(i64::MAX);
+        let (socket, raw) = opened.map_err(socket_error)?;
+        if let Some(timeout) = receive_timeout {
+            let micros = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(micros / 1_000_000, micros % 1_000_000))
-                .map_err(refused)?;
+                .map_err(socket_error)?;
         }
         Ok(PingSocket { socket, family, raw, token })
     }
@@ -85,19 +85,19 @@ impl PingSocket {
     /// # Errors
     /// As [`PingSocket::open`].
     pub fn open_pmtu_probe(family: Family) -> Result<PingSocket, OpError> {
-        let echo = PingSocket::open(family, 0, None)?;
+        let ping = PingSocket::open(family, 0, None)?;
         let (level, option, probe) = match family {
             Family::V4 => (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE),
             Family::V6 => (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE),
         };
         let length = libc::socklen_t::try_from(size_of_val(&probe)).unwrap_or_default();
         // SAFETY: the kernel reads `length` bytes, the size of the integer that the pointer refers to.
-        let set = unsafe { libc::setsockopt(echo.socket.as_raw_fd(), level, option, (&raw const probe).cast(), length) };
+        let set = unsafe { libc::setsockopt(ping.socket.as_raw_fd(), level, option, (&raw const probe).cast(), length) };
         nix::Error::result(set).map_err(|errno| OpError {
             errno: errno as i32,
             message: format!("cannot enable path MTU probing over {family}: {errno}"),
         })?;
-        Ok(echo)
+        Ok(ping)
     }
 
     /// Sends a request in a packet of `size` bytes.
@@ -210,26 +210,26 @@ mod tests {
     use crate::kernel::netns::Netns;
 
     #[test]
-    fn the_loopback_device_answers_in_both_families() {
+    fn loopback_replies_in_both_families() {
         let name = format!("echo-{}", std::process::id());
         let netns = Netns::create(&name).expect("a namespace");
-        let answered = netns.run(|| {
+        let result = netns.run(|| {
             for (family, address) in [(Family::V4, "127.0.0.1"), (Family::V6, "::1")] {
                 let address: IpAddr = address.parse().expect("an address");
-                let echo = PingSocket::open(family, 7, Some(Duration::from_secs(5))).expect("a socket");
+                let first = PingSocket::open(family, 7, Some(Duration::from_secs(5))).expect("a socket");
                 let other = PingSocket::open(family, 8, Some(Duration::from_millis(20))).expect("a socket");
-                echo.send(address, 1 << 40).expect("sent");
-                assert_eq!(echo.receive().expect("received"), Some(EchoReply { from: address, sequence: 1 << 40 }), "{family}");
+                first.send(address, 1 << 40).expect("sent");
+                assert_eq!(first.receive().expect("received"), Some(EchoReply { from: address, sequence: 1 << 40 }), "{family}");
                 assert_eq!(other.receive().expect("received"), None, "{family}: the reply belongs to the first socket");
-                assert!(echo.send("192.0.2.1".parse().expect("ip"), 2).is_err(), "there is no route");
+                assert!(first.send("192.0.2.1".parse().expect("ip"), 2).is_err(), "there is no route");
             }
         });
         Netns::delete(&name).expect("deleted");
-        answered.expect("the namespace");
+        result.expect("the namespace");
     }
 
     #[test]
-    fn the_checksum_of_rfc_1071() {
+    fn checksum_matches_rfc_1071_example() {
         assert_eq!(checksum(&[0x00, 0x01, 0xf2, 0x03, 0xf4, 0xf5, 0xf6, 0xf7]), !0xddf2);
     }
 }

@@ -37,7 +37,7 @@ pub struct Links<'a> {
     /// Reads and changes offload settings.
     pub ethtool: &'a Ethtool,
     /// The cache; updated with each change.
-    pub known: &'a mut KernelCache,
+    pub cache: &'a mut KernelCache,
 }
 
 impl Links<'_> {
@@ -87,13 +87,13 @@ impl Links<'_> {
             let removed = match task {
                 Ok(Some((index, removal))) => removal
                     .await
-                    .map(|()| self.known.mark_removed(index))
+                    .map(|()| self.cache.mark_removed(index))
                     .map_err(|e| e.context(format!("cannot delete interface {name}"))),
                 Ok(None) => Ok(()),
                 Err(error) => Err(error),
             };
             if removed.is_ok() {
-                self.known.remove_link(name);
+                self.cache.remove_link(name);
             }
             results.push(removed);
         }
@@ -104,12 +104,12 @@ impl Links<'_> {
     pub fn refresh(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
             None => {
-                self.known.remove_link(name);
+                self.cache.remove_link(name);
             }
             Some(link) => {
                 let ethtool = self.ethtool;
-                if let Some(state) = self.known.link_state(&link, |name| ethtool.tx_checksum(name)) {
-                    self.known.insert_link(name, link.index, state);
+                if let Some(state) = self.cache.link_state(&link, |name| ethtool.tx_checksum(name)) {
+                    self.cache.insert_link(name, link.index, state);
                 }
             }
         }
@@ -130,7 +130,7 @@ impl Links<'_> {
             return Err(foreign_link_error(&link));
         }
         let ethtool = self.ethtool;
-        let current = self.known.link_state(&link, |name| ethtool.tx_checksum(name));
+        let current = self.cache.link_state(&link, |name| ethtool.tx_checksum(name));
         let keep = match (current.map(|c| c.kind), &wanted.kind) {
             (Some(LinkKind::Vxlan(is)), LinkKind::Vxlan(wanted)) => is.changes_in_place(wanted),
             (Some(LinkKind::Bridge), LinkKind::Bridge) | (Some(LinkKind::Port), LinkKind::Port) => true,
@@ -207,8 +207,9 @@ impl Links<'_> {
     async fn change(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
         let name = &link.name;
         let master = wanted.master.map_or(Ok(0), |bridge| {
-            let gone = || error(libc::ENODEV, format!("cannot make {name} a port of {bridge}: the bridge does not exist yet"));
-            self.known.index(bridge).ok_or_else(gone)
+            let no_bridge =
+                || error(libc::ENODEV, format!("cannot make {name} a port of {bridge}: the bridge does not exist yet"));
+            self.cache.index(bridge).ok_or_else(no_bridge)
         })?;
         let mac = wanted.mac.filter(|mac| link.mac != Some(*mac));
         let new_mtu = (link.mtu != wanted.mtu).then_some(wanted.mtu);
@@ -255,7 +256,7 @@ impl Links<'_> {
     /// Sets whether frames may leave through the port by which they arrived. A port that joins another bridge starts with that
     /// off.
     async fn change_hairpin(&mut self, link: &LinkInfo, wanted: &LinkState) -> Result<(), OpError> {
-        let joins = wanted.master.and_then(|bridge| self.known.index(bridge)) != link.master;
+        let joins = wanted.master.and_then(|bridge| self.cache.index(bridge)) != link.master;
         if wanted.master.is_none() || wanted.hairpin == (link.hairpin && !joins) {
             return Ok(());
         }

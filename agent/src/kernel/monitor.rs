@@ -108,23 +108,23 @@ impl Monitor {
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
         let mut ended = pin!(self.shared.lock().await.rtnl.closed());
-        let mut look = None;
+        let mut reread_at = None;
         loop {
             tokio::select! {
                 received = receive_first(&self.socket, &mut self.first_message) => {
                     let mut shared = self.shared.lock().await;
-                    let mut news = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
-                    news.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
-                    news.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
+                    let mut decoder = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
+                    decoder.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
+                    decoder.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
                     self.pending.drop_reverted();
                 }
                 change = self.nft.changed() => {
                     let change = change?;
                     self.reread_rules(change).await;
                 }
-                () = self.missed.wait() => { look.get_or_insert_with(|| Instant::now() + RESYNC_DELAY); }
-                () = sleep_until(look) => {
-                    look = None;
+                () = self.missed.wait() => { reread_at.get_or_insert_with(|| Instant::now() + RESYNC_DELAY); }
+                () = sleep_until(reread_at) => {
+                    reread_at = None;
                     self.reread_missed().await;
                 }
                 permit = sender.reserve(), if !self.pending.is_empty() => {
@@ -165,11 +165,11 @@ impl Monitor {
             Ok(found) => {
                 let before = std::mem::replace(&mut shared.cache.fdb, found);
                 let found = &shared.cache.fdb;
-                let removed = before.keys().filter(|at| !found.contains_key(at));
-                let changed = found.iter().filter(|(at, remote)| before.get(at) != Some(remote)).map(|(at, _)| at);
+                let removed = before.keys().filter(|key| !found.contains_key(key));
+                let changed = found.iter().filter(|(key, remote)| before.get(key) != Some(remote)).map(|(key, _)| key);
                 for (index, mac) in removed.chain(changed) {
                     let Some(device) = shared.cache.device(*index) else { continue };
-                    let value = |all: &HashMap<(u32, Mac), IpAddr>| all.get(&(*index, *mac)).copied().map(Value::Fdb);
+                    let value = |fdb: &HashMap<(u32, Mac), IpAddr>| fdb.get(&(*index, *mac)).copied().map(Value::Fdb);
                     self.pending.record_change(Key::Fdb(device, *mac), value(&before), value(found));
                 }
             }
@@ -197,17 +197,17 @@ impl Monitor {
             self.forward_drops = Some(rules.forward_drops.clone());
             self.pending.host_network_changed();
         }
-        let now = rules.into_entries();
-        let known = &mut shared.cache.rules;
+        let current = rules.into_entries();
+        let cached = &mut shared.cache.rules;
         let is_affected = |key: &Key| !forward_only || matches!(key, Key::ForwardAccept(_));
-        let removed: Vec<Key> = known.keys().filter(|key| is_affected(key) && !now.contains_key(key)).cloned().collect();
+        let removed: Vec<Key> = cached.keys().filter(|key| is_affected(key) && !current.contains_key(key)).cloned().collect();
         for key in removed {
-            known.remove(&key);
+            cached.remove(&key);
             self.pending.record(key, None);
         }
-        for (key, value) in now {
-            if known.get(&key) != Some(&value) {
-                known.insert(key.clone(), value.clone());
+        for (key, value) in current {
+            if cached.get(&key) != Some(&value) {
+                cached.insert(key.clone(), value.clone());
                 self.pending.record(key, Some(value));
             }
         }
@@ -227,7 +227,7 @@ fn read_error(error: io::Error) -> OpError {
 /// Sleeps until the deadline; without one, forever.
 async fn sleep_until(deadline: Option<Instant>) {
     match deadline {
-        Some(moment) => tokio::time::sleep_until(moment).await,
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
 }

@@ -109,13 +109,13 @@ impl Netns {
             io::ErrorKind::AlreadyExists => NetnsError::AlreadyExists { path: path.clone() },
             _ => NetnsError::Io { action: "create", path: path.clone(), source },
         })?;
-        let made = run_on_thread(&path, || {
+        let created = run_on_thread(&path, || {
             unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("create a network namespace for", &path))?;
             mount(Some(CURRENT_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
                 .map_err(io_error("mount on", &path))?;
             set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
         });
-        match made.and_then(|up| up).and_then(|()| Netns::open(&path)) {
+        match created.and_then(|up| up).and_then(|()| Netns::open(&path)) {
             Ok(netns) => Ok(netns),
             Err(error) => {
                 if let Err(second) = Netns::delete(name) {

@@ -98,8 +98,8 @@ impl Rtnl {
     /// The interface index of the link with that name.
     pub async fn link_index(&self, name: &str) -> Result<u32, KernelError> {
         use futures_util::TryStreamExt;
-        let mut answers = std::pin::pin!(self.handle.link().get().match_name(check_interface_name(name)?).execute());
-        match with_timeout(answers.try_next()).await? {
+        let mut replies = std::pin::pin!(self.handle.link().get().match_name(check_interface_name(name)?).execute());
+        match with_timeout(replies.try_next()).await? {
             Ok(Some(link)) => Ok(link.header.index),
             Ok(None) => Err(connection_closed()),
             Err(error) => Err(error.into()),
@@ -141,15 +141,15 @@ impl Rtnl {
 
 /// Limits a request to `ANSWER_TIMEOUT`.
 async fn with_timeout<T>(request: impl Future<Output = T>) -> Result<T, KernelError> {
-    let late = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no readable reply".to_owned() };
-    timeout(ANSWER_TIMEOUT, request).await.map_err(late)
+    let timed_out = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no readable reply".to_owned() };
+    timeout(ANSWER_TIMEOUT, request).await.map_err(timed_out)
 }
 
 /// Awaits the acknowledgement of a request. `rtnetlink` delivers it as an error without a number; without one, the connection
 /// ended first.
 async fn expect_ack(request: impl Future<Output = Result<(), Error>>) -> Result<(), KernelError> {
     match with_timeout(request).await? {
-        Err(Error::NetlinkError(answer)) if answer.code.is_none() => Ok(()),
+        Err(Error::NetlinkError(message)) if message.code.is_none() => Ok(()),
         Err(error) => Err(error.into()),
         Ok(()) => Err(connection_closed()),
     }
@@ -166,8 +166,8 @@ fn open_error(error: io::Error) -> OpError {
 impl From<Error> for KernelError {
     fn from(error: Error) -> KernelError {
         match error {
-            Error::NetlinkError(answer) => {
-                KernelError { errno: answer.raw_code().saturating_neg(), detail: ext_ack_message(&answer.header) }
+            Error::NetlinkError(message) => {
+                KernelError { errno: message.raw_code().saturating_neg(), detail: ext_ack_message(&message.header) }
             }
             Error::RequestFailed => connection_closed(),
             other => KernelError { errno: libc::EPROTO, detail: other.to_string() },

@@ -94,9 +94,9 @@ impl EventSubscriptions {
                 EventClass::PeerEntries => {
                     PEER_ENTRY_GROUPS.into_iter().try_for_each(|group| self.route_socket.drop_membership(group))
                 }
-                EventClass::Rules(others) => {
+                EventClass::Rules(foreign_generation) => {
                     // Keep an earlier number that was not taken yet: changes since then must be found.
-                    self.missed.lock().foreign_generation.get_or_insert(*others);
+                    self.missed.lock().foreign_generation.get_or_insert(*foreign_generation);
                     self.nft_socket.drop_membership(NFNLGRP_NFTABLES)
                 }
             };
@@ -116,14 +116,13 @@ pub(super) struct PauseGuard {
 
 impl Drop for PauseGuard {
     fn drop(&mut self) {
-        let EventSubscriptions { route_socket: entries, nft_socket: rules, own_ports: own, missed: unheard } =
-            &*self.subscriptions;
-        let mut missed = unheard.lock();
+        let EventSubscriptions { route_socket, nft_socket, own_ports, missed: queue } = &*self.subscriptions;
+        let mut missed = queue.lock();
         for out in &self.classes {
             let (resumed, flag) = match out {
-                EventClass::Fdb => (attach_filter(entries.as_fd(), *own, true), &mut missed.fdb),
-                EventClass::PeerEntries => (join_groups(entries, PEER_ENTRY_GROUPS), &mut missed.peer_entries),
-                EventClass::Rules(_) => (join_groups(rules, [NFNLGRP_NFTABLES]), &mut missed.rules),
+                EventClass::Fdb => (attach_filter(route_socket.as_fd(), *own_ports, true), &mut missed.fdb),
+                EventClass::PeerEntries => (join_groups(route_socket, PEER_ENTRY_GROUPS), &mut missed.peer_entries),
+                EventClass::Rules(_) => (join_groups(nft_socket, [NFNLGRP_NFTABLES]), &mut missed.rules),
             };
             *flag = true;
             if let Err(error) = resumed {
@@ -132,7 +131,7 @@ impl Drop for PauseGuard {
             }
         }
         drop(missed);
-        unheard.notify.notify_one();
+        queue.notify.notify_one();
     }
 }
 

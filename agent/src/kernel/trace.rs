@@ -240,11 +240,11 @@ impl KernelQuery {
         let reply = self.socket.get(&RouteRequest(lookup, false), read_route);
         let mut route = match reply {
             Ok(route) => route,
-            Err(refusal) if refusal.errno == libc::EPERM => {
-                return Err(refusal.context(format!("cannot look up the route to {}", lookup.destination)));
+            Err(error) if error.errno == libc::EPERM => {
+                return Err(error.context(format!("cannot look up the route to {}", lookup.destination)));
             }
-            Err(refusal) => {
-                let reason = std::io::Error::from_raw_os_error(refusal.errno).to_string();
+            Err(error) => {
+                let reason = std::io::Error::from_raw_os_error(error.errno).to_string();
                 return Ok(Err(reason.split(" (os error").next().unwrap_or(&reason).to_owned()));
             }
         };
@@ -265,9 +265,9 @@ impl KernelQuery {
 
     /// Our unreachable route that covers an address; `None` if absent.
     pub fn unreachable_route(&mut self, destination_address: IpAddr) -> Option<Cidr> {
-        let ours = EntryQuery::Routes(Family::of(destination_address), PROTOCOL);
+        let own_routes = EntryQuery::Routes(Family::of(destination_address), PROTOCOL);
         let read = self.socket.dump(
-            &ours,
+            &own_routes,
             || None,
             |found, header, body| {
                 if let Some(KernelEntry::Unreachable { destination, protocol: PROTOCOL, unreachable: true }) =

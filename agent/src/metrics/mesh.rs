@@ -87,22 +87,22 @@ impl MeshMetrics {
             let count = counts.get(&state).copied().unwrap_or_default();
             page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.as_str()));
         }
-        let ways = [(ProbePath::Overlay, summary.worst_overlay), (ProbePath::Underlay, summary.worst_underlay)];
+        let paths = [(ProbePath::Overlay, summary.worst_overlay), (ProbePath::Underlay, summary.worst_underlay)];
         page.header("overlayd_mesh_worst_round_trip_seconds", "The longest mean round trip of all peers.", "gauge");
-        for (way, worst) in ways {
+        for (path, worst) in paths {
             let worst = seconds(worst.saturating_mul(1_000));
-            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", way.as_str()));
+            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", path.as_str()));
         }
         page.header("overlayd_mesh_lost_probes_total", "Probes without a reply in time, or that could not be sent.", "counter");
-        for (way, _) in ways {
-            let lost = self.path_metrics(way).lost.load(Ordering::Relaxed);
-            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", way.as_str()));
+        for (path, _) in paths {
+            let lost = self.path_metrics(path).lost.load(Ordering::Relaxed);
+            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", path.as_str()));
         }
         page.header("overlayd_mesh_round_trip_seconds", "Round trips of answered probes.", "histogram");
-        for (way, _) in ways {
-            let label = format!("way=\"{}\"", way.as_str());
+        for (path, _) in paths {
+            let label = format!("way=\"{}\"", path.as_str());
             let bounds = ROUND_TRIP_BOUNDS.map(|(_, text)| text);
-            self.path_metrics(way).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
+            self.path_metrics(path).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
         }
     }
 }

@@ -77,18 +77,18 @@ impl<const N: usize> Histogram<N> {
     ///
     /// `label` is `name="value"`, or empty.
     pub(super) fn samples(&self, page: &mut Page, name: &str, label: &str, bounds: [&str; N], sum: impl FnOnce(u64) -> String) {
-        let (first, all) =
+        let (label_prefix, labels) =
             if label.is_empty() { (String::new(), String::new()) } else { (format!("{label},"), format!("{{{label}}}")) };
-        let mut below = 0;
+        let mut cumulative = 0;
         for (bucket, bound) in self.buckets.iter().zip(bounds) {
-            below += bucket.load(Ordering::Relaxed);
-            page.line(&format!("{name}_bucket{{{first}le=\"{bound}\"}} {below}"));
+            cumulative += bucket.load(Ordering::Relaxed);
+            page.line(&format!("{name}_bucket{{{label_prefix}le=\"{bound}\"}} {cumulative}"));
         }
         // Read after the buckets and at least their sum, because an observation may run concurrently.
-        let count = self.count.load(Ordering::Relaxed).max(below);
-        page.line(&format!("{name}_bucket{{{first}le=\"+Inf\"}} {count}"));
-        page.line(&format!("{name}_sum{all} {}", sum(self.sum.load(Ordering::Relaxed))));
-        page.line(&format!("{name}_count{all} {count}"));
+        let count = self.count.load(Ordering::Relaxed).max(cumulative);
+        page.line(&format!("{name}_bucket{{{label_prefix}le=\"+Inf\"}} {count}"));
+        page.line(&format!("{name}_sum{labels} {}", sum(self.sum.load(Ordering::Relaxed))));
+        page.line(&format!("{name}_count{labels} {count}"));
     }
 }
 

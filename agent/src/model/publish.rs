@@ -62,12 +62,12 @@ impl PublishedPort {
     /// # Errors
     /// The violated rule.
     pub fn validate(&self) -> Result<(), PublishError> {
-        let beyond = |first: u16| u32::from(first) + u32::from(self.count) > 65_536;
+        let exceeds_range = |first: u16| u32::from(first) + u32::from(self.count) > 65_536;
         let reason = if self.host_port == 0 || self.container_port == 0 {
             "port 0 is not valid"
         } else if self.count == 0 {
             "the port range is empty"
-        } else if beyond(self.host_port) || beyond(self.container_port) {
+        } else if exceeds_range(self.host_port) || exceeds_range(self.container_port) {
             "the port range exceeds 65535"
         } else {
             return Ok(());
@@ -174,9 +174,9 @@ fn parse(text: &str) -> Result<PublishedPort, String> {
     let (address, host) = match rest.rsplit_once(':') {
         None => (None, rest),
         Some((address, host)) => {
-            let bare = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
-            let parsed = match bare {
-                Some(inside) => inside.parse().ok().filter(IpAddr::is_ipv6),
+            let unbracketed = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+            let parsed = match unbracketed {
+                Some(inner) => inner.parse().ok().filter(IpAddr::is_ipv6),
                 None => address.parse().ok().filter(IpAddr::is_ipv4),
             };
             (Some(parsed.ok_or_else(|| format!("`{}` is not an address", printable(address)))?), host)

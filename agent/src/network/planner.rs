@@ -57,7 +57,7 @@ impl Planner {
     /// Plans this host's entries. If the peers' entries depend on the change, plans these too.
     fn set_host(&mut self, host: HostSpec, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
         match &self.host {
-            Some(was) if *was == host => return,
+            Some(old_entries) if *old_entries == host => return,
             Some(was) if was.has_same_peer_entries(&host) => {
                 let (was, entries) = was.changed_entries(&host);
                 let removed = was.into_keys().filter(|key| !entries.contains_key(key)).collect();

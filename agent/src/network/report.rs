@@ -117,7 +117,7 @@ impl<M: NetworkStateStore> Network<M> {
             .leases
             .iter()
             .map(|(key, value)| {
-                let refused = self.planner.rejected.get(key).map(|refusal| refusal.kind.to_string());
+                let refused = self.planner.rejected.get(key).map(|rejected| rejected.kind.to_string());
                 match value {
                     Ok(record) => {
                         let own = self.planner.local_host.as_ref().is_some_and(|own| own.subnet == record.subnet);
@@ -126,7 +126,7 @@ impl<M: NetworkStateStore> Network<M> {
                         entry.refused = refused;
                         (entry, record.expiry)
                     }
-                    Err(refusal) => (SubnetEntry::from_rejected(refusal), None),
+                    Err(rejected) => (SubnetEntry::from_rejected(rejected), None),
                 }
             })
             .collect();
@@ -154,8 +154,8 @@ impl<M: NetworkStateStore> Network<M> {
 /// The problem text if the overlay's MTU is too small for IPv6. The kernel has no IPv6 on such devices (RFC 8200, section 5) and
 /// rejects entries that depend on it.
 fn ipv6_mtu_problem(host: &HostSpec) -> Option<String> {
-    let small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_MIN_MTU;
-    small.then(|| {
+    let is_too_small = host.families().any(|family| family == Family::V6) && host.mtu() < IPV6_MIN_MTU;
+    is_too_small.then(|| {
         let (name, overhead) = (&host.underlay.name, host.underlay.mtu.saturating_sub(host.mtu()));
         format!(
             "the overlay's MTU is {}, and IPv6 needs {IPV6_MIN_MTU}: raise the MTU of {name} (now {}) to {} or more, on every host and \

@@ -149,7 +149,7 @@ impl StoreView {
 
     /// Marks the lease as expired once its time has passed. Returns whether it has just expired.
     pub(super) fn check_lease_expiry(&mut self, now: Instant) -> bool {
-        let expired = self.lease_expires_at.is_some_and(|end| now >= end);
+        let expired = self.lease_expires_at.is_some_and(|expiry| now >= expiry);
         if expired {
             self.lease_expires_at = None;
             self.lease_expired = true;

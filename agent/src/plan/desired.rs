@@ -209,12 +209,12 @@ impl HostSpec {
 
     /// The source addresses that a peer may use in the tunnel: its subnet, and without masquerade also its host address, for its
     /// replies to containers.
-    fn tunnel_elements(&self, family: Family, reach: &RemoteSubnet) -> impl Iterator<Item = Element> {
-        let RemoteSubnet { subnet, public_ip, .. } = *reach;
-        let usual = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
-        let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| usual);
-        let from = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
-        [Some(from), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
+    fn tunnel_elements(&self, family: Family, remote: &RemoteSubnet) -> impl Iterator<Item = Element> {
+        let RemoteSubnet { subnet, public_ip, .. } = *remote;
+        let has_pool_length = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
+        let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| has_pool_length);
+        let source = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
+        [Some(source), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
     }
 
     /// The entries of a peer: five per family, or four with classic routes.
@@ -249,12 +249,9 @@ pub fn source_elements(
     all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
 }
 
-/// Endpoints that are only in `ours`, and those only in `others`, both sorted by name. A changed endpoint is in both results.
-fn diff_endpoints<'a>(
-    ours: &'a [Arc<Endpoint>],
-    others: &'a [Arc<Endpoint>],
-) -> (Vec<&'a Arc<Endpoint>>, Vec<&'a Arc<Endpoint>>) {
-    let (mut left, mut right) = (ours.iter().peekable(), others.iter().peekable());
+/// Endpoints that are only in `new`, and those only in `old`, both sorted by name. A changed endpoint is in both results.
+fn diff_endpoints<'a>(new: &'a [Arc<Endpoint>], old: &'a [Arc<Endpoint>]) -> (Vec<&'a Arc<Endpoint>>, Vec<&'a Arc<Endpoint>>) {
+    let (mut left, mut right) = (new.iter().peekable(), old.iter().peekable());
     let (mut added, mut removed) = (Vec::new(), Vec::new());
     loop {
         match (left.peek(), right.peek()) {
@@ -279,16 +276,18 @@ fn diff_endpoints<'a>(
 /// elements, and a lookup costs the same.
 fn dnat_elements<'a>(publish: &'a PublishedPort, port: &'a Port) -> impl Iterator<Item = (Element, SocketAddr)> + 'a {
     let PublishedPort { address, protocol, .. } = *publish;
-    port.addresses.iter().filter(|(family, _)| publish.has_effect(|bound| bound == *family)).flat_map(move |(family, to)| {
-        (0..publish.count).filter_map(move |n| {
-            let host_port = publish.host_port.checked_add(n)?;
-            let element = match address.filter(|address| !address.is_unspecified()) {
-                Some(address) => Element::Bound(address, protocol, host_port),
-                None => Element::Port(family, protocol, host_port),
-            };
-            Some((element, SocketAddr::new(*to, publish.container_port.checked_add(n)?)))
-        })
-    })
+    port.addresses.iter().filter(|(family, _)| publish.has_effect(|bound| bound == *family)).flat_map(
+        move |(family, container_address)| {
+            (0..publish.count).filter_map(move |n| {
+                let host_port = publish.host_port.checked_add(n)?;
+                let element = match address.filter(|address| !address.is_unspecified()) {
+                    Some(address) => Element::Bound(address, protocol, host_port),
+                    None => Element::Port(family, protocol, host_port),
+                };
+                Some((element, SocketAddr::new(*container_address, publish.container_port.checked_add(n)?)))
+            })
+        },
+    )
 }
 
 /// The link-local address of a MAC: modified EUI-64 (RFC 4291 appendix A).

@@ -66,15 +66,18 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
     let mut sets = Vec::new();
     let mut deletions = Vec::new();
     for (key, wanted, mut found) in pairs {
-        let wanted_on = wanted.filter(|_| any_device_changes).and_then(|value| required_device(key, value, desired));
-        let found_on = found.filter(|_| any_device_changes).and_then(|value| required_device(key, value, actual));
-        let (wanted_on, found_on) = (wanted_on.map(|device| changes.get(device)), found_on.map(|device| changes.get(device)));
-        if wanted_on == Some(DeviceChange::Conflict) || (key.device().is_some() && found_on == Some(DeviceChange::Conflict)) {
+        let wanted_device = wanted.filter(|_| any_device_changes).and_then(|value| required_device(key, value, desired));
+        let found_device = found.filter(|_| any_device_changes).and_then(|value| required_device(key, value, actual));
+        let (wanted_change, found_change) =
+            (wanted_device.map(|device| changes.get(device)), found_device.map(|device| changes.get(device)));
+        if wanted_change == Some(DeviceChange::Conflict)
+            || (key.device().is_some() && found_change == Some(DeviceChange::Conflict))
+        {
             // The link is foreign: the op on the link itself fails with a remedy in its error, and its entries get no ops.
             continue;
         }
         if let Some(value) = found
-            && let Some(change) = found_on
+            && let Some(change) = found_change
             && change.removes(key)
         {
             // Deleted explicitly, because otherwise the kernel walks the whole routing table for each next hop of a deleted
@@ -98,7 +101,7 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
                 // The kernel deletes entries with their device, and elements with their table.
                 let removed_implicitly = match key {
                     Key::Element(element) => removed_tables.contains(&element.set().table()),
-                    key => key.device().is_some() && found_on == Some(DeviceChange::Delete),
+                    key => key.device().is_some() && found_change == Some(DeviceChange::Delete),
                 };
                 if !removed_implicitly {
                     deletions.push(Op::Delete(key.clone(), found.clone()));
@@ -169,8 +172,8 @@ impl<'a, D: Entries> DeviceChanges<'a, D> {
     }
 
     fn get(&mut self, device: Device) -> DeviceChange {
-        let DeviceChanges { desired, actual, cache: known } = self;
-        *known.entry(device).or_insert_with(|| {
+        let DeviceChanges { desired, actual, cache } = self;
+        *cache.entry(device).or_insert_with(|| {
             let key = Key::Link(device.name().into());
             match (desired.get(&key), actual.get(&key)) {
                 (_, Some(Value::Link(found))) if matches!(found.kind, LinkKind::Foreign { .. }) => DeviceChange::Conflict,

@@ -128,9 +128,9 @@ impl LeaseTable {
             return None;
         }
         let new: BTreeSet<&str> = snapshot.iter().map(|entry| entry.key.as_str()).collect();
-        let gone: Vec<LeaseKey> = self.entries.keys().filter(|key| !new.contains(key.as_ref())).cloned().collect();
+        let removed: Vec<LeaseKey> = self.entries.keys().filter(|key| !new.contains(key.as_ref())).cloned().collect();
         let mut affected = BTreeSet::new();
-        for key in gone {
+        for key in removed {
             affected.extend(self.remove(&key));
         }
         for entry in snapshot {
@@ -159,8 +159,8 @@ impl LeaseTable {
         // In sorted order, a range that overlaps any earlier one overlaps the earlier one that extends furthest.
         let mut furthest: Option<Cidr> = None;
         for (cidr, _) in &ranges {
-            self.has_conflicts |= furthest.is_some_and(|before| before.overlaps(*cidr));
-            if furthest.is_none_or(|before| !before.contains(cidr.base())) {
+            self.has_conflicts |= furthest.is_some_and(|range| range.overlaps(*cidr));
+            if furthest.is_none_or(|range| !range.contains(cidr.base())) {
                 furthest = Some(*cidr);
             }
         }
@@ -255,7 +255,7 @@ impl LeaseTable {
     ) -> Classification {
         let record = match value {
             Ok(record) => record,
-            Err(refusal) => return Classification::Rejected(refusal.clone()),
+            Err(rejected) => return Classification::Rejected(rejected.clone()),
         };
         if own.is_some_and(|own| own.subnet == record.subnet) {
             return Classification::Own;
@@ -282,14 +282,16 @@ impl LeaseTable {
             if pool.allows_subnet(subnet) {
                 return None;
             }
-            let here = own.and_then(|own| own.public_ip.get(family).copied());
-            let others = self
+            let own_address = own.and_then(|own| own.public_ip.get(family).copied());
+            let peer_addresses = self
                 .entries
                 .iter()
                 .filter(|(other, _)| other.as_ref() != key)
                 .filter_map(|(_, value)| value.as_ref().ok()?.lease.public_ip.get(family).copied());
-            let address =
-                here.into_iter().chain(others).find(|address| subnet.contains(*address) && !pool.covers_address(*address))?;
+            let address = own_address
+                .into_iter()
+                .chain(peer_addresses)
+                .find(|address| subnet.contains(*address) && !pool.covers_address(*address))?;
             Some(RejectReason::CoversHost { subnet, address })
         })
     }
@@ -304,22 +306,22 @@ impl LeaseTable {
         if !self.has_conflicts {
             return None;
         }
-        let before = |other: &LeaseKey| match self.entries.get(other) {
+        let precedes = |other: &LeaseKey| match self.entries.get(other) {
             Some(Ok(o)) if other.as_ref() != key => (rank(o, network), other.as_ref()) < (rank(record, network), key),
             _ => false,
         };
         for (_, cidr) in record.subnet.iter() {
-            if let Some(other) = self.overlapping(cidr).into_iter().find(|other| before(other)) {
+            if let Some(other) = self.overlapping(cidr).into_iter().find(|other| precedes(other)) {
                 return Some(RejectReason::Overlap { other: other.to_string() });
             }
         }
         macs(record).find_map(|(family, mac)| {
             let other = self.by_mac.get(&(family, mac))?.iter().find(|other| {
                 // Two leases of one host (one of them stale) have the same address for the MAC, which is no conflict.
-                let same_place = self.entries.get(*other).is_some_and(|value| {
+                let same_host = self.entries.get(*other).is_some_and(|value| {
                     value.as_ref().is_ok_and(|o| o.lease.public_ip.get(family) == record.lease.public_ip.get(family))
                 });
-                !same_place && before(other)
+                !same_host && precedes(other)
             })?;
             Some(RejectReason::DuplicateMac { mac, other: other.to_string() })
         })
@@ -345,11 +347,11 @@ impl LeaseTable {
             return;
         }
         self.by_cidr.remove(&cidr);
-        let of_length = (cidr.family(), cidr.length());
-        if let Some(count) = self.prefix_lengths.get_mut(&of_length) {
+        let length_key = (cidr.family(), cidr.length());
+        if let Some(count) = self.prefix_lengths.get_mut(&length_key) {
             *count -= 1;
             if *count == 0 {
-                self.prefix_lengths.remove(&of_length);
+                self.prefix_lengths.remove(&length_key);
             }
         }
     }
@@ -373,9 +375,9 @@ fn is_equivalent(a: &Result<LeaseRecord, RejectedLease>, b: &Result<LeaseRecord,
 
 /// Rank of a lease; lower ranks win a conflict.
 fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, StorePosition) {
-    let of_pools =
+    let is_in_pools =
         record.subnet.iter().all(|(family, cidr)| network.pools.get(family).is_some_and(|pool| pool.allows_subnet(cidr)));
-    (!of_pools, record.created)
+    (!is_in_pools, record.created)
 }
 
 fn macs(record: &LeaseRecord) -> impl Iterator<Item = (Family, Mac)> + '_ {
@@ -395,7 +397,7 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
     if vni != network.vxlan.vni {
         return Err(RejectReason::OtherVni { theirs: vni, ours: network.vxlan.vni });
     }
-    let mut reach = PerFamily::default();
+    let mut remote_subnets = PerFamily::default();
     for (family, subnet) in record.subnet.iter() {
         let Some(pool) = network.pools.get(family) else { continue };
         if !pool.network.covers(subnet) {
@@ -432,7 +434,7 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
                 ),
             });
         }
-        *reach.slot(family) = Some(RemoteSubnet { subnet, public_ip, vtep });
+        *remote_subnets.slot(family) = Some(RemoteSubnet { subnet, public_ip, vtep });
     }
     if let Some(own) = own
         && own.subnet.overlaps(&record.subnet)
@@ -440,8 +442,8 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
         return Err(RejectReason::OverlapsOwn { subnet: record.subnet, own: own.subnet });
     }
     match record.subnet.iter().next() {
-        Some((_, subnet)) if reach.is_empty() => Err(RejectReason::FamilyNotUsed { subnet }),
-        _ => Ok(Peer { remote_subnets: reach }),
+        Some((_, subnet)) if remote_subnets.is_empty() => Err(RejectReason::FamilyNotUsed { subnet }),
+        _ => Ok(Peer { remote_subnets }),
     }
 }
 

@@ -199,12 +199,12 @@ impl ProbeTable {
         let &(subnet, path, sent) = self.in_flight.get(&number)?;
         let stats = self.rows.get_mut(&subnet).map(|row| row.stats_mut(path)).filter(|path| path.address == from)?;
         self.in_flight.remove(&number);
-        let took = now.saturating_sub(sent);
+        let rtt = now.saturating_sub(sent);
         stats.record(false);
         stats.error = None;
-        stats.last_rtt = Some(took);
-        stats.mean_rtt = Some(stats.mean_rtt.map_or(took, |mean| (mean * 7 + took) / 8));
-        Some((path, took))
+        stats.last_rtt = Some(rtt);
+        stats.mean_rtt = Some(stats.mean_rtt.map_or(rtt, |mean| (mean * 7 + rtt) / 8));
+        Some((path, rtt))
     }
 
     /// Expires probes after [`PROBE_TIMEOUT`]; calls `on_lost` for each one whose peer still exists.
@@ -269,13 +269,13 @@ mod tests {
         }
     }
 
-    /// Runs some rounds; `answers` returns an address's round-trip time, or `None` if it does not reply.
-    fn run_rounds(table: &mut ProbeTable, peers: &[PeerEntry], count: u64, answers: impl Fn(IpAddr) -> Option<u64>) -> Mesh {
+    /// Runs some rounds; `reply_time` returns an address's round-trip time, or `None` if it does not reply.
+    fn run_rounds(table: &mut ProbeTable, peers: &[PeerEntry], count: u64, reply_time: impl Fn(IpAddr) -> Option<u64>) -> Mesh {
         for round in 0..count {
             let now = round * 10_000_000;
             table.start_round(peers, 1000 + round);
             while let Some(probe) = table.next_probe(now) {
-                if let Some(took) = answers(probe.address) {
+                if let Some(took) = reply_time(probe.address) {
                     table.on_reply(probe.number, probe.address, now + took);
                 }
             }
@@ -348,7 +348,7 @@ mod tests {
         assert_eq!(table.on_reply(probe.number, "203.0.113.1".parse().expect("ip"), 5), None);
         assert_eq!(table.view("me", Duration::ZERO).peers[0].overlay.probes, 0);
         let mut lost = Vec::new();
-        table.expire(3_000_000, |way| lost.push(way));
+        table.expire(3_000_000, |path| lost.push(path));
         assert_eq!(lost, [ProbePath::Overlay]);
         table.on_reply(probe.number, probe.address, 3_000_001);
         assert_eq!((table.view("me", Duration::ZERO).peers[0].overlay.lost, table.has_in_flight()), (1, false));

@@ -65,13 +65,13 @@ impl Op {
 fn remove_device_entries(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
     let Key::Link(name) = link else { return };
     let Some(device) = Device::from_name(name) else { return };
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for (key, value) in &*state {
         if kind(key) && device_of(key, value, state) == Some(device) {
-            gone.push(key.clone());
+            removed.push(key.clone());
         }
     }
-    for key in gone {
+    for key in removed {
         state.remove(&key);
     }
     for (key, value) in state.iter_mut() {

@@ -247,8 +247,8 @@ impl UnderlaySelector {
         let (link, configured) = match self.select_link(inventory, &families, reachable_link) {
             Ok(found) => found,
             Err(error) => {
-                let same = |link: &&ForeignLink| Some(link.index) == in_use.link && !link.loopback;
-                let Some(link) = inventory.links.iter().find(same) else { return Err(error) };
+                let is_in_use = |link: &&ForeignLink| Some(link.index) == in_use.link && !link.loopback;
+                let Some(link) = inventory.links.iter().find(is_in_use) else { return Err(error) };
                 problems.push(format!("{error}; {} stays in use", link.name));
                 (link, None)
             }
@@ -259,17 +259,17 @@ impl UnderlaySelector {
         for family in families {
             // Without IPv6, only an existing device's address can stay.
             let lacks_ipv6 = family == Family::V6 && link.lacks_ipv6();
-            let before = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
-            if lacks_ipv6 && before.is_none() && pools.get(Family::V4).is_some() {
+            let current = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
+            if lacks_ipv6 && current.is_none() && pools.get(Family::V4).is_some() {
                 continue;
             }
             // If an address is configured and missing, no other address replaces it.
-            let configured_before = before.filter(|address| not_found && self.is_configured(*address));
+            let configured_before = current.filter(|address| not_found && self.is_configured(*address));
             let (address, reason) = match configured.filter(|address| Family::of(*address) == family) {
                 Some(address) => (address, SelectionReason::Configured),
                 None => match configured_before
                     .map(|address| (address, SelectionReason::Retained))
-                    .or_else(|| best_address(inventory, link, pools, family, before))
+                    .or_else(|| best_address(inventory, link, pools, family, current))
                 {
                     Some(found) => found,
                     None => {
@@ -278,9 +278,9 @@ impl UnderlaySelector {
                             true => UnderlayError::Ipv6Disabled { interface, candidates },
                             false => UnderlayError::NoAddress { interface, family, candidates },
                         };
-                        let Some(before) = before else { return Err(error) };
-                        problems.push(format!("{error}; {before} stays in use until then; other families are not affected"));
-                        (before, SelectionReason::Retained)
+                        let Some(current) = current else { return Err(error) };
+                        problems.push(format!("{error}; {current} stays in use until then; other families are not affected"));
+                        (current, SelectionReason::Retained)
                     }
                 },
             };

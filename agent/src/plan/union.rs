@@ -51,9 +51,9 @@ mod tests {
     fn union_is_sorted_and_complete() {
         let networks = [(NetworkName::default(), state(&["a", "d", "e"]))].into();
         let desired = DesiredState { shared: state(&["b", "c", "f"]), networks };
-        let whole = state(&["a", "b", "c", "d", "e", "f"]);
-        assert!(Entries::iter(&desired).eq(Entries::iter(&whole)));
-        assert!(whole.iter().all(|(key, value)| desired.get(key) == Some(value)));
+        let all = state(&["a", "b", "c", "d", "e", "f"]);
+        assert!(Entries::iter(&desired).eq(Entries::iter(&all)));
+        assert!(all.iter().all(|(key, value)| desired.get(key) == Some(value)));
         assert!(!desired.contains_key(&Key::Sysctl("g".into())));
     }
 }

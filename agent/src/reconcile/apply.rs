@@ -18,19 +18,19 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         batch.retain(|op| !self.retries.is_backing_off(op.key(), now));
         // Devices first, so that no op is attempted on a device whose creation failed.
         let device = |op: &Op| matches!(op, Op::Set(Key::Link(name), _) if Device::from_name(name).is_some());
-        let behind = batch.iter().rposition(device).map_or(0, |last| last + 1);
-        let mut rest = batch.split_off(behind);
+        let rest_start = batch.iter().rposition(device).map_or(0, |last| last + 1);
+        let mut remaining_ops = batch.split_off(rest_start);
         let mut applied = false;
         if !batch.is_empty() {
             applied = true;
             self.apply(batch).await;
         }
         if !self.retries.is_empty() {
-            rest.retain(|op| !matches!(op, Op::Set(key, value) if self.blocked_by(key, value).is_some()));
+            remaining_ops.retain(|op| !matches!(op, Op::Set(key, value) if self.blocked_by(key, value).is_some()));
         }
-        if !rest.is_empty() {
+        if !remaining_ops.is_empty() {
             applied = true;
-            self.apply(rest).await;
+            self.apply(remaining_ops).await;
         }
         applied
     }
@@ -64,9 +64,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             // Sysctls of our own devices vanish with the devices.
             if let Op::Set(key @ Key::Sysctl(path), _) = op
                 && key.device().is_none()
-                && let Some(Value::Sysctl(was)) = self.actual.get(key)
+                && let Some(Value::Sysctl(original)) = self.actual.get(key)
             {
-                self.sysctl_store.save_sysctl(path, was);
+                self.sysctl_store.save_sysctl(path, original);
             }
         }
         if batch.len() > BULK_THRESHOLD {

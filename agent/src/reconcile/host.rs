@@ -55,7 +55,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());
         let enabled_by_agent = self.actual.get(&forwarding).is_some_and(is_off)
-            || self.sysctl_store.saved_sysctl(sysctls::IPV6_FORWARD).is_some_and(|before| before == "0");
+            || self.sysctl_store.saved_sysctl(sysctls::IPV6_FORWARD).is_some_and(|value| value == "0");
         let changed =
             |name: &str| self.sysctl_store.saved_sysctl(&sysctls::interface_path(name, Family::V6, "accept_ra")).is_some();
         let mut facts = NamespaceFacts { forward_drops: host.inventory.forward_drops.clone(), ..NamespaceFacts::default() };
@@ -69,9 +69,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             ));
         }
         let entries = shared_entries(&specs, &facts);
-        let before = std::mem::take(&mut self.desired.shared);
-        let differs = |key: &&Key| before.get(key) != entries.get(key);
-        let keys: Vec<Key> = before.keys().chain(entries.keys()).filter(differs).cloned().collect();
+        let old_shared = std::mem::take(&mut self.desired.shared);
+        let differs = |key: &&Key| old_shared.get(key) != entries.get(key);
+        let keys: Vec<Key> = old_shared.keys().chain(entries.keys()).filter(differs).cloned().collect();
         self.desired.shared = entries;
         for key in keys {
             self.retries.remove(&key);

@@ -64,15 +64,15 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let mut problems = Vec::new();
         problems.extend(self.dump_error.as_ref().map(|error| format!("cannot dump kernel state: {error}")));
         if let Some(first) = self.retries.list_failures(1).first() {
-            let (failed, them) = match self.retries.root_failure_count() {
+            let (failed, pronoun) = match self.retries.root_failure_count() {
                 1 => ("1 entry cannot be programmed".to_owned(), "it"),
                 causes => (format!("{causes} entries cannot be programmed, the first"), "them"),
             };
-            let waiting = match self.blocked_count() {
+            let dependents = match self.blocked_count() {
                 0 => String::new(),
-                blocked => format!("; {blocked} more depend on {them} and wait"),
+                blocked => format!("; {blocked} more depend on {pronoun} and wait"),
             };
-            problems.push(format!("{failed}: {}: {}{waiting}", first.entry, first.error));
+            problems.push(format!("{failed}: {}: {}{dependents}", first.entry, first.error));
         }
         if let Some((key, repairs)) = self.drift.contended(now).next() {
             problems.push(format!(

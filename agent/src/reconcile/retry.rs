@@ -37,7 +37,7 @@ impl RetryQueue {
 
     /// Schedules a retry of an op that the kernel rejected. `cause` is the failed entry that the op depends on.
     pub(super) fn record_failure(&mut self, op: &Op, error: OpError, cause: Option<Key>, now: Instant) {
-        let attempts = self.pending.get(op.key()).map_or(0, |w| w.attempts) + 1;
+        let attempts = self.pending.get(op.key()).map_or(0, |pending| pending.attempts) + 1;
         // Logged at the first failure, then each time the pause has grown eightfold, to limit the log.
         if let Some(cause) = &cause {
             tracing::debug!(op = %op, errno = error.errno, error = %error, attempts, %cause, "entry rejected because of another failed entry");
@@ -77,9 +77,9 @@ impl RetryQueue {
 
     /// Removes the pending retries that depend on these entries, which are set now. Returns the keys to set.
     pub(super) fn release_dependents(&mut self, causes: &BTreeSet<Key>) -> Vec<Key> {
-        let is_dependent = |waiting: &Pending| waiting.cause.as_ref().is_some_and(|cause| causes.contains(cause));
+        let is_dependent = |pending: &Pending| pending.cause.as_ref().is_some_and(|cause| causes.contains(cause));
         let keys: Vec<Key> =
-            self.pending.iter().filter(|(_, waiting)| is_dependent(waiting)).map(|(key, _)| key.clone()).collect();
+            self.pending.iter().filter(|(_, pending)| is_dependent(pending)).map(|(key, _)| key.clone()).collect();
         keys.iter().for_each(|key| self.remove(key));
         keys
     }
@@ -101,17 +101,17 @@ impl RetryQueue {
 
     /// Whether an entry's retry is not due yet.
     pub(super) fn is_backing_off(&self, key: &Key, now: Instant) -> bool {
-        self.pending.get(key).is_some_and(|waiting| waiting.due > now)
+        self.pending.get(key).is_some_and(|pending| pending.due > now)
     }
 
     /// The entries whose retry is due.
     pub(super) fn due_keys(&self, now: Instant) -> Vec<Key> {
-        self.pending.iter().filter(|(_, waiting)| waiting.due <= now).map(|(key, _)| key.clone()).collect()
+        self.pending.iter().filter(|(_, pending)| pending.due <= now).map(|(key, _)| key.clone()).collect()
     }
 
     /// Time of the next retry.
     pub(super) fn next_due(&self) -> Option<Instant> {
-        self.pending.values().map(|waiting| waiting.due).min()
+        self.pending.values().map(|pending| pending.due).min()
     }
 
     /// The pending entries.
@@ -137,19 +137,23 @@ impl RetryQueue {
     /// At most `limit` pending entries for the status: causes before their dependents, in the order in which entries are set.
     pub(super) fn list_failures(&self, limit: usize) -> Vec<FailedOp> {
         let mut all: Vec<(&Key, &Pending)> = self.pending.iter().collect();
-        all.sort_by_key(|(key, waiting)| (waiting.cause.is_some(), stage(key)));
-        let failed = |w: &Pending| FailedOp { entry: w.entry.clone(), error: w.error.clone(), attempts: w.attempts };
-        all.into_iter().take(limit).map(|(_, waiting)| failed(waiting)).collect()
+        all.sort_by_key(|(key, pending)| (pending.cause.is_some(), stage(key)));
+        let failed = |pending: &Pending| FailedOp {
+            entry: pending.entry.clone(),
+            error: pending.error.clone(),
+            attempts: pending.attempts,
+        };
+        all.into_iter().take(limit).map(|(_, pending)| failed(pending)).collect()
     }
 
     /// Number of pending entries that no other failed entry causes.
     pub(super) fn root_failure_count(&self) -> usize {
-        self.pending.values().filter(|waiting| waiting.cause.is_none()).count()
+        self.pending.values().filter(|pending| pending.cause.is_none()).count()
     }
 
     /// Error of a pending entry.
     pub(super) fn error_of(&self, key: &Key) -> Option<&str> {
-        self.pending.get(key).map(|w| w.error.as_str())
+        self.pending.get(key).map(|pending| pending.error.as_str())
     }
 }
 

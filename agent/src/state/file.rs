@@ -74,10 +74,10 @@ pub fn write_atomic_unsynced(path: &Path, bytes: &[u8], mode: u32) -> Result<(),
 
 fn replace(path: &Path, bytes: &[u8], mode: u32, sync: impl Fn(&File) -> io::Result<()>) -> Result<(), FileError> {
     let name = path.file_name().ok_or_else(|| FileError::new("write", path, io::Error::from(io::ErrorKind::IsADirectory)))?;
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(".tmp");
-    let temporary = path.with_file_name(hidden);
+    let mut temporary_name = std::ffi::OsString::from(".");
+    temporary_name.push(name);
+    temporary_name.push(".tmp");
+    let temporary = path.with_file_name(temporary_name);
     let written = write_new(&temporary, bytes, mode)
         .and_then(|file| sync(&file))
         .map_err(|source| FileError::new("write", &temporary, source))
@@ -148,8 +148,8 @@ where
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(FileError::new("read", path, source)),
     };
-    let torn = |reason: E| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, reason));
-    decode(&bytes).map(Some).map_err(torn)
+    let invalid_data = |reason: E| FileError::new("read", path, io::Error::new(io::ErrorKind::InvalidData, reason));
+    decode(&bytes).map(Some).map_err(invalid_data)
 }
 
 /// Renames an unusable file to `NAME.torn-<unix time>` and logs that.
@@ -164,11 +164,11 @@ pub(super) fn quarantine(path: &Path, reason: &str) -> Result<(), FileError> {
         PathBuf::from(name)
     };
     // Maximum number of such files per second; beyond it the last one is overwritten.
-    let aside = (0..100).map(candidate).find(|p| !p.exists()).unwrap_or_else(|| candidate(100));
-    std::fs::rename(path, &aside).map_err(|source| FileError::new("set aside", path, source))?;
+    let quarantine_path = (0..100).map(candidate).find(|p| !p.exists()).unwrap_or_else(|| candidate(100));
+    std::fs::rename(path, &quarantine_path).map_err(|source| FileError::new("set aside", path, source))?;
     sync_directory(path)?;
     tracing::warn!(
-        path = %path.display(), aside = %aside.display(), reason,
+        path = %path.display(), aside = %quarantine_path.display(), reason,
         "unusable state file set aside, starting without its content"
     );
     Ok(())

@@ -27,7 +27,7 @@ pub struct Journal {
 
 impl Journal {
     /// The journal at a path; does not open it.
-    pub(super) fn at(path: PathBuf) -> Journal {
+    pub(super) fn new(path: PathBuf) -> Journal {
         Journal { path, length: 0 }
     }
 
@@ -38,16 +38,16 @@ impl Journal {
         match parse(&bytes) {
             Ok(changes) => Ok(changes),
             Err(ParseError { version: Some(found), .. }) => Err(StateError::Version { path: self.path.clone(), found }),
-            Err(ParseError { entries: before, reason, .. }) => {
+            Err(ParseError { entries, reason, .. }) => {
                 file::quarantine(&self.path, &reason)?;
-                Ok(before)
+                Ok(entries)
             }
         }
     }
 
     /// As [`Journal::read`], but changes nothing, so that it works while an agent uses the journal.
     pub fn peek<C: DeserializeOwned>(path: &Path) -> Result<Vec<C>, FileError> {
-        Ok(file::peek(path, |bytes| parse(bytes).map_err(|torn| torn.reason))?.unwrap_or_default())
+        Ok(file::peek(path, |bytes| parse(bytes).map_err(|error| error.reason))?.unwrap_or_default())
     }
 
     /// Appends changes, all or none, without a sync. The journal must have room.
@@ -102,24 +102,24 @@ fn parse<C: DeserializeOwned>(bytes: &[u8]) -> Result<Vec<C>, ParseError<C>> {
     // Bytes after the last line end are an incomplete append.
     let complete_length = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
     let mut lines = bytes[..complete_length].split_inclusive(|b| *b == b'\n');
-    let mut before = Vec::new();
-    let Some(head) = lines.next() else { return Ok(before) };
-    let torn = |before, error: serde_json::Error| ParseError { entries: before, version: None, reason: error.to_string() };
+    let mut entries = Vec::new();
+    let Some(head) = lines.next() else { return Ok(entries) };
+    let parse_error = |entries, error: serde_json::Error| ParseError { entries, version: None, reason: error.to_string() };
     match serde_json::from_slice::<VersionHeader>(head) {
         Ok(head) if head.version > VERSION => {
             let reason = format!("it has version {}", head.version);
-            return Err(ParseError { entries: before, version: Some(head.version), reason });
+            return Err(ParseError { entries, version: Some(head.version), reason });
         }
         Ok(_) => {}
-        Err(error) => return Err(torn(before, error)),
+        Err(error) => return Err(parse_error(entries, error)),
     }
     for line in lines {
         match serde_json::from_slice(line) {
-            Ok(change) => before.push(change),
-            Err(error) => return Err(torn(before, error)),
+            Ok(change) => entries.push(change),
+            Err(error) => return Err(parse_error(entries, error)),
         }
     }
-    Ok(before)
+    Ok(entries)
 }
 
 fn append_line(lines: &mut Vec<u8>, content: &impl Serialize) -> io::Result<()> {

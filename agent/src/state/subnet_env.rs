@@ -16,10 +16,10 @@ pub fn subnet_env(network: &PerFamily<Cidr>, subnet: &Subnet, mtu: u32, ip_masq:
             Family::V4 => "FLANNEL",
             Family::V6 => "FLANNEL_IPV6",
         };
-        let whole = network.get(family).copied().unwrap_or(range);
+        let network_range = network.get(family).copied().unwrap_or(range);
         let gateway = subnet.gateway(family).unwrap_or_else(|| range.base());
         // Writing to a String cannot fail.
-        let _ = write!(text, "{prefix}_NETWORK={whole}\n{prefix}_SUBNET={gateway}/{}\n", range.length());
+        let _ = write!(text, "{prefix}_NETWORK={network_range}\n{prefix}_SUBNET={gateway}/{}\n", range.length());
     }
     let _ = write!(text, "FLANNEL_MTU={mtu}\nFLANNEL_IPMASQ={ip_masq}\n");
     text

@@ -45,16 +45,16 @@ fn corrupt_files_are_quarantined() {
     let mut host = HostState::default();
     let (mac, _) = host.device_mac(Device::vxlan(Family::V6, Vni::DEFAULT), None);
     state.save_host(&host).unwrap();
-    let whole = std::fs::read(dir.path().join("state.json")).unwrap();
+    let content = std::fs::read(dir.path().join("state.json")).unwrap();
     // Truncations at many lengths, and content that is not text or has another type.
-    let mut torn: Vec<Vec<u8>> = (0..whole.len() - 2).step_by(7).map(|n| whole[..n].to_vec()).collect();
-    torn.extend([
+    let mut corrupt: Vec<Vec<u8>> = (0..content.len() - 2).step_by(7).map(|n| content[..n].to_vec()).collect();
+    corrupt.extend([
         b"\xff\xfe\0\0".to_vec(),
         b"[]".to_vec(),
         b"{\"version\":\"x\"}".to_vec(),
         b"{\"version\":1,\"subnet\":7}".to_vec(),
     ]);
-    for (n, bytes) in torn.iter().enumerate() {
+    for (n, bytes) in corrupt.iter().enumerate() {
         std::fs::write(dir.path().join("state.json"), bytes).unwrap();
         assert_eq!(state.load_host().unwrap(), HostState::default(), "{:?}", String::from_utf8_lossy(bytes));
         assert_eq!(quarantined_files(dir.path()).len(), n + 1);
@@ -76,7 +76,7 @@ fn corrupt_files_are_quarantined() {
 }
 
 #[test]
-fn bridges_share_the_gateways_mac() {
+fn bridges_share_gateway_mac() {
     let mut host = HostState::default();
     let (first, second) = (Vni::DEFAULT, Vni::try_from(7).unwrap());
     let (gateway, _) = host.device_mac(Device::bridge(first), None);
@@ -243,11 +243,11 @@ fn journal_replays_appends_and_drops_partial_line() {
     journal.append([3_u32].iter()).unwrap();
     assert_eq!(read().unwrap(), [1, 2, 3]);
     assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-    let whole = std::fs::read(&path).unwrap();
+    let content = std::fs::read(&path).unwrap();
     // A kill during an append: all complete lines count.
-    for length in 0..whole.len() {
-        std::fs::write(&path, &whole[..length]).unwrap();
-        let lines = whole[..length].iter().filter(|b| **b == b'\n').count();
+    for length in 0..content.len() {
+        std::fs::write(&path, &content[..length]).unwrap();
+        let lines = content[..length].iter().filter(|b| **b == b'\n').count();
         assert_eq!(read().unwrap(), [1, 2, 3][..lines.saturating_sub(1)], "{length} bytes");
     }
     assert!(quarantined_files(dir.path()).is_empty());

@@ -121,13 +121,13 @@ mod tests {
         // From 2050 on the time is a GeneralizedTime.
         for days in [2_u32, 400, 20_000] {
             let dir = tempfile::tempdir().unwrap();
-            let made = Command::new("openssl")
+            let output = Command::new("openssl")
                 .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=x"])
                 .args(["-days", &days.to_string(), "-keyout", "key", "-out", "crt"])
                 .current_dir(dir.path())
                 .output()
                 .unwrap();
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             let pem = std::fs::read(dir.path().join("crt")).unwrap();
             assert_eq!(has_expired(&pem, now), Some(false));
             assert_eq!(has_expired(&pem, now + day * (days - 1)), Some(false));

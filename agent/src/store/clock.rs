@@ -32,7 +32,7 @@ pub async fn server_clock(config: &StoreConfig) -> Result<Option<u64>, StoreErro
     let (scheme, authority) = url.split_once("://").unwrap_or(("http", &url));
     let tls = if scheme == "https" { Some(tls_connector(config)?) } else { None };
     let head = match tokio::time::timeout(REQUEST_TIMEOUT, fetch_head(authority, tls)).await {
-        Ok(answer) => answer,
+        Ok(result) => result,
         Err(_) => Err(io::ErrorKind::TimedOut.into()),
     };
     match head {
@@ -80,14 +80,14 @@ async fn fetch_head(authority: &str, tls: Option<TlsConnector>) -> io::Result<St
 async fn request_head(mut stream: impl AsyncRead + AsyncWrite + Unpin, authority: &str) -> io::Result<String> {
     stream.write_all(format!("GET /version HTTP/1.0\r\nHost: {authority}\r\n\r\n").as_bytes()).await?;
     stream.flush().await?;
-    let (mut answer, mut part) = (Vec::new(), [0; 1024]);
-    while answer.len() < MAX_HEADER_SIZE && !answer.windows(4).any(|end| end == b"\r\n\r\n") {
-        match stream.read(&mut part).await? {
+    let (mut response, mut buffer) = (Vec::new(), [0; 1024]);
+    while response.len() < MAX_HEADER_SIZE && !response.windows(4).any(|window| window == b"\r\n\r\n") {
+        match stream.read(&mut buffer).await? {
             0 => break,
-            length => answer.extend_from_slice(&part[..length]),
+            length => response.extend_from_slice(&buffer[..length]),
         }
     }
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    Ok(String::from_utf8_lossy(&response).into_owned())
 }
 
 fn date_header(head: &str) -> Option<u64> {

@@ -221,13 +221,13 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Reject
         };
         let path = format!("{name}.");
         let number = get(data, "VNI").map(ToString::to_string).unwrap_or_default();
-        let here = number.parse::<u32>().ok().and_then(|n| Vni::try_from(n).ok());
-        let here =
-            here.ok_or_else(|| field_error(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
-        if vni.is_some_and(|other| other != here) {
+        let family_vni = number.parse::<u32>().ok().and_then(|n| Vni::try_from(n).ok());
+        let family_vni =
+            family_vni.ok_or_else(|| field_error(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
+        if vni.is_some_and(|other| other != family_vni) {
             return Err(field_error(&format!("{path}VNI"), &number, "must be the same VNI for both families of a host"));
         }
-        vni = Some(here);
+        vni = Some(family_vni);
         let mac = text(data, "VtepMAC", &path)?;
         let parsed = mac.parse::<Mac>().ok().filter(|mac| mac.is_unicast());
         let parsed = parsed.ok_or_else(|| {
@@ -240,16 +240,16 @@ fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, Reject
 }
 
 fn decode_node(fields: &Map<String, Value>) -> Result<Node, RejectReason> {
-    let word = |name: &str, limit: usize| {
+    let checked_name = |name: &str, limit: usize| {
         let value = text(fields, name, "Node.")?;
-        let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        if value.is_empty() || value.len() > limit || !value.bytes().all(good) {
+        let is_allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+        if value.is_empty() || value.len() > limit || !value.bytes().all(is_allowed) {
             let rule = format!("must be 1 to {limit} letters, digits, `.`, `_` or `-`");
             return Err(field_error(&format!("Node.{name}"), &value, &rule));
         }
         Ok(value)
     };
-    Ok(Node { name: word("Name", MAX_NODE_NAME)?, id: word("Id", MAX_NODE_ID)? })
+    Ok(Node { name: checked_name("Name", MAX_NODE_NAME)?, id: checked_name("Id", MAX_NODE_ID)? })
 }
 
 #[cfg(test)]

@@ -359,12 +359,12 @@ pub(super) async fn with_timeout<T>(
     request: impl Future<Output = Result<T, etcd_client::Error>>,
 ) -> Result<T, StoreError> {
     let started = Instant::now();
-    let answer = tokio::time::timeout(RPC_TIMEOUT, request).await;
+    let response = tokio::time::timeout(RPC_TIMEOUT, request).await;
     if let Some(metrics) = &context.metrics {
-        metrics.store_request_finished(started.elapsed(), matches!(answer, Ok(Ok(_))));
+        metrics.store_request_finished(started.elapsed(), matches!(response, Ok(Ok(_))));
     }
-    match answer {
-        Ok(answer) => answer.map_err(|error| context.map_error(what, error)),
+    match response {
+        Ok(response) => response.map_err(|error| context.map_error(what, error)),
         Err(_) => {
             let seconds = RPC_TIMEOUT.as_secs_f32();
             Err(StoreError::Timeout { endpoint: context.endpoint.clone(), what, seconds })

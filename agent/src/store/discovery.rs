@@ -45,8 +45,8 @@ async fn endpoints_with(resolver: &TokioResolver, name: &str, tls: bool) -> Resu
     let mut errors = Vec::new();
     for (service, scheme) in services {
         // The trailing dot prevents that a search domain is appended.
-        let answer = tokio::time::timeout(SRV_LOOKUP_TIMEOUT, resolver.srv_lookup(format!("{service}.{domain}."))).await;
-        match answer {
+        let result = tokio::time::timeout(SRV_LOOKUP_TIMEOUT, resolver.srv_lookup(format!("{service}.{domain}."))).await;
+        match result {
             Err(_) => errors.push(format!("no answer within {} s", SRV_LOOKUP_TIMEOUT.as_secs())),
             Ok(Err(error)) => errors.push(error.to_string()),
             Ok(Ok(lookup)) => {
@@ -96,11 +96,11 @@ fn order_records(mut targets: Vec<SrvRecord>, random: &mut impl Rng) -> Vec<SrvR
         let total: u32 = group.map(|target| u32::from(target.weight)).sum();
         let draw = random.random_range(0..=total);
         let mut sum = 0;
-        let hit = targets.iter().position(|target| {
+        let chosen = targets.iter().position(|target| {
             sum += u32::from(target.weight);
             sum >= draw
         });
-        sorted.push(targets.remove(hit.unwrap_or(0)));
+        sorted.push(targets.remove(chosen.unwrap_or(0)));
     }
     sorted
 }

@@ -256,24 +256,28 @@ impl Context {
 
     fn map_status(&self, what: &'static str, code: i32, local: bool, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
-        let says = |text: &str| detail.contains(text);
-        if says("required revision has been compacted") {
+        let contains = |text: &str| detail.contains(text);
+        if contains("required revision has been compacted") {
             return StoreError::Compacted { revision: 0 };
         }
-        if says("decoded message length too large") || says("message larger than max") {
+        if contains("decoded message length too large") || contains("message larger than max") {
             return StoreError::TooLarge { endpoint, detail };
         }
-        if says("database space exceeded") {
+        if contains("database space exceeded") {
             return StoreError::NoSpace { endpoint };
         }
-        if says("authentication failed") || says("user name is empty") || says("invalid auth token") || code == UNAUTHENTICATED {
+        if contains("authentication failed")
+            || contains("user name is empty")
+            || contains("invalid auth token")
+            || code == UNAUTHENTICATED
+        {
             return StoreError::Login { endpoint, who: self.user_description(), detail };
         }
         match code {
             PERMISSION_DENIED => {
                 StoreError::Permission { endpoint, who: self.user_description(), what, prefix: self.prefix.clone() }
             }
-            NOT_FOUND if says("lease not found") => StoreError::LeaseNotFound { lease: 0 },
+            NOT_FOUND if contains("lease not found") => StoreError::LeaseNotFound { lease: 0 },
             UNAVAILABLE if !local => StoreError::RequestFailed { endpoint, what, detail },
             UNAVAILABLE => self.map_transport_error(detail),
             DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::RequestFailed { endpoint, what, detail },
@@ -285,35 +289,39 @@ impl Context {
     /// Maps a failure below gRPC. TLS errors can only be told apart by their text.
     fn map_transport_error(&self, detail: String) -> StoreError {
         let endpoint = self.endpoint.clone();
-        let says = |text: &str| detail.contains(text);
-        let alert = says("alert")
+        let contains = |text: &str| detail.contains(text);
+        let alert = contains("alert")
             || (endpoint.starts_with("https://")
                 && !self.has_responded
-                && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)));
+                && CONNECTION_CLOSED_TEXTS.iter().any(|text| contains(text)));
         let remedy = if self.certificate_expired && alert {
             // Not every server reports the expiry.
             "the client certificate of --etcd-certfile has expired: renew it, or set this host's clock right"
-        } else if says("UnknownIssuer") || says("BadSignature") {
+        } else if contains("UnknownIssuer") || contains("BadSignature") {
             "its certificate is not signed by the CA of --etcd-cafile (by none that this host trusts, where no file is given)"
-        } else if says("NotValidForName") || says("not valid for name") {
+        } else if contains("NotValidForName") || contains("not valid for name") {
             "its certificate names other hosts: use the name in the certificate as endpoint"
-        } else if says("NotValidYet") || says("not valid yet") {
+        } else if contains("NotValidYet") || contains("not valid yet") {
             "its certificate is not valid yet: is this host's clock right?"
-        } else if says("Expired") || says("expired") {
+        } else if contains("Expired") || contains("expired") {
             "its certificate has expired: renew it, or set this host's clock right"
-        } else if says("CertificateRequired") || says("certificate required") || says("BadCertificate") || says("UnknownCA") {
+        } else if contains("CertificateRequired")
+            || contains("certificate required")
+            || contains("BadCertificate")
+            || contains("UnknownCA")
+        {
             "it wants a client certificate of its CA: set --etcd-certfile and --etcd-keyfile"
-        } else if says("InvalidContentType") || says("corrupt message") || says("handshake eof") {
+        } else if contains("InvalidContentType") || contains("corrupt message") || contains("handshake eof") {
             "if the server does not speak TLS, use an http:// endpoint"
         } else if endpoint.starts_with("https://")
             && !self.has_responded
-            && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words))
+            && CONNECTION_CLOSED_TEXTS.iter().any(|text| contains(text))
         {
             // TLS 1.3 servers check the client's certificate only after the handshake. A server without TLS sends an error
             // response, but it need not arrive before the connection is closed.
             "the server closed the connection: if it requires a client certificate of its CA, set --etcd-certfile and --etcd-keyfile; \
              if it does not speak TLS, use an http:// endpoint"
-        } else if says("certificate") || says("tls") || says("TLS") || says("fatal alert") {
+        } else if contains("certificate") || contains("tls") || contains("TLS") || contains("fatal alert") {
             "check --etcd-cafile, --etcd-certfile and --etcd-keyfile"
         } else {
             return StoreError::Unreachable { endpoint, detail: strip_redundant_text(&detail) };
@@ -323,21 +331,21 @@ impl Context {
 }
 
 fn strip_redundant_text(detail: &str) -> String {
-    REDUNDANT_TEXTS.iter().fold(detail.to_owned(), |detail, noise| detail.replace(noise, ""))
+    REDUNDANT_TEXTS.iter().fold(detail.to_owned(), |detail, redundant| detail.replace(redundant, ""))
 }
 
 /// The remedy for an unreachable endpoint, by the system's error message.
 fn unreachable(endpoint: &str, detail: &str) -> String {
-    let says = |text: &str| detail.contains(text);
-    if says("refused") {
+    let contains = |text: &str| detail.contains(text);
+    if contains("refused") {
         "nothing listens there: start etcd, or set --etcd-endpoints to its address".to_owned()
-    } else if says("o route to host") || says("etwork is unreachable") {
+    } else if contains("o route to host") || contains("etwork is unreachable") {
         "is the address of --etcd-endpoints right? `ip route get ADDRESS` shows this host's route to it".to_owned()
-    } else if says("lookup") || says("dns error") {
+    } else if contains("lookup") || contains("dns error") {
         let host = endpoint.rsplit_once("://").map_or(endpoint, |(_, rest)| rest);
         let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
         format!("is the name of --etcd-endpoints right? `getent hosts {name}` resolves it like the agent")
-    } else if endpoint.starts_with("http://") && CONNECTION_CLOSED_TEXTS.iter().any(|words| says(words)) {
+    } else if endpoint.starts_with("http://") && CONNECTION_CLOSED_TEXTS.iter().any(|text| contains(text)) {
         "the server closed the connection: if it speaks TLS, use an https:// endpoint and --etcd-cafile; use etcd's client \
          port, usually 2379"
             .to_owned()

@@ -109,16 +109,16 @@ pub(super) enum Action {
 impl LeaseSnapshot {
     /// Builds a snapshot from a listing, for the host with this identity.
     pub(super) fn from_listing(listing: Listing, id: &str) -> LeaseSnapshot {
-        let claims = listing.entries.into_iter().map(|entry| LeaseEntry::from_raw(entry, id)).collect();
-        LeaseSnapshot { revision: listing.revision, config: listing.config, entries: claims }
+        let entries = listing.entries.into_iter().map(|entry| LeaseEntry::from_raw(entry, id)).collect();
+        LeaseSnapshot { revision: listing.revision, config: listing.config, entries }
     }
 
     pub(super) fn entry(&self, key: &str) -> Option<&LeaseEntry> {
-        self.entries.iter().find(|claim| claim.key == key)
+        self.entries.iter().find(|entry| entry.key == key)
     }
 
     fn allocated_ranges(&self) -> Vec<Cidr> {
-        self.entries.iter().flat_map(|claim| claim.ranges.iter().copied()).collect()
+        self.entries.iter().flat_map(|entry| entry.ranges.iter().copied()).collect()
     }
 }
 
@@ -175,11 +175,11 @@ impl HolderState {
         let held = self.held.clone()?;
         let reason = match snapshot.entry(&held.key) {
             None => format!("the lease of {} is gone: it was deleted or has expired", held.lease.subnet),
-            Some(claim) if claim.mod_revision == held.mod_revision => return None,
-            Some(claim) if claim.belongs_to(request) && self.is_this_host(claim, request) => return None,
-            Some(claim) => {
-                self.contender = Some(claim.owner.clone());
-                format!("the lease of {} was overwritten by {}", held.lease.subnet, claim.describe_holder())
+            Some(entry) if entry.mod_revision == held.mod_revision => return None,
+            Some(entry) if entry.belongs_to(request) && self.is_this_host(entry, request) => return None,
+            Some(entry) => {
+                self.contender = Some(entry.owner.clone());
+                format!("the lease of {} was overwritten by {}", held.lease.subnet, entry.describe_holder())
             }
         };
         self.forget_held();
@@ -195,8 +195,8 @@ impl HolderState {
 
     /// Whether an entry with our identity was written by this host, as far as one snapshot shows.
     fn is_this_host(&self, entry: &LeaseEntry, request: &LeaseRequest) -> bool {
-        let untouched = self.held.as_ref().is_some_and(|h| h.key == entry.key && h.mod_revision == entry.mod_revision);
-        untouched || entry.owner.public_ip.is_empty() || shares_address(&entry.owner.public_ip, &request.public_ip)
+        let is_unchanged = self.held.as_ref().is_some_and(|h| h.key == entry.key && h.mod_revision == entry.mod_revision);
+        is_unchanged || entry.owner.public_ip.is_empty() || shares_address(&entry.owner.public_ip, &request.public_ip)
     }
 
     fn is_dead(&self, entry: &LeaseEntry) -> bool {
@@ -227,55 +227,61 @@ fn action_for_own_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
     let mut ours: Vec<(&LeaseEntry, Subnet)> = snapshot
         .entries
         .iter()
-        .filter(|claim| claim.belongs_to(request))
-        .filter_map(|claim| Some((claim, claim.subnet?)))
+        .filter(|entry| entry.belongs_to(request))
+        .filter_map(|entry| Some((entry, entry.subnet?)))
         .collect();
-    let here = |claim: &LeaseEntry| state.is_this_host(claim, request);
-    let held = |claim: &LeaseEntry| state.held.as_ref().is_some_and(|held| held.key == claim.key);
+    let is_this_host = |entry: &LeaseEntry| state.is_this_host(entry, request);
+    let is_held = |entry: &LeaseEntry| state.held.as_ref().is_some_and(|held| held.key == entry.key);
     // Best first: certainly ours, held, inside the network, reserved, oldest.
-    ours.sort_by_key(|(claim, subnet)| {
-        (!here(claim), !held(claim), !request.network.allows_subnet(subnet), claim.etcd_lease.is_some(), claim.create_revision)
+    ours.sort_by_key(|(entry, subnet)| {
+        (
+            !is_this_host(entry),
+            !is_held(entry),
+            !request.network.allows_subnet(subnet),
+            entry.etcd_lease.is_some(),
+            entry.create_revision,
+        )
     });
-    let (claim, subnet) = *ours.first()?;
-    if !here(claim) && !state.is_dead(claim) {
+    let (entry, subnet) = *ours.first()?;
+    if !is_this_host(entry) && !state.is_dead(entry) {
         let reason = format!(
             "this host's identity is that of {}, which holds {subnet}: if this host was copied from that one, stop overlayd here, \
              remove <state-dir>/node-id and start it again",
-            claim.describe_holder(),
+            entry.describe_holder(),
         );
-        match claim.etcd_lease {
+        match entry.etcd_lease {
             Some(etcd_lease) => {
-                let (key, mod_revision) = (claim.key.clone(), claim.mod_revision);
+                let (key, mod_revision) = (entry.key.clone(), entry.mod_revision);
                 return Some(Action::VerifyLiveness { key, mod_revision, etcd_lease, reason });
             }
             // The liveness of a reservation's holder cannot be checked. We use it unless the other holder just took it from us.
-            None if state.contender.as_ref() == Some(&claim.owner) => return Some(Action::RetryLater { reason }),
+            None if state.contender.as_ref() == Some(&entry.owner) => return Some(Action::RetryLater { reason }),
             None => {}
         }
     }
     if !request.network.allows_subnet(&subnet) {
         let networks: Vec<String> =
             request.network.pools.iter().map(|(_, p)| format!("{} (/{})", p.network, p.subnet_length)).collect();
-        let misfit = format!("{subnet} is not a subnet of the network {}", networks.join(" "));
-        return Some(match claim.etcd_lease {
+        let mismatch = format!("{subnet} is not a subnet of the network {}", networks.join(" "));
+        return Some(match entry.etcd_lease {
             None => Action::RetryLater {
                 reason: format!(
-                    "the reservation {misfit}: delete its key `{}` from etcd, or change the network",
-                    printable(&claim.key)
+                    "the reservation {mismatch}: delete its key `{}` from etcd, or change the network",
+                    printable(&entry.key)
                 ),
             },
-            Some(_) => release(claim, misfit),
+            Some(_) => release(entry, mismatch),
         });
     }
-    let extra = ours.iter().skip(1).find(|(other, _)| other.etcd_lease.is_some() && here(other));
+    let extra = ours.iter().skip(1).find(|(other, _)| other.etcd_lease.is_some() && is_this_host(other));
     if let Some((other, subnet)) = extra {
         return Some(release(other, format!("{subnet} is a second lease of this host")));
     }
-    let entry = claim.to_held(subnet, state.origin(claim));
-    if codec::decode_value(&subnet, &claim.value).as_ref() == Ok(&lease_value(request)) {
-        return Some(Action::Keep(entry));
+    let held_entry = entry.to_held(subnet, state.origin(entry));
+    if codec::decode_value(&subnet, &entry.value).as_ref() == Ok(&lease_value(request)) {
+        return Some(Action::Keep(held_entry));
     }
-    Some(peer_reject_reason(&subnet, request).map_or(Action::Write(entry), |reason| Action::RetryLater { reason }))
+    Some(peer_reject_reason(&subnet, request).map_or(Action::Write(held_entry), |reason| Action::RetryLater { reason }))
 }
 
 fn release(entry: &LeaseEntry, reason: String) -> Action {
@@ -285,31 +291,31 @@ fn release(entry: &LeaseEntry, reason: String) -> Action {
 /// The action for an entry with this host's public IP and another identity, or none. This host wrote it before it lost its state,
 /// or while it ran flannel.
 fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, state: &HolderState) -> Option<Action> {
-    let mut same: Vec<(&LeaseEntry, Subnet)> = snapshot
+    let mut matching: Vec<(&LeaseEntry, Subnet)> = snapshot
         .entries
         .iter()
-        .filter(|claim| !claim.belongs_to(request) && shares_address(&claim.owner.public_ip, &request.public_ip))
-        .filter_map(|claim| Some((claim, claim.subnet?)))
+        .filter(|entry| !entry.belongs_to(request) && shares_address(&entry.owner.public_ip, &request.public_ip))
+        .filter_map(|entry| Some((entry, entry.subnet?)))
         .collect();
     // An entry whose holder may be alive comes first: it decides whether any entry may be taken over.
-    let doubtful = |claim: &LeaseEntry| claim.owner.node.is_some() && claim.etcd_lease.is_some() && !state.is_dead(claim);
-    same.sort_by_key(|(claim, subnet)| (!doubtful(claim), !request.network.allows_subnet(subnet), claim.create_revision));
-    let (claim, subnet) = *same.first()?;
+    let may_be_alive = |entry: &LeaseEntry| entry.owner.node.is_some() && entry.etcd_lease.is_some() && !state.is_dead(entry);
+    matching.sort_by_key(|(entry, subnet)| (!may_be_alive(entry), !request.network.allows_subnet(subnet), entry.create_revision));
+    let (entry, subnet) = *matching.first()?;
     let reason = || {
-        let shared: Vec<String> = request.public_ip.iter().map(|(_, ip)| ip.to_string()).collect();
+        let shared_ips: Vec<String> = request.public_ip.iter().map(|(_, ip)| ip.to_string()).collect();
         format!(
             "public IP {} is in use by {}, which holds {subnet}: give each host an address of its own (--public-ip), or run `overlayd \
              cleanup` on the other host; if this host wrote it before it lost its state directory, overlayd takes it over by itself \
              once it is no longer renewed",
-            shared.join(", "),
-            claim.describe_holder(),
+            shared_ips.join(", "),
+            entry.describe_holder(),
         )
     };
-    if let (true, Some(etcd_lease)) = (doubtful(claim), claim.etcd_lease) {
-        let (key, mod_revision) = (claim.key.clone(), claim.mod_revision);
+    if let (true, Some(etcd_lease)) = (may_be_alive(entry), entry.etcd_lease) {
+        let (key, mod_revision) = (entry.key.clone(), entry.mod_revision);
         return Some(Action::VerifyLiveness { key, mod_revision, etcd_lease, reason: reason() });
     }
-    if state.contender.as_ref() == Some(&claim.owner) && claim.etcd_lease.is_none() {
+    if state.contender.as_ref() == Some(&entry.owner) && entry.etcd_lease.is_none() {
         return Some(Action::RetryLater { reason: reason() });
     }
     if !request.network.allows_subnet(&subnet) {
@@ -317,7 +323,7 @@ fn action_for_shared_address(snapshot: &LeaseSnapshot, request: &LeaseRequest, s
     }
     Some(
         peer_reject_reason(&subnet, request)
-            .map_or(Action::TakeOver(claim.to_held(subnet, LeaseOrigin::TakenOver)), |reason| Action::RetryLater { reason }),
+            .map_or(Action::TakeOver(entry.to_held(subnet, LeaseOrigin::TakenOver)), |reason| Action::RetryLater { reason }),
     )
 }
 
@@ -344,9 +350,9 @@ fn action_for_new_entry(snapshot: &LeaseSnapshot, request: &LeaseRequest, state:
         return Action::RetryLater { reason };
     }
     // If all keys have our form, the key alone decides a race. A foreign key may name the range in another form.
-    let usual = |claim: &LeaseEntry| claim.owner.node.is_some() && claim.subnet.is_some_and(|s| same_shape(network, &s));
-    let whole = network.families().count() > 1 || snapshot.config.is_none() || !snapshot.entries.iter().all(usual);
-    Action::Acquire { subnet, compare_all: whole }
+    let is_canonical = |entry: &LeaseEntry| entry.owner.node.is_some() && entry.subnet.is_some_and(|s| same_shape(network, &s));
+    let compare_all = network.families().count() > 1 || snapshot.config.is_none() || !snapshot.entries.iter().all(is_canonical);
+    Action::Acquire { subnet, compare_all }
 }
 
 fn covers_network(network: &NetworkConfig, range: Cidr) -> bool {

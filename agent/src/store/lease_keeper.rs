@@ -106,8 +106,8 @@ impl<'a> LeaseKeeper<'a> {
                 Ok(()) => self.error_backoff.reset(),
                 Err(error) if error.ends_session() => return error,
                 Err(error) => {
-                    if let Err(gone) = self.report_error(&error).await {
-                        return gone;
+                    if let Err(send_error) = self.report_error(&error).await {
+                        return send_error;
                     }
                     let delay = self.error_backoff.next_delay(&mut self.random);
                     tokio::select! {
@@ -137,7 +137,7 @@ impl<'a> LeaseKeeper<'a> {
             self.stale_lease = lost.lease.etcd_lease.or(self.stale_lease);
             self.report_state(OwnLease::NotHeld { reason }).await?;
         }
-        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|claim| claim.etcd_lease == Some(*id))) {
+        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(*id))) {
             // No entry is bound to it, so the revocation deletes none.
             if let Err(error) = session.revoke(id).await {
                 debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
@@ -166,7 +166,7 @@ impl<'a> LeaseKeeper<'a> {
     async fn wait_for_change(&mut self, delay: Duration) {
         let mut progress = self.watch_state.progress.subscribe();
         let removals = progress.borrow_and_update().removals;
-        let removed = wait_until(&mut progress, |seen| seen.removals != removals);
+        let removed = wait_until(&mut progress, |current| current.removals != removals);
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = request_changed(&mut self.lease_request) => {}
@@ -179,17 +179,17 @@ impl<'a> LeaseKeeper<'a> {
         session: &Session,
         request: &LeaseRequest,
         snapshot: LeaseSnapshot,
-        step: Action,
+        action: Action,
     ) -> Result<ActionOutcome, StoreError> {
-        match step {
+        match action {
             Action::Keep(held) => {
                 self.watch_state.held_key.send_replace(Some(held.key.clone()));
                 let watched_revision = self.watch_state.progress.borrow().revision;
                 if watched_revision > snapshot.revision {
                     // The watch has already passed the snapshot's revision, at a time when it did not track this entry.
                     drop(snapshot);
-                    let (now, revision) = session.get_entry(&held.key).await?;
-                    if now.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
+                    let (current, revision) = session.get_entry(&held.key).await?;
+                    if current.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
                         return Ok(ActionOutcome::Retry);
                     }
                     self.known_revision = revision;
@@ -202,7 +202,7 @@ impl<'a> LeaseKeeper<'a> {
                 self.overwrite(session, request, held).await
             }
             Action::TakeOver(mut held) => {
-                let from = snapshot.entry(&held.key).and_then(|claim| claim.owner.node.clone()).map(|node| node.name);
+                let from = snapshot.entry(&held.key).and_then(|entry| entry.owner.node.clone()).map(|node| node.name);
                 info!(subnet = %held.lease.subnet, from, "taking over lease with this host's public IP");
                 drop(snapshot);
                 if held.lease.etcd_lease.is_some() {
@@ -210,16 +210,16 @@ impl<'a> LeaseKeeper<'a> {
                 }
                 self.overwrite(session, request, held).await
             }
-            Action::Acquire { subnet, compare_all: whole } => self.acquire(session, request, &snapshot, subnet, whole).await,
+            Action::Acquire { subnet, compare_all } => self.acquire(session, request, &snapshot, subnet, compare_all).await,
             Action::Release { key, mod_revision, etcd_lease, reason } => {
                 warn!(key, reason, "releasing lease");
                 if self.state.held.as_ref().is_some_and(|held| held.key == key) {
                     self.state.held = None;
                     self.report_state(OwnLease::NotHeld { reason }).await?;
                 }
-                let shared = snapshot.entries.iter().any(|claim| claim.key != key && claim.etcd_lease == etcd_lease);
+                let is_shared = snapshot.entries.iter().any(|entry| entry.key != key && entry.etcd_lease == etcd_lease);
                 let deleted = session.remove(&key, mod_revision).await?;
-                if let (true, false, Some(id)) = (deleted, shared, etcd_lease) {
+                if let (true, false, Some(id)) = (deleted, is_shared, etcd_lease) {
                     session.revoke(id).await?;
                 }
                 Ok(if deleted { ActionOutcome::Retry } else { ActionOutcome::LostRace })
@@ -304,8 +304,8 @@ impl<'a> LeaseKeeper<'a> {
     }
 
     /// Treats an unused etcd lease that expired as a lost race.
-    fn expired_as_lost_race(&mut self, answer: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
-        match answer {
+    fn expired_as_lost_race(&mut self, result: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
+        match result {
             Err(StoreError::LeaseNotFound { .. }) if self.unused_lease.is_some() => {
                 self.unused_lease = None;
                 Ok(None)
@@ -342,20 +342,20 @@ impl<'a> LeaseKeeper<'a> {
             // Expired: etcd deletes the entry shortly.
             return Ok(ActionOutcome::LostRace);
         };
-        let (reason, again) = match renew::liveness(ttl, self.keep_alive, now - since) {
+        let (reason, recheck_after) = match renew::liveness(ttl, self.keep_alive, now - since) {
             Liveness::Dead => {
                 info!(key = entry.0, "entry's holder has stopped renewing");
                 self.state.dead_entry = Some(entry);
                 self.probed_lease = None;
                 return Ok(ActionOutcome::Retry);
             }
-            Liveness::Alive { recheck_after: again } => (reason, again),
-            Liveness::Unknown { recheck_after: again } => {
-                (format!("{reason}; checking whether it still renews its lease"), again)
+            Liveness::Alive { recheck_after } => (reason, recheck_after),
+            Liveness::Unknown { recheck_after } => {
+                (format!("{reason}; checking whether it still renews its lease"), recheck_after)
             }
         };
         self.report_not_held(reason).await?;
-        Ok(ActionOutcome::RetryAfter(again))
+        Ok(ActionOutcome::RetryAfter(recheck_after))
     }
 
     /// Records the held entry.
@@ -382,12 +382,12 @@ impl<'a> LeaseKeeper<'a> {
             },
         };
         self.report_state(OwnLease::Held(held.lease.to_event())).await?;
-        let known = self.known_revision.max(held.mod_revision);
+        let known_revision = self.known_revision.max(held.mod_revision);
         let mut progress = self.watch_state.progress.subscribe();
         loop {
-            let touched = wait_until(&mut progress, |seen| seen.held_revision > known);
+            let entry_changed = wait_until(&mut progress, |current| current.held_revision > known_revision);
             tokio::select! {
-                () = touched => return Ok(()),
+                () = entry_changed => return Ok(()),
                 () = request_changed(&mut self.lease_request) => {
                     if self.lease_request.borrow_and_update().as_ref().is_some_and(|new| new != request) {
                         return Ok(());

@@ -77,12 +77,12 @@ pub async fn read_all(config: &StoreConfig, with_remaining_ttls: bool) -> Result
     let session = connect(config).await?;
     let listing = session.list().await?;
     let entries: Vec<StoreEntry> = listing.entries.iter().map(codec::decode).collect();
-    let left = match with_remaining_ttls {
+    let remaining_ttls = match with_remaining_ttls {
         true => request_remaining_ttls(&session, listing.entries.iter().filter_map(|entry| entry.etcd_lease)).await?,
         false => BTreeMap::new(),
     };
     let config = config_text(listing.config);
-    Ok(Snapshot { revision: listing.revision, config, entries, remaining_ttls: left })
+    Ok(Snapshot { revision: listing.revision, config, entries, remaining_ttls })
 }
 
 /// Reads the remaining TTLs of these etcd leases. An expired lease is missing from the result.
@@ -142,13 +142,13 @@ pub async fn put_config(config: &StoreConfig, text: &str, replace: ReplaceCondit
     }
     let txn = txn.and_then(vec![TxnOp::put(key, text, None)]);
     let mut kv = session.kv();
-    let answer = session.with_timeout("write the configuration", kv.txn(txn)).await?;
-    match (answer.succeeded(), replace) {
+    let response = session.with_timeout("write the configuration", kv.txn(txn)).await?;
+    match (response.succeeded(), replace) {
         (false, ReplaceCondition::Revision(expected)) => {
             let found = session.get_config().await?.0.map_or(0, |config| config.mod_revision);
             Err(StoreError::Conflict { expected, found })
         }
-        _ => Ok(answer.header().map_or(0, |header| header.revision())),
+        _ => Ok(response.header().map_or(0, |header| header.revision())),
     }
 }
 
@@ -161,23 +161,23 @@ pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseRepor
     let mut report = ReleaseReport::default();
     for _ in 0..MAX_RELEASE_ATTEMPTS {
         let snapshot = LeaseSnapshot::from_listing(session.list().await?, node_id);
-        let is_ours = |claim: &&LeaseEntry| claim.owner.node.as_ref().is_some_and(|node| node.id == node_id);
+        let is_ours = |entry: &&LeaseEntry| entry.owner.node.as_ref().is_some_and(|node| node.id == node_id);
         report.reservations =
             snapshot.entries.iter().filter(is_ours).filter(|c| c.etcd_lease.is_none()).map(|c| c.key.clone()).collect();
-        let mut again = false;
-        for claim in snapshot.entries.iter().filter(is_ours) {
-            let Some(id) = claim.etcd_lease else { continue };
-            if session.remove(&claim.key, claim.mod_revision).await? {
-                report.released.push(claim.key.clone());
-                if !snapshot.entries.iter().any(|other| other.key != claim.key && other.etcd_lease == Some(id)) {
+        let mut retry = false;
+        for entry in snapshot.entries.iter().filter(is_ours) {
+            let Some(id) = entry.etcd_lease else { continue };
+            if session.remove(&entry.key, entry.mod_revision).await? {
+                report.released.push(entry.key.clone());
+                if !snapshot.entries.iter().any(|other| other.key != entry.key && other.etcd_lease == Some(id)) {
                     session.revoke(id).await?;
                 }
             } else {
-                debug!(key = claim.key, "entry changed during release; retrying");
-                again = true;
+                debug!(key = entry.key, "entry changed during release; retrying");
+                retry = true;
             }
         }
-        if !again {
+        if !retry {
             break;
         }
     }

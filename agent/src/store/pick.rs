@@ -16,8 +16,8 @@ impl AllocatedRanges {
         let shift = u32::from(pool.network.family().bits() - pool.subnet_length);
         let (first, last) = (address_value(pool.min.base()), address_value(pool.max.last()));
         // A range as large as the network is not a valid subnet. It must not block the whole pool.
-        let ours = |range: &&Cidr| range.family() == pool.network.family() && !range.covers(pool.network);
-        let spans = ranges.iter().filter(ours).filter_map(|range| {
+        let is_in_pool = |range: &&Cidr| range.family() == pool.network.family() && !range.covers(pool.network);
+        let spans = ranges.iter().filter(is_in_pool).filter_map(|range| {
             let low = address_value(range.base()).max(first);
             let high = address_value(range.last()).min(last);
             (low <= high).then(|| ((low - first) >> shift, (high - first) >> shift))
@@ -47,8 +47,8 @@ impl AllocatedRanges {
 
     /// Number of free indexes among the first `count`.
     fn free_count(&self, count: u128) -> u128 {
-        let taken = self.0.iter().filter(|(low, _)| *low < count).map(|(low, high)| (*high).min(count - 1) - low + 1);
-        count - taken.sum::<u128>()
+        let allocated = self.0.iter().filter(|(low, _)| *low < count).map(|(low, high)| (*high).min(count - 1) - low + 1);
+        count - allocated.sum::<u128>()
     }
 
     /// The `n`-th free index, from 0. The caller ensures that it exists.
@@ -81,14 +81,14 @@ impl AllocatedRanges {
 pub(super) fn pick(network: &NetworkConfig, allocated: &[Cidr], identity: &str, attempt: u32) -> Option<Subnet> {
     let pools: Vec<(Family, Pool, AllocatedRanges)> =
         network.pools.iter().map(|(family, pool)| (family, *pool, AllocatedRanges::from_ranges(pool, allocated))).collect();
-    let common = pools.iter().map(|(_, pool, _)| pool.count()).min()?;
-    let union = pools.iter().fold(AllocatedRanges(Vec::new()), |all, (_, _, taken)| all.union(taken));
-    let same = union.choose(common, identity, attempt);
+    let common_count = pools.iter().map(|(_, pool, _)| pool.count()).min()?;
+    let union = pools.iter().fold(AllocatedRanges(Vec::new()), |merged, (_, _, ranges)| merged.union(ranges));
+    let common_index = union.choose(common_count, identity, attempt);
     let mut cidrs = PerFamily::default();
-    for (family, pool, taken) in &pools {
-        let index = match same {
+    for (family, pool, ranges) in &pools {
+        let index = match common_index {
             Some(index) => index,
-            None => taken.choose(pool.count(), identity, attempt)?,
+            None => ranges.choose(pool.count(), identity, attempt)?,
         };
         *cidrs.slot(*family) = Some(pool.nth(index)?);
     }
@@ -125,23 +125,23 @@ mod tests {
     #[test]
     fn pick_exhausts_pool_then_returns_none() {
         let network = network(SMALL);
-        let mut taken = Vec::new();
+        let mut allocated = Vec::new();
         for host in 0..10 {
-            let subnet = pick(&network, &taken, &format!("host{host}"), 0).expect("a free subnet");
+            let subnet = pick(&network, &allocated, &format!("host{host}"), 0).expect("a free subnet");
             assert!(network.allows_subnet(&subnet), "{subnet}");
             let cidr = subnet.get(Family::V4).expect("IPv4");
-            assert!(!taken.contains(&cidr), "{cidr} twice");
-            taken.push(cidr);
+            assert!(!allocated.contains(&cidr), "{cidr} twice");
+            allocated.push(cidr);
         }
-        assert_eq!(pick(&network, &taken, "one more", 3), None);
+        assert_eq!(pick(&network, &allocated, "one more", 3), None);
     }
 
     #[test]
     fn pick_avoids_foreign_ranges_of_any_length() {
         let network = network(SMALL);
-        let taken = cidrs(&["10.1.8.0/21", "10.1.16.0/23", "10.1.19.128/25", "fd00::/8", "10.9.0.0/16"]);
+        let allocated = cidrs(&["10.1.8.0/21", "10.1.16.0/23", "10.1.19.128/25", "fd00::/8", "10.9.0.0/16"]);
         for attempt in 0..50 {
-            assert_eq!(pick(&network, &taken, "h", attempt).map(|s| s.to_string()).as_deref(), Some("10.1.18.0/24"));
+            assert_eq!(pick(&network, &allocated, "h", attempt).map(|s| s.to_string()).as_deref(), Some("10.1.18.0/24"));
         }
         assert!(pick(&network, &cidrs(&["0.0.0.0/0", "10.1.0.0/16"]), "h", 0).is_some(), "network-wide range is ignored");
     }
@@ -155,9 +155,9 @@ mod tests {
         let subnet = pick(&network, &[], "h", 0).expect("free");
         assert_eq!(index(&subnet, Family::V4), index(&subnet, Family::V6));
         // No index is free in both families, but each family has a free one.
-        let taken = cidrs(&["10.1.10.0/24", "10.1.11.0/24", "fd00:0:0:3::/64", "fd00:0:0:4::/64"]);
-        let subnet = pick(&network, &taken, "h", 5).expect("free");
-        assert!(network.allows_subnet(&subnet) && subnet.iter().all(|(_, c)| !taken.contains(&c)), "{subnet}");
+        let allocated = cidrs(&["10.1.10.0/24", "10.1.11.0/24", "fd00:0:0:3::/64", "fd00:0:0:4::/64"]);
+        let subnet = pick(&network, &allocated, "h", 5).expect("free");
+        assert!(network.allows_subnet(&subnet) && subnet.iter().all(|(_, c)| !allocated.contains(&c)), "{subnet}");
         assert_eq!(pick(&network, &cidrs(&["10.1.8.0/21"]), "h", 0), None, "one family is exhausted");
     }
 

@@ -69,16 +69,16 @@ impl Session {
     /// Reads the current configuration.
     pub(super) async fn get_config(&self) -> Result<(Option<RawConfig>, ClusterState), StoreError> {
         let mut kv = self.kv();
-        let answer = self.with_timeout("read the configuration", kv.get(self.keys.config(), None)).await?;
-        Ok((answer.kvs().first().map(RawConfig::from_kv), cluster_state(answer.header())))
+        let response = self.with_timeout("read the configuration", kv.get(self.keys.config(), None)).await?;
+        Ok((response.kvs().first().map(RawConfig::from_kv), cluster_state(response.header())))
     }
 
     /// Reads one entry, and the revision of the read.
     pub(super) async fn get_entry(&self, key: &str) -> Result<(Option<RawEntry>, i64), StoreError> {
         let mut kv = self.kv();
-        let answer = self.with_timeout("read a lease", kv.get(self.keys.subnet(key), None)).await?;
-        let entry = answer.kvs().first().map(|kv| RawEntry::from_kv(key.to_owned(), kv));
-        Ok((entry, cluster_state(answer.header()).revision))
+        let response = self.with_timeout("read a lease", kv.get(self.keys.subnet(key), None)).await?;
+        let entry = response.kvs().first().map(|kv| RawEntry::from_kv(key.to_owned(), kv));
+        Ok((entry, cluster_state(response.header()).revision))
     }
 
     /// Reads the configuration and all entries at one revision.
@@ -95,7 +95,7 @@ impl Session {
         loop {
             let options = GetOptions::new().with_range(to.clone()).with_limit(page).with_revision(listing.revision);
             let mut kv = self.kv();
-            let answer = match self.with_timeout("read the leases", kv.get(from.clone(), Some(options))).await {
+            let response = match self.with_timeout("read the leases", kv.get(from.clone(), Some(options))).await {
                 // Another client wrote large values: request fewer entries per page.
                 Err(StoreError::TooLarge { detail, .. }) if page > 1 => {
                     debug!(page, detail, "response too large; requesting smaller pages");
@@ -104,14 +104,14 @@ impl Session {
                 }
                 other => other?,
             };
-            let kvs = answer.kvs();
+            let kvs = response.kvs();
             for kv in kvs {
                 if let KeyKind::Subnet(key) = self.keys.kind_of(kv.key()) {
                     listing.entries.push(RawEntry::from_kv(key, kv));
                 }
             }
             match kvs.last() {
-                Some(last) if answer.more() => {
+                Some(last) if response.more() => {
                     // The next key in order is this one with a zero byte appended.
                     from = [last.key(), &[0]].concat();
                 }

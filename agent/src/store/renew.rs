@@ -73,8 +73,8 @@ impl Renewal {
 
     /// Waits until the next renewal is due and renews. Never returns if `renewal` is `None`.
     pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
-        let Some(Renewal { id, interval: ticks }) = renewal else { return std::future::pending().await };
-        ticks.tick().await;
+        let Some(Renewal { id, interval }) = renewal else { return std::future::pending().await };
+        interval.tick().await;
         Renewal::renew(session, *id).await
     }
 
@@ -111,9 +111,9 @@ impl Session {
     /// Reads the TTLs of an etcd lease; `None` if it does not exist.
     pub(super) async fn time_to_live(&self, id: i64) -> Result<Option<LeaseTtl>, StoreError> {
         let mut client = self.client.lease_client();
-        let answer = self.with_timeout("read an etcd lease", client.time_to_live(id, None)).await?;
+        let response = self.with_timeout("read an etcd lease", client.time_to_live(id, None)).await?;
         let seconds = |value: i64| u64::try_from(value).ok().map(Duration::from_secs);
-        Ok(match (seconds(answer.granted_ttl()), seconds(answer.ttl())) {
+        Ok(match (seconds(response.granted_ttl()), seconds(response.ttl())) {
             (Some(granted), Some(remaining)) => Some(LeaseTtl { granted, remaining }),
             _ => None,
         })

@@ -123,8 +123,8 @@ impl Watcher {
         watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<std::convert::Infallible, StoreError> {
-        if let Some((next, before)) = self.resume_from
-            && !session.cluster_state.is_continuation_of(&before, next - 1)
+        if let Some((next, last_state)) = self.resume_from
+            && !session.cluster_state.is_continuation_of(&last_state, next - 1)
         {
             warn!(
                 seen = next - 1,
@@ -194,11 +194,11 @@ impl Watcher {
         drop(listing.entries);
         info!(revision = listing.revision, leases = entries.len(), "read all leases");
         send_event(events, StoreEvent::Snapshot(entries)).await?;
-        watch_state.progress.send_modify(|seen| {
-            seen.revision = listing.revision;
+        watch_state.progress.send_modify(|progress| {
+            progress.revision = listing.revision;
             // Changes since the last watch are unknown: wakes the lease keeper, which reads its own snapshot.
-            seen.held_revision = listing.revision;
-            seen.removals += 1;
+            progress.held_revision = listing.revision;
+            progress.removals += 1;
         });
         Ok(listing.revision + 1)
     }
@@ -220,12 +220,12 @@ impl Watcher {
                 KeyKind::Config => self.deliver_config(session, (!deleted).then(|| RawConfig::from_kv(kv)), events).await?,
                 KeyKind::Subnet(key) => {
                     let entry = (!deleted).then(|| codec::decode(&RawEntry::from_kv(key.clone(), kv)));
-                    let held = watch_state.held_key.borrow().as_ref() == Some(&key)
+                    let is_own = watch_state.held_key.borrow().as_ref() == Some(&key)
                         || entry.as_ref().is_some_and(|e| watch_state.is_own_entry(e));
-                    watch_state.progress.send_if_modified(|seen| {
-                        seen.held_revision = if held { revision } else { seen.held_revision };
-                        seen.removals += u64::from(deleted);
-                        held || deleted
+                    watch_state.progress.send_if_modified(|progress| {
+                        progress.held_revision = if is_own { revision } else { progress.held_revision };
+                        progress.removals += u64::from(deleted);
+                        is_own || deleted
                     });
                     let event = match entry {
                         None => StoreEvent::Remove { key },
@@ -239,11 +239,11 @@ impl Watcher {
         // The header revision of a response with events can be ahead of the events. Only that of a progress notification is safe
         // to resume from.
         let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
-        if let Some(seen) = last.or(progress) {
-            let next = self.resume_from.map_or(0, |(next, _)| next).max(seen + 1);
+        if let Some(revision) = last.or(progress) {
+            let next = self.resume_from.map_or(0, |(next, _)| next).max(revision + 1);
             self.resume_from = Some((next, session.cluster_state));
-            watch_state.progress.send_if_modified(|sightings| {
-                sightings.revision = sightings.revision.max(seen);
+            watch_state.progress.send_if_modified(|progress| {
+                progress.revision = progress.revision.max(revision);
                 false
             });
         }
@@ -257,7 +257,10 @@ impl Watcher {
         config: Option<RawConfig>,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<(), StoreError> {
-        if self.delivered_config.as_ref().is_some_and(|known| known.as_ref().map(|c| &c.text) == config.as_ref().map(|c| &c.text))
+        if self
+            .delivered_config
+            .as_ref()
+            .is_some_and(|delivered| delivered.as_ref().map(|c| &c.text) == config.as_ref().map(|c| &c.text))
         {
             return Ok(());
         }

@@ -43,8 +43,8 @@ impl Precondition {
     fn into_compare(self) -> Compare {
         match self {
             Precondition::Unchanged { key, revision } => Compare::mod_revision(key, CompareOp::Equal, revision),
-            Precondition::NoneCreated { from, to, after_revision: behind } => {
-                Compare::create_revision(from, CompareOp::Less, behind + 1).with_range(to)
+            Precondition::NoneCreated { from, to, after_revision } => {
+                Compare::create_revision(from, CompareOp::Less, after_revision + 1).with_range(to)
             }
         }
     }
@@ -58,16 +58,16 @@ pub(super) fn change_preconditions(keys: &Keys, key: &str, mod_revision: i64) ->
 /// Preconditions for creating an entry: no entry exists for the same range, and the configuration is unchanged since revision
 /// `config` (0: absent). With `max_create_revision`, additionally: no entry at all was created after that revision.
 pub(super) fn create_preconditions(keys: &Keys, key: &str, config: i64, max_create_revision: Option<i64>) -> Vec<Precondition> {
-    let full = keys.subnet(key);
+    let full_key = keys.subnet(key);
     // `A` and `A&B` both name the range A; the apostrophe is the character after `&`.
-    let first = full.split('&').next().unwrap_or(&full).to_owned();
+    let first = full_key.split('&').next().unwrap_or(&full_key).to_owned();
     let mut preconditions = vec![
         Precondition::Unchanged { key: keys.config(), revision: config },
         Precondition::NoneCreated { to: format!("{first}'"), from: first, after_revision: 0 },
     ];
-    if let Some(behind) = max_create_revision {
+    if let Some(after_revision) = max_create_revision {
         let (from, to) = keys.subnets_range();
-        preconditions.push(Precondition::NoneCreated { from, to, after_revision: behind });
+        preconditions.push(Precondition::NoneCreated { from, to, after_revision });
     }
     preconditions
 }
@@ -121,7 +121,7 @@ impl Session {
         let compares: Vec<Compare> = preconditions.into_iter().map(Precondition::into_compare).collect();
         let txn = Txn::new().when(compares).and_then(vec![TxnOp::put(self.keys.subnet(key), value, Some(options))]);
         let mut kv = self.kv();
-        let answer = self.with_timeout("write this host's lease", kv.txn(txn)).await?;
-        Ok(answer.succeeded().then(|| answer.header().map_or(0, |header| header.revision())))
+        let response = self.with_timeout("write this host's lease", kv.txn(txn)).await?;
+        Ok(response.succeeded().then(|| response.header().map_or(0, |header| header.revision())))
     }
 }

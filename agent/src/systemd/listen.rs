@@ -75,9 +75,9 @@ fn adopt_listener(fd: RawFd, wanted: &Path) -> Result<UnixListener, ListenError>
     let address = listener.local_addr().ok();
     let path = address.as_ref().and_then(|address| address.as_pathname());
     // One of the paths may contain a symbolic link, such as /var/run.
-    let whole = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let canonical = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     match path {
-        Some(path) if whole(path) == whole(wanted) => Ok(listener),
+        Some(path) if canonical(path) == canonical(wanted) => Ok(listener),
         Some(path) => Err(other(path.display().to_string())),
         None => Err(other("a socket without a path".to_owned())),
     }
@@ -94,12 +94,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("overlayd.sock");
         let fd = UnixListener::bind(&path).unwrap().into_raw_fd();
-        let taken = adopt_listener(fd, &path).unwrap();
-        let flags = fcntl(&taken, FcntlArg::F_GETFD).unwrap();
+        let adopted = adopt_listener(fd, &path).unwrap();
+        let flags = fcntl(&adopted, FcntlArg::F_GETFD).unwrap();
         assert_eq!(flags & libc::FD_CLOEXEC, libc::FD_CLOEXEC);
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(dir.path(), &link).unwrap();
-        adopt_listener(taken.into_raw_fd(), &link.join("overlayd.sock")).unwrap();
+        adopt_listener(adopted.into_raw_fd(), &link.join("overlayd.sock")).unwrap();
 
         let other = UnixListener::bind(dir.path().join("other")).unwrap().into_raw_fd();
         let error = adopt_listener(other, &path).unwrap_err().to_string();

@@ -63,9 +63,9 @@ impl Redactor {
             }
         }
         for (pattern, kind) in &self.patterns {
-            let mut replace = |found: &Captures<'_>| {
-                let whole = found.get(0).map_or("", |m| m.as_str());
-                let secret = ["secret", "single", "bare"].iter().find_map(|name| found.name(name));
+            let mut replace = |captures: &Captures<'_>| {
+                let matched = captures.get(0).map_or("", |m| m.as_str());
+                let secret = ["secret", "single", "bare"].iter().find_map(|name| captures.name(name));
                 match (kind, secret) {
                     (Kind::Whole, _) => {
                         count += 1;
@@ -73,10 +73,10 @@ impl Redactor {
                     }
                     (Kind::Group, Some(secret)) if !secret.is_empty() && !secret.as_str().contains(REDACTED) => {
                         count += 1;
-                        let start = secret.start() - found.get(0).map_or(0, |m| m.start());
-                        format!("{}{REDACTED}{}", &whole[..start], &whole[start + secret.len()..])
+                        let start = secret.start() - captures.get(0).map_or(0, |m| m.start());
+                        format!("{}{REDACTED}{}", &matched[..start], &matched[start + secret.len()..])
                     }
-                    _ => whole.to_owned(),
+                    _ => matched.to_owned(),
                 }
             };
             text = pattern.replace_all(&text, &mut replace).into_owned();
@@ -87,9 +87,9 @@ impl Redactor {
 
 /// Reads the known secrets from secret files: each line of each file, and each file as a whole. An unreadable file yields none.
 pub fn known_secrets(files: &[&Path], directory: &Path) -> Vec<String> {
-    let inside = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    let directory_files = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
     let mut found = Vec::new();
-    for path in files.iter().map(|path| path.to_path_buf()).chain(inside) {
+    for path in files.iter().map(|path| path.to_path_buf()).chain(directory_files) {
         // A certificate is public, and a pattern matches a key.
         let text = std::fs::read_to_string(&path).unwrap_or_default();
         if text.contains("-----BEGIN") {

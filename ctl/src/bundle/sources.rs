@@ -115,7 +115,7 @@ const AGENT_QUERIES: [(&str, AgentQuery); 7] = [
 pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let mut all: Vec<(String, Source)> = Vec::new();
-    all.extend(AGENT_QUERIES.map(|(name, answer)| (name.to_owned(), Source::Agent(answer))));
+    all.extend(AGENT_QUERIES.map(|(name, query)| (name.to_owned(), Source::Agent(query))));
     all.push(("config/overlayd.toml".to_owned(), Source::File(paths.config.clone())));
     for name in ["state.json", "endpoints.json", "endpoints.journal", "node-id"] {
         all.push((format!("state/{name}"), Source::File(paths.state_dir.join(name))));
@@ -151,18 +151,18 @@ pub async fn collect(name: String, source: &Source, client: &Client) -> Part {
             let read = std::fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
             (path.display().to_string(), read.map_err(|error| error.to_string()))
         }
-        Source::Agent(answer) => (format!("the agent at {}", client.socket().display()), query_agent(*answer, client).await),
+        Source::Agent(query) => (format!("the agent at {}", client.socket().display()), query_agent(*query, client).await),
     };
     Part { name, from, content }
 }
 
-async fn query_agent(answer: AgentQuery, client: &Client) -> Result<String, String> {
-    fn text<T: Serialize>(answer: Result<T, ClientError>) -> Result<String, String> {
-        let answer = answer.map_err(|error| error.to_string())?;
-        serde_json::to_string_pretty(&answer).map_err(|error| error.to_string())
+async fn query_agent(query: AgentQuery, client: &Client) -> Result<String, String> {
+    fn text<T: Serialize>(response: Result<T, ClientError>) -> Result<String, String> {
+        let response = response.map_err(|error| error.to_string())?;
+        serde_json::to_string_pretty(&response).map_err(|error| error.to_string())
     }
     let client = client.clone().with_timeout(AGENT_TIMEOUT);
-    match answer {
+    match query {
         AgentQuery::Status => text(client.status().await),
         AgentQuery::Subnets => text(client.subnets().await),
         AgentQuery::Peers => text(client.peers().await),

@@ -42,20 +42,20 @@ fn collisions(pool: &Pool, routes: &[Value], findings: &mut Findings) {
             && text("table") != RT_TABLE_LOCAL
             && text("table") != "local";
         // Only the range of leased subnets can conflict: hosts may use addresses in the rest of the network.
-        let leased = |range: &Cidr| range.base() <= max.last() && min.base() <= range.last();
-        let Some(range) = parse_destination(destination).filter(|range| foreign && leased(range)) else { continue };
+        let overlaps_leasable = |range: &Cidr| range.base() <= max.last() && min.base() <= range.last();
+        let Some(range) = parse_destination(destination).filter(|range| foreign && overlaps_leasable(range)) else { continue };
         let evidence = vec![format!("route {destination} dev {device} proto {}", protocol_name(text("protocol")))];
         if !(range.covers(*min) && range.covers(*max)) {
-            let who = device_owner(device);
+            let owner = device_owner(device);
             findings.error(
                 format!(
-                    "the overlay network {network} collides with {who}: containers with these addresses are unreachable from this host"
+                    "the overlay network {network} collides with {owner}: containers with these addresses are unreachable from this host"
                 ),
                 evidence,
-                match who.starts_with("a route") {
+                match owner.starts_with("a route") {
                     true => format!("remove it (ip route delete {destination}), or give the overlay another network"),
                     false => format!(
-                        "give {who} another range (Docker: `bip` and `default-address-pools` in /etc/docker/daemon.json), or the \
+                        "give {owner} another range (Docker: `bip` and `default-address-pools` in /etc/docker/daemon.json), or the \
                          overlay another network"
                     ),
                 },
@@ -93,7 +93,7 @@ fn protocol_name(protocol: &str) -> &str {
 
 /// Guesses a device's owner from its name.
 fn device_owner(device: &str) -> String {
-    let who = match device {
+    let owner = match device {
         "docker0" | "docker_gwbridge" => "Docker's network",
         name if name.starts_with("br-") => "Docker's network",
         "cni0" | "flannel.1" => "flannel's network",
@@ -102,7 +102,7 @@ fn device_owner(device: &str) -> String {
         name if name.starts_with("tun") || name.starts_with("wg") => "the VPN",
         _ => return format!("a route by {device}"),
     };
-    format!("{who} on {device}")
+    format!("{owner} on {device}")
 }
 
 /// Reports addresses inside the overlay's subnets that must stay outside: the underlay's, the resolvers', etcd's.
@@ -119,10 +119,13 @@ fn reserved_addresses(facts: &Facts, pool: &Pool, findings: &mut Findings) {
         .map(|address| ("a resolver of /etc/resolv.conf", address))
         .chain(servers.map(|address| ("etcd", address)))
         .chain(own.iter().map(|(_, address)| ("this host's own underlay address", *address)));
-    let leased = |address: IpAddr| pool.covers_address(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
-    for (what, address) in all.filter(|(_, address)| Family::of(*address) == pool.network.family() && leased(*address)) {
+    let is_leasable =
+        |address: IpAddr| pool.covers_address(address) || facts.peers.iter().any(|peer| peer.subnet.contains(address));
+    for (description, address) in
+        all.filter(|(_, address)| Family::of(*address) == pool.network.family() && is_leasable(*address))
+    {
         findings.error(
-            format!("{what} lies inside the overlay network {}, in the range of leased subnets", pool.network),
+            format!("{description} lies inside the overlay network {}, in the range of leased subnets", pool.network),
             vec![address.to_string()],
             "the tunnel takes its packets once its subnet is leased; until then only that subnet is exempt from the unreachable route: choose an overlay \
              network without real addresses, or exclude its range with SubnetMin and SubnetMax",
@@ -134,10 +137,10 @@ fn reserved_addresses(facts: &Facts, pool: &Pool, findings: &mut Findings) {
 async fn peer_routes(facts: &Facts, findings: &mut Findings) {
     let Some(underlay) = facts.status().and_then(|status| status.underlay.as_ref()) else { return };
     for peer in facts.peers.iter().take(facts.settings.peers) {
-        let inside = peer.subnet.nth(1).unwrap_or_else(|| peer.subnet.base());
-        for (address, wanted) in [(peer.public_ip, underlay.interface.as_str()), (inside, peer.device.as_str())] {
-            let Ok(answer) = run_tool_json(&["ip", "-j", "route", "get", &address.to_string()]).await else { continue };
-            let Some(device) = answer.first().and_then(|route| route["dev"].as_str()).filter(|device| *device != wanted) else {
+        let overlay_address = peer.subnet.nth(1).unwrap_or_else(|| peer.subnet.base());
+        for (address, wanted) in [(peer.public_ip, underlay.interface.as_str()), (overlay_address, peer.device.as_str())] {
+            let Ok(routes) = run_tool_json(&["ip", "-j", "route", "get", &address.to_string()]).await else { continue };
+            let Some(device) = routes.first().and_then(|route| route["dev"].as_str()).filter(|device| *device != wanted) else {
                 continue;
             };
             let evidence = vec![format!("ip route get {address}: dev {device}, not {wanted}")];

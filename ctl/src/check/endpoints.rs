@@ -57,11 +57,11 @@ fn stored_endpoints(facts: &Facts, findings: &mut Findings) -> Option<Vec<Stored
 fn endpoint_states(network: &NetworkView, findings: &mut Findings) {
     for view in network.endpoints.iter().filter(|view| view.state != "in place") {
         let name = &view.endpoint.name;
-        let gone = !view.endpoint.netns.exists();
+        let netns_missing = !view.endpoint.netns.exists();
         findings.warning(
             format!("the container {name} is in an incorrect state"),
             vec![view.state.clone(), format!("namespace {}", view.endpoint.netns.display())],
-            match gone {
+            match netns_missing {
                 true => format!("its namespace is gone: overlayctl detach {name} releases its addresses (the agent does so itself in its second audit)"),
                 false => format!("overlayctl detach {name}, then attach it again"),
             },
@@ -76,8 +76,8 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
     }
     let bridge = network.bridge.iter();
     let unowned = bridge.flat_map(|bridge| &bridge.ports).filter(|port| port.endpoint.is_none());
-    let (ours, foreign): (Vec<_>, Vec<_>) = unowned.partition(|port| port.interface.starts_with("ove"));
-    for port in ours {
+    let (own_ports, foreign): (Vec<_>, Vec<_>) = unowned.partition(|port| port.interface.starts_with("ove"));
+    for port in own_ports {
         findings.warning(
             format!("{} is a port of the bridge, but no container's", port.interface),
             vec![format!("port {} of the bridge, {}", port.number, port.state)],
@@ -94,11 +94,11 @@ fn ports(network: &NetworkView, findings: &mut Findings) {
 }
 
 /// Reports a bridge that is nearly out of ports.
-fn free_bridge_ports(taken: usize, findings: &mut Findings) {
-    if taken * 100 >= MAX_BRIDGE_PORTS * FULL_WARNING_PERCENT {
+fn free_bridge_ports(used: usize, findings: &mut Findings) {
+    if used * 100 >= MAX_BRIDGE_PORTS * FULL_WARNING_PERCENT {
         findings.warning(
             "the bridge is nearly full: the kernel will refuse more containers on this host",
-            vec![format!("{taken} of the {MAX_BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
+            vec![format!("{used} of the {MAX_BRIDGE_PORTS} ports that the kernel gives a bridge are taken")],
             "attach further containers on other hosts; a SubnetLen of 22 or longer has no more addresses than a bridge has ports",
         );
     }
@@ -112,13 +112,13 @@ fn compare(network: &NetworkView, stored: &[StoredEndpoint], findings: &mut Find
         network.endpoints.iter().map(|view| (view.endpoint.name.to_string(), &view.endpoint)).collect();
     let in_transition: Vec<String> =
         file.iter().filter(|(name, record)| !record.attached && !agent.contains_key(*name)).map(|(n, _)| n.clone()).collect();
-    let differ = |name: &&String| match (file.get(*name), agent.get(*name)) {
+    let is_different = |name: &&String| match (file.get(*name), agent.get(*name)) {
         (Some(record), Some(endpoint)) => record.endpoint.addresses() != endpoint.addresses(),
         (Some(record), None) => record.attached,
         (None, _) => true,
     };
     let names: BTreeSet<&String> = file.keys().chain(agent.keys()).collect();
-    let differing: Vec<String> = names.into_iter().filter(differ).cloned().collect();
+    let differing: Vec<String> = names.into_iter().filter(is_different).cloned().collect();
     if !differing.is_empty() {
         findings.warning(
             "the agent and its state directory do not agree on containers",
@@ -143,35 +143,36 @@ fn container_addresses(endpoint: &Endpoint, findings: &mut Findings) {
         );
     };
     let Ok(Ok(all)) = netns.run(|| getifaddrs().map(Iterator::collect::<Vec<InterfaceAddress>>)) else { return };
-    let there = all.iter().any(|one| one.interface_name == port.interface);
-    let have: Vec<IpAddr> = all.iter().filter(|one| one.interface_name == port.interface).filter_map(interface_address).collect();
-    let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !have.contains(a)).map(|(_, a)| a.to_string()).collect();
+    let interface_exists = all.iter().any(|one| one.interface_name == port.interface);
+    let present: Vec<IpAddr> =
+        all.iter().filter(|one| one.interface_name == port.interface).filter_map(interface_address).collect();
+    let missing: Vec<String> = port.addresses.iter().filter(|(_, a)| !present.contains(a)).map(|(_, a)| a.to_string()).collect();
     if !missing.is_empty() {
-        let found = if there { "exists without" } else { "is missing, and with it" };
+        let state = if interface_exists { "exists without" } else { "is missing, and with it" };
         findings.warning(
             format!("the container {} lacks its addresses", endpoint.name),
-            vec![format!("{} in {} {found} {}", port.interface, endpoint.netns.display(), missing.join(", "))],
+            vec![format!("{} in {} {state} {}", port.interface, endpoint.netns.display(), missing.join(", "))],
             format!("a process inside removed them: overlayctl detach {}, then attach it again", endpoint.name),
         );
     }
 }
 
-fn interface_address(one: &InterfaceAddress) -> Option<IpAddr> {
-    let address = one.address.as_ref()?;
+fn interface_address(entry: &InterfaceAddress) -> Option<IpAddr> {
+    let address = entry.address.as_ref()?;
     let v4 = address.as_sockaddr_in().map(|a| IpAddr::from(a.ip()));
     v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::from(a.ip())))
 }
 
 /// Reports namespaces that `overlayctl attach` created, by the marker files in the directory of the socket, and that no container uses.
 fn leaked_namespaces(facts: &Facts, network: &NetworkView, findings: &mut Findings) {
-    let Some(notes) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
+    let Some(markers) = facts.settings.client.socket().parent().and_then(|run| std::fs::read_dir(run.join("netns")).ok()) else {
         return;
     };
     let used: BTreeSet<&OsStr> = network.endpoints.iter().filter_map(|view| view.endpoint.netns.file_name()).collect();
-    let there = |name: &OsString| Path::new(NETNS_RUN_DIR).join(name).exists() && !used.contains(name.as_os_str());
-    let mut left: Vec<OsString> = notes.flatten().map(|note| note.file_name()).filter(there).collect();
-    left.sort();
-    for name in left {
+    let is_leaked = |name: &OsString| Path::new(NETNS_RUN_DIR).join(name).exists() && !used.contains(name.as_os_str());
+    let mut leaked: Vec<OsString> = markers.flatten().map(|marker| marker.file_name()).filter(is_leaked).collect();
+    leaked.sort();
+    for name in leaked {
         let name = name.to_string_lossy();
         findings.warning(
             format!("the namespace {name} belongs to a container that no longer exists"),
@@ -187,9 +188,9 @@ mod tests {
 
     #[test]
     fn nearly_full_bridge_is_reported() {
-        let evidence = |taken| {
+        let evidence = |used| {
             let mut findings = Findings::for_check("endpoints");
-            free_bridge_ports(taken, &mut findings);
+            free_bridge_ports(used, &mut findings);
             findings.into_vec().into_iter().flat_map(|finding| finding.evidence).collect::<Vec<_>>()
         };
         assert_eq!(evidence(920), Vec::<String>::new());

@@ -109,8 +109,8 @@ impl Facts {
 pub(crate) fn read_net_stat(file: &str, column: &str) -> Vec<u64> {
     let text = std::fs::read_to_string(Path::new("/proc/net/stat").join(file)).unwrap_or_default();
     let mut lines = text.lines();
-    let place = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == column));
-    let value = |line: &str| u64::from_str_radix(line.split_ascii_whitespace().nth(place?)?, 16).ok();
+    let column_index = lines.next().and_then(|header| header.split_ascii_whitespace().position(|name| name == column));
+    let value = |line: &str| u64::from_str_radix(line.split_ascii_whitespace().nth(column_index?)?, 16).ok();
     lines.filter_map(value).collect()
 }
 
@@ -162,7 +162,7 @@ pub(super) async fn run_tool_json(command: &[&str]) -> Result<Vec<Value>, ToolEr
 }
 
 /// Adds information about a check that could not run.
-pub(super) fn report_unchecked(findings: &mut Findings, what: &str, error: &ToolError) {
+pub(super) fn report_unchecked(findings: &mut Findings, unchecked: &str, error: &ToolError) {
     let remedy = match error {
         ToolError::Missing(program) => match debian_package(program) {
             Some(package) => format!("install it, then repeat the check: apt-get install {package}"),
@@ -170,7 +170,7 @@ pub(super) fn report_unchecked(findings: &mut Findings, what: &str, error: &Tool
         },
         ToolError::Failed { .. } => "run this as root".to_owned(),
     };
-    findings.info(format!("not checked: {what}"), vec![error.to_string()], remedy);
+    findings.info(format!("not checked: {unchecked}"), vec![error.to_string()], remedy);
 }
 
 /// Debian package of a program.

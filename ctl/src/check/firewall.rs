@@ -28,7 +28,7 @@ const MAX_PEERS: usize = 8;
 /// A packet that the overlay depends on, the first of its connection.
 #[derive(Debug, Clone)]
 struct Probe {
-    what: String,
+    description: String,
     /// Whether the overlay is broken without it.
     required: bool,
     /// Input, Forward or Output.
@@ -76,7 +76,7 @@ fn evaluate(probes: Vec<Probe>) -> Result<Vec<(Probe, DropVerdict)>, OpError> {
     let mut drops: Vec<(Probe, DropVerdict)> = Vec::new();
     for probe in probes {
         let Some(drop) = first_drop(&ruleset, &probe) else { continue };
-        if !drops.iter().any(|(known, by)| known.what == probe.what && *by == drop) {
+        if !drops.iter().any(|(other, verdict)| other.description == probe.description && *verdict == drop) {
             drops.push((probe, drop));
         }
     }
@@ -119,9 +119,9 @@ async fn report_drops(drops: Vec<(Probe, DropVerdict)>, findings: &mut Findings)
     for (probe, drop) in drops {
         let RuleRef { family, table, chain, .. } = &drop.rule;
         let verb = if drop.certain { "are" } else { "may be" };
-        let summary = format!("{} {verb} dropped by a firewall", probe.what);
-        let place = format!("table {family} {table}, chain {chain}");
-        let evidence = vec![place, rule_text(&drop.rule).await, format!("for example: {probe}")];
+        let summary = format!("{} {verb} dropped by a firewall", probe.description);
+        let chain_text = format!("table {family} {table}, chain {chain}");
+        let evidence = vec![chain_text, rule_text(&drop.rule).await, format!("for example: {probe}")];
         let remedy = remedy(&drop.rule, &probe);
         match (drop.certain, probe.required) {
             (true, true) => findings.error(summary, evidence, remedy),
@@ -152,7 +152,7 @@ fn probes(facts: &Facts) -> Vec<Probe> {
     };
     let bridge = facts.network.as_ref().and_then(|network| network.bridge.as_ref());
     let bridge = bridge.and_then(|bridge| interface(&bridge.device.interface));
-    let outside = |family: Family| -> IpAddr {
+    let external_address = |family: Family| -> IpAddr {
         match family {
             // Documentation ranges (RFC 5737, RFC 3849).
             Family::V4 => IpAddr::from([203, 0, 113, 1]),
@@ -166,7 +166,7 @@ fn probes(facts: &Facts) -> Vec<Probe> {
         let Some(own) = underlay.public_ip.get(Family::of(peer.public_ip)).copied() else { continue };
         let tunnel = |source, destination| Flow { source, destination, protocol: UDP, port };
         all.push(Probe {
-            what: format!("the tunnel's packets (UDP port {port}) from peers"),
+            description: format!("the tunnel's packets (UDP port {port}) from peers"),
             required,
             hook: Hook::Input,
             flow: tunnel(peer.public_ip, own),
@@ -174,7 +174,7 @@ fn probes(facts: &Facts) -> Vec<Probe> {
             output: None,
         });
         all.push(Probe {
-            what: format!("the tunnel's packets (UDP port {port}) to peers"),
+            description: format!("the tunnel's packets (UDP port {port}) to peers"),
             required,
             hook: Hook::Output,
             flow: tunnel(own, peer.public_ip),
@@ -184,17 +184,18 @@ fn probes(facts: &Facts) -> Vec<Probe> {
         let family = peer.subnet.family();
         let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
         let (Some(subnet), Some(_)) = (subnet, &bridge) else { continue };
-        let (Some(ours), Some(theirs)) = (subnet.nth(2), peer.subnet.nth(2)) else { continue };
-        let mut forward = |what: &str, required, input: &Option<Interface>, output: &Option<Interface>, source, destination| {
-            let flow = Flow { source, destination, protocol: TCP, port: ANY_PORT };
-            let (input, output) = (input.clone(), output.clone());
-            all.push(Probe { what: what.to_owned(), required, hook: Hook::Forward, flow, input, output });
-        };
+        let (Some(own_container), Some(peer_container)) = (subnet.nth(2), peer.subnet.nth(2)) else { continue };
+        let mut forward =
+            |description: &str, required, input: &Option<Interface>, output: &Option<Interface>, source, destination| {
+                let flow = Flow { source, destination, protocol: TCP, port: ANY_PORT };
+                let (input, output) = (input.clone(), output.clone());
+                all.push(Probe { description: description.to_owned(), required, hook: Hook::Forward, flow, input, output });
+            };
         let device = interface(&peer.device);
-        forward("containers' packets to other hosts", required, &bridge, &device, ours, theirs);
-        forward("containers' packets from other hosts", required, &device, &bridge, theirs, ours);
+        forward("containers' packets to other hosts", required, &bridge, &device, own_container, peer_container);
+        forward("containers' packets from other hosts", required, &device, &bridge, peer_container, own_container);
         if underlay.public_ip.get(family).is_some() {
-            forward("containers' packets to the world", false, &bridge, &physical, ours, outside(family));
+            forward("containers' packets to the world", false, &bridge, &physical, own_container, external_address(family));
         }
     }
     all
@@ -204,7 +205,7 @@ fn probes(facts: &Facts) -> Vec<Probe> {
 /// only warnings, because a rule may accept the real peers by address.
 fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
     let (Some(network), Some(lease)) = (&status.network, &status.lease) else { return Vec::new() };
-    let one = |(family, own): (Family, Cidr)| {
+    let sample_peer = |(family, own): (Family, Cidr)| {
         let public_ip = match underlay.public_ip.get(family)? {
             IpAddr::V4(own) => IpAddr::from((u32::from(*own) ^ 1).to_be_bytes()),
             IpAddr::V6(own) => IpAddr::from((u128::from(*own) ^ 1).to_be_bytes()),
@@ -221,7 +222,7 @@ fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
             last_repair: None,
         })
     };
-    lease.subnet.iter().filter_map(one).collect()
+    lease.subnet.iter().filter_map(sample_peer).collect()
 }
 
 /// Remedy, as a command of the firewall that wrote the rule.
@@ -239,11 +240,11 @@ fn remedy(rule: &RuleRef, probe: &Probe) -> String {
             )
         };
     }
-    let passes = |prefix: &str| rule.path.iter().any(|chain| chain.starts_with(prefix));
-    if passes("ufw") {
+    let passes_chain = |prefix: &str| rule.path.iter().any(|chain| chain.starts_with(prefix));
+    if passes_chain("ufw") {
         return if tunnel { format!("ufw allow {port}/udp") } else { format!("ufw route allow in on {input} out on {output}") };
     }
-    if passes("DOCKER") {
+    if passes_chain("DOCKER") {
         return format!(
             "Docker's rules do it; what is accepted in its chain DOCKER-USER goes before them: iptables -I DOCKER-USER -i {bridge} -j \
              ACCEPT; iptables -I DOCKER-USER -o {bridge} -j ACCEPT"

@@ -70,24 +70,24 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
             Family::V4 => ("arp_cache", "ipv4/neigh/default/gc_thresh3"),
             Family::V6 => ("ndisc_cache", "ipv6/neigh/default/gc_thresh3"),
         };
-        let most = sysctl(limit).and_then(|text| text.parse().ok());
+        let limit_value = sysctl(limit).and_then(|text| text.parse().ok());
         // Each processor's line has the total of all.
-        if let (Some(entries), Some(most)) = (read_net_stat(file, "entries").first(), most) {
+        if let (Some(entries), Some(limit_value)) = (read_net_stat(file, "entries").first(), limit_value) {
             // The agent's own entries are permanent and do not count against the limit.
-            neighbour_table(family, entries.saturating_sub(facts.peers.len() as u64), most, findings);
+            neighbour_table(family, entries.saturating_sub(facts.peers.len() as u64), limit_value, findings);
         }
     }
 }
 
 /// Checks the kernel's neighbour table. All network namespaces share it: a container's entry for the gateway counts like the
 /// host's for the container.
-fn neighbour_table(family: Family, entries: u64, most: u64, findings: &mut Findings) {
-    if most > 0 && entries * 100 >= most * FULL_WARNING_PERCENT as u64 {
+fn neighbour_table(family: Family, entries: u64, max: u64, findings: &mut Findings) {
+    if max > 0 && entries * 100 >= max * FULL_WARNING_PERCENT as u64 {
         let name = format!("net.{}.neigh.default.gc_thresh", family.to_string().to_lowercase());
         findings.warning(
             format!("the kernel's {family} neighbour table is nearly full: containers and hosts will fail to resolve each other"),
-            vec![format!("{entries} entries, {name}3 = {most}")],
-            format!("sysctl -w {name}1={} {name}2={} {name}3={}, and the same in /etc/sysctl.d", most, most * 2, most * 4),
+            vec![format!("{entries} entries, {name}3 = {max}")],
+            format!("sysctl -w {name}1={} {name}2={} {name}3={}, and the same in /etc/sysctl.d", max, max * 2, max * 4),
         );
     }
 }
@@ -137,16 +137,16 @@ fn forwarding(facts: &Facts, findings: &mut Findings) {
 
 /// Checks per-interface settings that stop the overlay's traffic regardless of the global ones.
 fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
-    let ours: Vec<Device> = facts.link_names(|_| true).iter().filter_map(|name| Device::from_name(name)).collect();
+    let own_devices: Vec<Device> = facts.link_names(|_| true).iter().filter_map(|name| Device::from_name(name)).collect();
     for family in facts.families() {
-        let of_devices = ours.iter().filter(|device| device.carries(family));
+        let of_devices = own_devices.iter().filter(|device| device.carries(family));
         let mut wanted: Vec<(String, &str)> = of_devices.flat_map(|device| sysctls::device_settings(*device, family)).collect();
         if let (Family::V4, Some(underlay)) = (family, facts.status().and_then(|status| status.underlay.as_ref())) {
             wanted.push((sysctls::interface_path(&underlay.interface, family, "forwarding"), "1"));
         }
         let number = |path: &str| sysctl(path).and_then(|text| text.parse::<u32>().ok());
         for (path, value) in wanted {
-            let Some(found) = sysctl(&path).filter(|found| found != value) else { continue };
+            let Some(actual) = sysctl(&path).filter(|found| found != value) else { continue };
             // The larger of this and the `all` setting applies, and only 1 (strict) drops.
             let all = sysctls::interface_path("all", family, "rp_filter");
             if path.ends_with("/rp_filter") && number(&all).max(number(&path)) != Some(1) {
@@ -154,7 +154,7 @@ fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
             }
             findings.error(
                 format!("an interface setting blocks the overlay's {family} traffic"),
-                vec![format!("net.{path} = {found}, not {value}")],
+                vec![format!("net.{path} = {actual}, not {value}")],
                 format!(
                     "a running agent sets it: see the check `agent`. Until then: sysctl -w net/{path}={value}; and look for a \
                      file that sets it: grep -rE '{}' /etc/sysctl.d /etc/sysctl.conf",
@@ -175,14 +175,14 @@ fn interface_sysctls(facts: &Facts, findings: &mut Findings) {
 
 fn conntrack_usage(findings: &mut Findings) {
     let number = |name: &str| sysctl(&format!("netfilter/{name}")).and_then(|text| text.parse::<u64>().ok());
-    if let (Some(count), Some(most)) = (number("nf_conntrack_count"), number("nf_conntrack_max"))
-        && most > 0
-        && count * 100 >= most * FULL_WARNING_PERCENT as u64
+    if let (Some(count), Some(max)) = (number("nf_conntrack_count"), number("nf_conntrack_max"))
+        && max > 0
+        && count * 100 >= max * FULL_WARNING_PERCENT as u64
     {
         findings.warning(
             "the conntrack table is nearly full: new connections will be dropped",
-            vec![format!("nf_conntrack_count = {count}, nf_conntrack_max = {most}")],
-            format!("sysctl -w net.netfilter.nf_conntrack_max={}, and the same in /etc/sysctl.d", most * 2),
+            vec![format!("nf_conntrack_count = {count}, nf_conntrack_max = {max}")],
+            format!("sysctl -w net.netfilter.nf_conntrack_max={}, and the same in /etc/sysctl.d", max * 2),
         );
     }
 }

@@ -22,12 +22,12 @@ fn overlay_links(facts: &Facts) -> Vec<(u64, String)> {
 /// NetworkManager has one file per device (`/run/NetworkManager/devices/INDEX`, `managed=`), as has systemd-networkd
 /// (`/run/systemd/netif/links/INDEX`, `ADMIN_STATE=`).
 fn managers(facts: &Facts, findings: &mut Findings) {
-    let held = |directory: &str, is_managed: fn(&str) -> bool| -> Vec<String> {
+    let managed_names = |directory: &str, is_managed: fn(&str) -> bool| -> Vec<String> {
         let directory = facts.path(directory);
         let managed = |index: u64| read(&directory.join(index.to_string())).lines().any(|line| is_managed(line.trim()));
         overlay_links(facts).into_iter().filter(|(index, _)| managed(*index)).map(|(_, name)| name).collect()
     };
-    let by_manager = held("/run/NetworkManager/devices", |line| line == "managed=true" || line == "managed=1");
+    let by_manager = managed_names("/run/NetworkManager/devices", |line| line == "managed=true" || line == "managed=1");
     if !by_manager.is_empty() {
         findings.warning(
             "NetworkManager manages devices of the agent: it may remove their addresses",
@@ -36,7 +36,7 @@ fn managers(facts: &Facts, findings: &mut Findings) {
              /etc/NetworkManager/conf.d/overlayd.conf, then: nmcli general reload",
         );
     }
-    let by_networkd = held("/run/systemd/netif/links", |line| {
+    let by_networkd = managed_names("/run/systemd/netif/links", |line| {
         line.strip_prefix("ADMIN_STATE=")
             .is_some_and(|state| matches!(state, "configuring" | "configured" | "pending" | "failed"))
     });
@@ -57,32 +57,33 @@ fn read(path: &Path) -> String {
 fn flannel(facts: &Facts, findings: &mut Findings) {
     let port = facts.port();
     let vni = facts.status().and_then(|status| status.network.as_ref()).map(|network| u64::from(network.vxlan.vni.get()));
-    let mut left = Vec::new();
+    let mut leftovers = Vec::new();
     for name in facts.link_names(|name| name.starts_with("flannel") || name == "cni0") {
         let info = facts.link(&name).map(|link| &link["linkinfo"]["info_data"]);
-        let same = |field: &str, wanted: Option<u64>| wanted.is_some() && info.and_then(|info| info[field].as_u64()) == wanted;
-        if same("id", vni) && same("port", port.map(u64::from)) {
+        let matches_field =
+            |field: &str, wanted: Option<u64>| wanted.is_some() && info.and_then(|info| info[field].as_u64()) == wanted;
+        if matches_field("id", vni) && matches_field("port", port.map(u64::from)) {
             findings.error(
                 format!("flannel's {name} has the overlay's VNI and port: the kernel refuses a second such device"),
                 vec![format!("ip -d link show {name}")],
                 format!("stop flanneld on this host, then: ip link delete {name}"),
             );
         } else {
-            left.push(format!("link {name}"));
+            leftovers.push(format!("link {name}"));
         }
     }
     let environment = facts.path("/run/flannel/subnet.env");
     if environment.exists() {
-        left.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
+        leftovers.push(format!("{}: {}", environment.display(), read(&environment).lines().collect::<Vec<_>>().join(" ")));
     }
     // The firewall check reports a failure.
     if let Ok(ruleset) = RulesetSnapshot::read() {
-        left.extend(ruleset.chain_names().filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
+        leftovers.extend(ruleset.chain_names().filter(|name| name.starts_with("FLANNEL")).map(|name| format!("chain {name}")));
     }
-    if !left.is_empty() {
+    if !leftovers.is_empty() {
         findings.warning(
             "a former flannel on this host left objects behind",
-            left,
+            leftovers,
             "after flanneld is stopped and its containers are moved: ip link delete flannel.1; ip link delete cni0; rm -r /run/flannel; \
              iptables -t nat -F FLANNEL-POSTRTG; iptables -F FLANNEL-FWD",
         );

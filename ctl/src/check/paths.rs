@@ -68,32 +68,32 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
         return report_unchecked(findings, "paths to peers", &error);
     }
     let probed: Vec<PeerEntry> = facts.peers.iter().take(facts.settings.peers).cloned().collect();
-    let left = facts.peers.len() - probed.len();
-    if left > 0 {
+    let unprobed = facts.peers.len() - probed.len();
+    if unprobed > 0 {
         findings.info(
-            format!("{left} of {} peers were not probed", facts.peers.len()),
+            format!("{unprobed} of {} peers were not probed", facts.peers.len()),
             vec![format!("the first {} were probed", probed.len())],
             "overlayctl check --peers NUMBER probes more",
         );
     }
     let probes = stream::iter(probed).map(|peer| probe_peer(peer, underlay.mtu, overlay_mtu));
     let results: Vec<PeerProbe> = probes.buffered(MAX_CONCURRENT).collect().await;
-    for one in &results {
-        report(one, underlay.mtu, overlay_mtu, findings);
+    for probe in &results {
+        report(probe, underlay.mtu, overlay_mtu, findings);
     }
 }
 
 async fn probe_peer(peer: PeerEntry, underlay_mtu: u32, overlay_mtu: u32) -> PeerProbe {
-    let inside = peer.subnet.base();
+    let overlay_address = peer.subnet.base();
     let name = peer.host.clone().unwrap_or_else(|| peer.public_ip.to_string());
     let underlay = probe_mtu(peer.public_ip, underlay_mtu).await;
-    let overlay = probe_mtu(inside, overlay_mtu).await;
+    let overlay = probe_mtu(overlay_address, overlay_mtu).await;
     let (tcp, segments) = match overlay {
         0 => (None, None),
-        _ => (Some(tcp_answers(inside).await), Some(udp_segments_answered(inside, overlay).await)),
+        _ => (Some(tcp_answers(overlay_address).await), Some(udp_segments_answered(overlay_address, overlay).await)),
     };
-    let learnt = query_path_mtu(peer.public_ip).await;
-    PeerProbe { name, peer, underlay, overlay, cached_path_mtu: learnt, tcp, segments }
+    let cached_path_mtu = query_path_mtu(peer.public_ip).await;
+    PeerProbe { name, peer, underlay, overlay, cached_path_mtu, tcp, segments }
 }
 
 async fn query_path_mtu(address: IpAddr) -> Option<u64> {
@@ -106,20 +106,20 @@ async fn probe_mtu(address: IpAddr, max_size: u32) -> u32 {
     if ping(address, max_size).await {
         return max_size;
     }
-    let (mut good, mut bad) = (min_packet_len(Family::of(address)).min(max_size), max_size);
-    if !ping(address, good).await {
+    let (mut passed_size, mut failed_size) = (min_packet_len(Family::of(address)).min(max_size), max_size);
+    if !ping(address, passed_size).await {
         return 0;
     }
     // Eleven halvings find any Ethernet MTU; jumbo frames take three more.
-    while bad - good > 1 {
-        let middle = good + (bad - good) / 2;
+    while failed_size - passed_size > 1 {
+        let middle = passed_size + (failed_size - passed_size) / 2;
         if ping(address, middle).await {
-            good = middle;
+            passed_size = middle;
         } else {
-            bad = middle;
+            failed_size = middle;
         }
     }
-    good
+    passed_size
 }
 
 /// Whether one of two unfragmented pings of this size is answered.
@@ -143,7 +143,7 @@ async fn tcp_answers(address: IpAddr) -> bool {
 /// Whether UDP segments arrive that the kernel receives in one piece (`UDP_SEGMENT`, udp(7)): the peer reports the port as
 /// closed.
 async fn udp_segments_answered(address: IpAddr, mtu: u32) -> bool {
-    let sent = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
+    let probe = tokio::task::spawn_blocking(move || -> std::io::Result<bool> {
         let socket = UdpSocket::bind(SocketAddr::new(Family::of(address).unspecified(), 0))?;
         socket.connect(SocketAddr::new(address, DISCARD_PORT))?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT / TRAINS))?;
@@ -160,16 +160,16 @@ async fn udp_segments_answered(address: IpAddr, mtu: u32) -> bool {
         }
         Ok(false)
     });
-    matches!(sent.await, Ok(Ok(true)))
+    matches!(probe.await, Ok(Ok(true)))
 }
 
 fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
-    let PeerProbe { name, peer, underlay, overlay, cached_path_mtu: learnt, tcp, segments } = probe;
-    let (public, inside) = (peer.public_ip, peer.subnet.base());
+    let PeerProbe { name, peer, underlay, overlay, cached_path_mtu, tcp, segments } = probe;
+    let (public, overlay_address) = (peer.public_ip, peer.subnet.base());
     if *overlay == 0 {
         let evidence = vec![
             format!("ping {public} (underlay): {}", if *underlay > 0 { "answered" } else { "no answer" }),
-            format!("ping {inside} (overlay, by {}): no answer", peer.device),
+            format!("ping {overlay_address} (overlay, by {}): no answer", peer.device),
             if peer.state == "programmed" { String::new() } else { format!("the peer is {}", peer.state) },
         ];
         if *underlay > 0 {
@@ -188,15 +188,17 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         return;
     }
     if *overlay < overlay_mtu {
-        let evidence =
-            format!("ping -M do -s {} {inside}: no answer", overlay_mtu - ip_header_len(Family::of(inside)) - L4_HEADER_LEN);
+        let evidence = format!(
+            "ping -M do -s {} {overlay_address}: no answer",
+            overlay_mtu - ip_header_len(Family::of(overlay_address)) - L4_HEADER_LEN
+        );
         let remedy = format!(
             "raise the MTU on the path to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
              (overlayctl config set)",
             overlay_mtu - overlay,
             overlay + Family::of(public).vxlan_overhead()
         );
-        match learnt {
+        match cached_path_mtu {
             Some(mtu) => findings.warning(
                 format!(
                     "the overlay to {name} carries {overlay} of {overlay_mtu} bytes: senders learn the path MTU when their first large packet is lost"
@@ -221,7 +223,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
     } else if *underlay == 0 {
         findings.info(
             format!("{name} answers no ping over the underlay: the path MTU is known for the overlay only"),
-            vec![format!("ping {public}: no answer; ping {inside}: {overlay} bytes")],
+            vec![format!("ping {public}: no answer; ping {overlay_address}: {overlay} bytes")],
             "none, if the overlay works",
         );
     }
@@ -232,7 +234,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
         findings.error(
             format!("{name} answers pings over the overlay, but no TCP: checksums arrive broken, or TCP is dropped"),
             vec![format!(
-                "connect to {inside} port {DISCARD_PORT}: neither refused nor accepted within {} s",
+                "connect to {overlay_address} port {DISCARD_PORT}: neither refused nor accepted within {} s",
                 ANSWER_TIMEOUT.as_secs()
             )],
             offload,
@@ -242,7 +244,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
             format!(
                 "large sends do not arrive at {name}: segmentation by the kernel or the network card is broken, or UDP is dropped"
             ),
-            vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {inside} port {DISCARD_PORT}: no answer")],
+            vec![format!("{TRAINS} trains of {SEGMENTS} UDP segments to {overlay_address} port {DISCARD_PORT}: no answer")],
             offload,
         );
     }

@@ -27,11 +27,11 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     };
     let mut unreachable = Vec::new();
     for endpoint in &config.endpoints {
-        let one = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
-        clock_skew(&one, findings).await;
-        let begun = Instant::now();
-        match store::member_status(&one).await {
-            Ok(member) => report_member(endpoint, &member, begun.elapsed(), findings),
+        let member_config = StoreConfig { endpoints: vec![endpoint.clone()], ..config.clone() };
+        clock_skew(&member_config, findings).await;
+        let start = Instant::now();
+        match store::member_status(&member_config).await {
+            Ok(member) => report_member(endpoint, &member, start.elapsed(), findings),
             Err(error) => unreachable.push(error.to_string()),
         }
     }
@@ -92,13 +92,13 @@ fn report_member(endpoint: &str, member: &store::MemberStatus, elapsed: Duration
 
 /// Compares the server's clock with this host's. An unreachable server is reported elsewhere, as one that does not answer.
 async fn clock_skew(server: &StoreConfig, findings: &mut Findings) {
-    let Ok(Some(theirs)) = store::server_clock(server).await else { return };
-    let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
-    let apart = ours.abs_diff(theirs);
-    if apart > MAX_CLOCK_SKEW {
+    let Ok(Some(server_time)) = store::server_clock(server).await else { return };
+    let local_time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs());
+    let skew = local_time.abs_diff(server_time);
+    if skew > MAX_CLOCK_SKEW {
         findings.warning(
-            format!("the clocks of this host and etcd differ by {apart} s"),
-            vec![format!("{} says {theirs}, this host {ours} (seconds since 1970)", server.endpoints.join(", "))],
+            format!("the clocks of this host and etcd differ by {skew} s"),
+            vec![format!("{} says {server_time}, this host {local_time} (seconds since 1970)", server.endpoints.join(", "))],
             "synchronise both: systemctl status systemd-timesyncd, or chronyc tracking. Certificates and logs depend on it",
         );
     }
@@ -116,7 +116,7 @@ mod tests {
             alarms: alarms.iter().map(ToString::to_string).collect(),
         };
         let fast = Duration::from_millis(3);
-        for (member, took, wanted) in [
+        for (member, elapsed, wanted) in [
             (member("3.5.16", true, &[]), fast, ""),
             (member("3.4.0", true, &[]), fast, ""),
             (member("3.3.27", true, &[]), fast, "older than 3.4"),
@@ -126,9 +126,12 @@ mod tests {
             (member("3.5.16", true, &[]), Duration::from_secs(2), "slow"),
         ] {
             let mut findings = Findings::for_check("store");
-            report_member("http://x:2379", &member, took, &mut findings);
-            let told: Vec<String> = findings.into_vec().into_iter().map(|finding| finding.summary).collect();
-            assert!(if wanted.is_empty() { told.is_empty() } else { told.len() == 1 && told[0].contains(wanted) }, "{told:?}");
+            report_member("http://x:2379", &member, elapsed, &mut findings);
+            let summaries: Vec<String> = findings.into_vec().into_iter().map(|finding| finding.summary).collect();
+            assert!(
+                if wanted.is_empty() { summaries.is_empty() } else { summaries.len() == 1 && summaries[0].contains(wanted) },
+                "{summaries:?}"
+            );
         }
     }
 }

@@ -8,14 +8,14 @@ use tokio::net::UnixListener;
 use super::*;
 
 /// Answers one connection with these bytes and returns the request.
-fn serve_once(dir: &Path, answer: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
+fn serve_once(dir: &Path, response: &'static str) -> (Client, tokio::task::JoinHandle<String>) {
     let socket = dir.join("overlayd.sock");
     let listener = UnixListener::bind(&socket).expect("a socket in a temporary directory");
     let task = tokio::spawn(async move {
         let (mut stream, _) = listener.accept().await.expect("the client connects");
         let mut request = vec![0; 4096];
         let length = stream.read(&mut request).await.expect("a request");
-        stream.write_all(answer.as_bytes()).await.expect("the client reads");
+        stream.write_all(response.as_bytes()).await.expect("the client reads");
         String::from_utf8_lossy(&request[..length]).into_owned()
     });
     (Client::new(socket), task)

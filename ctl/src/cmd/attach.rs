@@ -79,8 +79,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         context.client.detach(name).await?;
         return Err(NamespaceError::NoProcess { pid: process.pid }.into());
     }
-    if let Some(made) = created {
-        made.keep();
+    if let Some(namespace) = created {
+        namespace.keep();
     }
     if let Some(written) = written {
         written.keep();

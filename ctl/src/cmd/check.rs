@@ -61,8 +61,8 @@ impl View for ReportView<'_> {
         let mut lines = Vec::new();
         for checked in &self.0.checks {
             let (tone, text) = severity_label(checked.worst);
-            let took = if wide { format!(" ({} ms)", checked.milliseconds) } else { String::new() };
-            lines.push(format!("{}  {:<11} {}{took}", style.paint(tone, &format!("{text:<7}")), checked.name, checked.about));
+            let duration = if wide { format!(" ({} ms)", checked.milliseconds) } else { String::new() };
+            lines.push(format!("{}  {:<11} {}{duration}", style.paint(tone, &format!("{text:<7}")), checked.name, checked.about));
         }
         for finding in &self.0.findings {
             lines.push(String::new());
@@ -91,9 +91,9 @@ mod tests {
     fn documentation_example_is_a_valid_report() {
         let page = include_str!("../../../docs/check.md");
         let example = page.split_once("```json\n").and_then(|(_, rest)| rest.split_once("```")).expect("an example").0;
-        let shown: serde_json::Value = serde_json::from_str(example).expect("JSON");
-        let report: Report = serde_json::from_value(shown.clone()).expect("a report");
-        assert_eq!((serde_json::to_value(&report).expect("JSON"), report.version), (shown, check::VERSION));
+        let documented: serde_json::Value = serde_json::from_str(example).expect("JSON");
+        let report: Report = serde_json::from_value(documented.clone()).expect("a report");
+        assert_eq!((serde_json::to_value(&report).expect("JSON"), report.version), (documented, check::VERSION));
         for name in check::names() {
             assert!(page.contains(&format!("| `{name}` |")), "{name} is not in docs/check.md");
         }

@@ -143,10 +143,10 @@ fn print_warnings(warnings: &[FieldError]) {
     }
 }
 
-fn print_errors(place: &str, errors: &ConfigErrors) {
+fn print_errors(location: &str, errors: &ConfigErrors) {
     let style = Style::for_stream(&std::io::stderr());
     for error in &errors.0 {
-        eprintln!("{} {place}: {error}", style.paint(Tone::Bad, "error:"));
+        eprintln!("{} {location}: {error}", style.paint(Tone::Bad, "error:"));
     }
 }
 

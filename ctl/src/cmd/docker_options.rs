@@ -56,9 +56,9 @@ fn write(path: &Path, options: &DockerOptions) -> Result<bool, CommandError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => std::path::absolute(path).map_err(failed)?,
         other => other.map_err(failed)?,
     };
-    let present = read_config(&target)?;
-    let merged = options.merged(path, present.clone())?;
-    if merged == present {
+    let config = read_config(&target)?;
+    let merged = options.merged(path, config.clone())?;
+    if merged == config {
         return Ok(false);
     }
     let text = format!("{:#}\n", serde_json::Value::Object(merged));

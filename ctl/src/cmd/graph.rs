@@ -64,11 +64,11 @@ struct GraphView<'a> {
 
 impl View for GraphView<'_> {
     fn text(&self, _style: Style, _wide: bool) -> String {
-        let drawn = match self.drawing {
+        let rendered = match self.drawing {
             Drawing::Text => text(self.graph),
             Drawing::Svg => svg(self.graph),
             Drawing::Dot => dot(self.graph),
         };
-        drawn.trim_end().to_owned()
+        rendered.trim_end().to_owned()
     }
 }

@@ -172,12 +172,12 @@ impl TreeView<'_> {
     fn port(&self, port: &PortView, style: Style) -> String {
         let views = self.0.endpoints.iter();
         let owner = views.map(|v| &v.endpoint).find(|e| Some(&e.name) == port.endpoint.as_ref());
-        let behind = match owner.and_then(|e| Some((e, e.port.as_ref()?))) {
+        let endpoint_text = match owner.and_then(|e| Some((e, e.port.as_ref()?))) {
             Some((endpoint, inner)) => {
                 format!("{} of {}  {}", inner.interface, endpoint.name, joined(inner.addresses.iter().map(|(_, a)| a)))
             }
             None => style.paint(Tone::Warning, "no endpoint"),
         };
-        format!("{}  {}  {}  {behind}", port.number, port.interface, port.state)
+        format!("{}  {}  {}  {endpoint_text}", port.number, port.interface, port.state)
     }
 }

@@ -192,7 +192,7 @@ fn up_rootless(labs_dir: &LabsDir, args: &UpArgs) -> Result<Outcome, CommandErro
 /// Runs this command again inside the lab.
 fn run_inside(labs_dir: &LabsDir, name: &LabName) -> Result<Outcome, CommandError> {
     // The command inside handles an interrupt; this process only waits for its end.
-    let _watches = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
+    let _signal_streams = (signal_stream(SignalKind::interrupt())?, signal_stream(SignalKind::terminate())?);
     Ok(match rootless::enter(labs_dir, name)? {
         0 => Outcome::Ok,
         code => Outcome::Code(code),

@@ -77,10 +77,10 @@ pub struct MissingHost {
 
 /// Prints the matrix. Exit code 3 if a host is unreachable.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let own = context.client.mesh().await?;
+    let own_row = context.client.mesh().await?;
     let leases = context.client.subnets().await?.subnets;
     let mut missing = Vec::new();
-    let mut rows = vec![own];
+    let mut rows = vec![own_row];
     for socket in &args.also {
         match Client::new(socket).with_timeout(PEER_TIMEOUT).mesh().await {
             Ok(mesh) => rows.push(mesh),
@@ -89,8 +89,8 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     }
     if let Some(port) = args.port {
         let peers: Vec<SubnetEntry> = leases.iter().filter(|lease| !lease.own && lease.refused.is_none()).cloned().collect();
-        let asked = stream::iter(peers).map(|lease| async move { (host_name(&lease), query_host(&lease, port).await) });
-        for (host, answer) in asked.buffered(MAX_CONCURRENT).collect::<Vec<_>>().await {
+        let queries = stream::iter(peers).map(|lease| async move { (host_name(&lease), query_host(&lease, port).await) });
+        for (host, answer) in queries.buffered(MAX_CONCURRENT).collect::<Vec<_>>().await {
             match answer {
                 Ok(mesh) => rows.push(mesh),
                 Err(error) => missing.push(MissingHost { host, error }),
@@ -105,8 +105,9 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 
 /// `Degraded` if any path is down.
 pub(super) fn outcome(matrix: &Matrix) -> Outcome {
-    let cut = matrix.paths.iter().any(|path| matches!(path.entry.state, Reachability::OverlayDown | Reachability::Unreachable));
-    if cut || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Ok }
+    let path_down =
+        matrix.paths.iter().any(|path| matches!(path.entry.state, Reachability::OverlayDown | Reachability::Unreachable));
+    if path_down || !matrix.problems.is_empty() { Outcome::Degraded } else { Outcome::Ok }
 }
 
 /// Builds the matrix from the rows, worst path first.
@@ -125,16 +126,16 @@ pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missi
                 .problems
                 .push(format!("{}: probing is switched off (--mesh-interval=0s): use `overlayctl ping-mesh`", row.node));
         }
-        for found in row.peers {
-            let lease_idle_seconds = idle.get(&found.subnet).copied().flatten();
-            let says = diagnosis(&found, lease_idle_seconds);
-            matrix.paths.push(PathEntry { from: row.node.clone(), entry: found, lease_idle_seconds, says });
+        for entry in row.peers {
+            let lease_idle_seconds = idle.get(&entry.subnet).copied().flatten();
+            let says = diagnosis(&entry, lease_idle_seconds);
+            matrix.paths.push(PathEntry { from: row.node.clone(), entry, lease_idle_seconds, says });
         }
         matrix.hosts.push(row.node);
     }
     let rank = |path: &PathEntry| {
-        let found = &path.entry;
-        (found.state, found.overlay.lost + found.underlay.lost, found.overlay.mean_micros)
+        let entry = &path.entry;
+        (entry.state, entry.overlay.lost + entry.underlay.lost, entry.overlay.mean_micros)
     };
     matrix.paths.sort_by(|a, b| rank(b).cmp(&rank(a)).then_with(|| (&a.from, a.entry.subnet).cmp(&(&b.from, b.entry.subnet))));
     matrix
@@ -143,16 +144,18 @@ pub(super) fn matrix(rows: Vec<Mesh>, leases: &[SubnetEntry], missing: Vec<Missi
 /// Computes how long each peer's lease was not renewed. The reference is this host's own renewed lease, which has the same TTL.
 /// Hosts that renew differently (flannel) give no value.
 fn lease_idle(leases: &[SubnetEntry]) -> BTreeMap<Cidr, Option<i64>> {
-    let own = leases.iter().find(|lease| lease.own).and_then(|lease| lease.expires_in_seconds);
+    let own_expires_in = leases.iter().find(|lease| lease.own).and_then(|lease| lease.expires_in_seconds);
     let mut all = BTreeMap::new();
     for lease in leases.iter().filter(|lease| !lease.own) {
-        let behind = match (own, lease.expires_in_seconds, &lease.node_id) {
-            (Some(own), Some(left), Some(_)) if own > left + LEASE_IDLE_THRESHOLD => Some(own - left),
+        let idle_seconds = match (own_expires_in, lease.expires_in_seconds, &lease.node_id) {
+            (Some(own_expires_in), Some(expires_in), Some(_)) if own_expires_in > expires_in + LEASE_IDLE_THRESHOLD => {
+                Some(own_expires_in - expires_in)
+            }
             (Some(_), Some(_), Some(_)) => Some(0),
             _ => None,
         };
         for (_, range) in lease.subnet.iter().flat_map(|subnet| subnet.iter()) {
-            all.insert(range, behind);
+            all.insert(range, idle_seconds);
         }
     }
     all
@@ -243,23 +246,23 @@ impl View for MatrixView<'_> {
         header.push("NOTE");
         let mut table = Table::new(style, &header);
         for path in &matrix.paths {
-            let found = &path.entry;
-            let tone = match found.state {
+            let entry = &path.entry;
+            let tone = match entry.state {
                 Reachability::Ok => Tone::Good,
                 Reachability::Unknown | Reachability::Gone => Tone::Quiet,
                 Reachability::UnderlaySilent | Reachability::Lossy => Tone::Warning,
                 Reachability::OverlayDown | Reachability::Unreachable => Tone::Bad,
             };
-            let to = found.host.clone().unwrap_or_else(|| found.subnet.to_string());
+            let to = entry.host.clone().unwrap_or_else(|| entry.subnet.to_string());
             let mut row = vec![
                 cell(Some(&path.from)),
                 cell(Some(to)),
-                toned(tone, found.state.as_str()),
-                cell(Some(path_text(&found.overlay))),
-                cell(Some(path_text(&found.underlay))),
+                toned(tone, entry.state.as_str()),
+                cell(Some(path_text(&entry.overlay))),
+                cell(Some(path_text(&entry.underlay))),
             ];
             if wide {
-                row.extend([cell(Some(found.subnet)), cell(Some(found.overlay.address)), cell(Some(found.underlay.address))]);
+                row.extend([cell(Some(entry.subnet)), cell(Some(entry.overlay.address)), cell(Some(entry.underlay.address))]);
             }
             row.push(cell(Some(&path.says)));
             table.row(row);
@@ -298,10 +301,10 @@ mod tests {
         }
     }
 
-    fn lease(number: u8, left: i64, own: bool) -> SubnetEntry {
+    fn lease(number: u8, expires_in: i64, own: bool) -> SubnetEntry {
         let text = format!(
             r#"{{"key":"10.244.{number}.0-24","subnet":{{"v4":"10.244.{number}.0/24"}},"host":"h{number}","node_id":"{number}",
-            "public_ip":{{"v4":"192.0.2.{number}"}},"backend":"vxlan","vni":1,"vtep":{{}},"expires_in_seconds":{left},
+            "public_ip":{{"v4":"192.0.2.{number}"}},"backend":"vxlan","vni":1,"vtep":{{}},"expires_in_seconds":{expires_in},
             "reservation":false,"own":{own},"refused":null}}"#
         );
         serde_json::from_str(&text).expect("a lease")

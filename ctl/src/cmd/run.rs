@@ -117,8 +117,8 @@ async fn run_attached(
         }
     };
     // `teardown` removes both after the agent has detached the endpoint.
-    if let Some(made) = created {
-        made.keep();
+    if let Some(namespace) = created {
+        namespace.keep();
     }
     if let Some(written) = written {
         written.keep();
@@ -160,12 +160,12 @@ fn set_up_mounts(resolver: Option<&Path>) -> Result<(), CommandError> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(failed(root))?;
     // Later mounts of the host propagate here, and none from here to the host.
     mount(None::<&str>, root, None::<&str>, MsFlags::MS_SLAVE | MsFlags::MS_REC, None::<&str>).map_err(failed(root))?;
-    let usual = Path::new("/etc/resolv.conf");
-    if let Some(file) = resolver.filter(|_| usual.exists()) {
-        mount(Some(file), usual, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed(usual))?;
+    let host_path = Path::new("/etc/resolv.conf");
+    if let Some(file) = resolver.filter(|_| host_path.exists()) {
+        mount(Some(file), host_path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(failed(host_path))?;
     }
     // The mount can be refused in a user namespace; few programs read network devices there.
-    let _without = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_RDONLY, None::<&str>);
+    let _ignored = mount(Some("sysfs"), "/sys", Some("sysfs"), MsFlags::MS_RDONLY, None::<&str>);
     Ok(())
 }
 
@@ -242,21 +242,21 @@ impl Signals {
 
     fn subscribe() -> Result<Signals, CommandError> {
         let ignored = ignored_signals();
-        let (send, arrived) = mpsc::channel(16);
+        let (send, receiver) = mpsc::channel(16);
         let mut tasks = tokio::task::JoinSet::new();
-        for caught in Self::FORWARDED.into_iter().filter(|s| ignored & (1 << (*s as u32 - 1)) == 0) {
-            let mut stream = signal(SignalKind::from_raw(caught as i32))
+        for forwarded in Self::FORWARDED.into_iter().filter(|s| ignored & (1 << (*s as u32 - 1)) == 0) {
+            let mut stream = signal(SignalKind::from_raw(forwarded as i32))
                 .map_err(|source| CommandError::Read { path: "/proc/self/status".into(), source })?;
             let send = send.clone();
             tasks.spawn(async move {
                 while stream.recv().await.is_some() {
-                    if send.send(caught).await.is_err() {
+                    if send.send(forwarded).await.is_err() {
                         return;
                     }
                 }
             });
         }
-        Ok(Signals { receiver: arrived, _tasks: tasks })
+        Ok(Signals { receiver, _tasks: tasks })
     }
 
     /// Next signal. Cancel-safe.

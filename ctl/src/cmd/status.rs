@@ -56,10 +56,10 @@ async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, Comm
     // Bounds a request that hangs, so that it does not outlast the limit by much.
     let client = context.client.clone().with_timeout(limit.clamp(POLL_INTERVAL, Duration::from_secs(5)));
     loop {
-        let answer = client.status().await;
-        let over = Instant::now() + POLL_INTERVAL > end;
-        match answer {
-            Ok(status) if status.ready || over => return Ok(Some(status)),
+        let status = client.status().await;
+        let timed_out = Instant::now() + POLL_INTERVAL > end;
+        match status {
+            Ok(status) if status.ready || timed_out => return Ok(Some(status)),
             Ok(_) => {}
             Err(
                 error @ (ClientError::NoSocket { .. }
@@ -67,7 +67,7 @@ async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, Comm
                 | ClientError::ConnectionLost { .. }),
             )
             | Err(error @ ClientError::TimedOut { .. }) => {
-                if over {
+                if timed_out {
                     eprintln!("overlayctl: not ready within {}: {error}", humantime::format_duration(limit));
                     return Ok(None);
                 }
@@ -216,7 +216,7 @@ fn data_path(status: &Status) -> String {
 
 /// Packets that the rules dropped, by reason; `dropped` in `docs/security.md` explains each.
 fn dropped(status: &Status) -> Option<String> {
-    let counted = status.data_path.dropped.iter().filter(|(_, packets)| **packets > 0);
-    let words: Vec<String> = counted.map(|(reason, packets)| format!("{packets} {reason}")).collect();
+    let nonzero = status.data_path.dropped.iter().filter(|(_, packets)| **packets > 0);
+    let words: Vec<String> = nonzero.map(|(reason, packets)| format!("{packets} {reason}")).collect();
     (!words.is_empty()).then(|| format!("packets: {}", words.join(", ")))
 }

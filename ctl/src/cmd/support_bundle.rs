@@ -80,8 +80,8 @@ fn secrets(config: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(config).unwrap_or_default();
     let credentials = config.parent().unwrap_or(Path::new("/etc/overlayd")).join(CREDENTIALS_DIR);
     let line = text.lines().map(str::trim).find_map(|line| line.strip_prefix("etcd-password-file"));
-    let named = line.and_then(|rest| Some(rest.trim_start().strip_prefix('=')?.trim().trim_matches(['"', '\''])));
-    let mut files: Vec<PathBuf> = named.map(|name| credentials.join(name)).into_iter().collect();
+    let value = line.and_then(|rest| Some(rest.trim_start().strip_prefix('=')?.trim().trim_matches(['"', '\''])));
+    let mut files: Vec<PathBuf> = value.map(|name| credentials.join(name)).into_iter().collect();
     files.extend(std::env::var_os("OVERLAYD_ETCD_PASSWORD_FILE").map(PathBuf::from));
     let files: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();
     let mut all = known_secrets(&files, &credentials);
@@ -104,10 +104,10 @@ impl Progress {
         Progress { total, is_terminal: std::io::stderr().is_terminal() }
     }
 
-    fn show(&self, done: usize, what: &str) {
+    fn show(&self, done: usize, label: &str) {
         if self.is_terminal {
             // A closed standard error must not stop the command.
-            let _ = write!(std::io::stderr(), "\r\u{1b}[K{}", bar(done, self.total, what));
+            let _ = write!(std::io::stderr(), "\r\u{1b}[K{}", bar(done, self.total, label));
         }
     }
 
@@ -118,9 +118,9 @@ impl Progress {
     }
 }
 
-fn bar(done: usize, total: usize, what: &str) -> String {
-    let full = (BAR_WIDTH * done).checked_div(total).unwrap_or(BAR_WIDTH);
-    format!("[{}{}] {done}/{total} {what}", "#".repeat(full), ".".repeat(BAR_WIDTH - full))
+fn bar(done: usize, total: usize, label: &str) -> String {
+    let filled = (BAR_WIDTH * done).checked_div(total).unwrap_or(BAR_WIDTH);
+    format!("[{}{}] {done}/{total} {label}", "#".repeat(filled), ".".repeat(BAR_WIDTH - filled))
 }
 
 #[derive(Serialize)]

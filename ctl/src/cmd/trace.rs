@@ -139,8 +139,8 @@ fn live_text(live: &Live, style: Style) -> String {
             continue;
         }
         let mut table = Table::new(style, &["PACKET", head, "WHAT"]);
-        for seen in all {
-            table.row(vec![cell(Some(&seen.packet)), cell(Some(&seen.place)), cell(Some(&seen.what))]);
+        for observation in all {
+            table.row(vec![cell(Some(&observation.packet)), cell(Some(&observation.place)), cell(Some(&observation.what))]);
         }
         text.push_str(&table.text());
         text.push_str("\n\n");

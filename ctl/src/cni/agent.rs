@@ -83,22 +83,24 @@ impl<'a> AgentClient<'a> {
 
     fn request<T: DeserializeOwned>(&self, method: &str, path: &str, body: &[u8]) -> Result<T, CniError> {
         let mut pause = INITIAL_BACKOFF;
-        let mut tries = 1_u32;
+        let mut attempts = 1_u32;
         let bytes = loop {
             let reason = match self.attempt(method, path, body) {
                 Ok(bytes) => break bytes,
                 Err(Failure::Final(error)) => return Err(error),
                 Err(Failure::Retryable(reason)) => reason,
             };
-            if tries.is_power_of_two() {
-                self.log.debug(format_args!("try {tries}: {reason}"));
+            if attempts.is_power_of_two() {
+                self.log.debug(format_args!("try {attempts}: {reason}"));
             }
             if Instant::now() + pause >= self.deadline {
-                return Err(CniError::new(Code::TryAgain, reason).with_details(format!("tried {tries} times: {method} {path}")));
+                return Err(
+                    CniError::new(Code::TryAgain, reason).with_details(format!("tried {attempts} times: {method} {path}"))
+                );
             }
             sleep(pause);
             pause = (pause * 2).min(MAX_BACKOFF);
-            tries += 1;
+            attempts += 1;
         };
         serde_json::from_slice(&bytes).map_err(|e| {
             let own = env!("CARGO_PKG_VERSION");
@@ -123,22 +125,22 @@ impl<'a> AgentClient<'a> {
             body.len()
         );
         stream.write_all(&[head.as_bytes(), body].concat()).map_err(broken)?;
-        let mut answer = Vec::new();
-        let mut piece = [0; 16 << 10];
+        let mut response = Vec::new();
+        let mut chunk = [0; 16 << 10];
         let (status, start) = loop {
             // One deadline covers all reads of a response that arrives in pieces.
             stream.set_read_timeout(Some(self.time_left()?)).map_err(broken)?;
-            let read = match stream.read(&mut piece) {
+            let read = match stream.read(&mut chunk) {
                 Err(e) if e.kind() == ErrorKind::Interrupted => continue,
                 read => read.map_err(broken)?,
             };
-            answer.extend_from_slice(&piece[..read]);
-            if answer.len() as u64 > MAX_RESPONSE_BYTES {
+            response.extend_from_slice(&chunk[..read]);
+            if response.len() as u64 > MAX_RESPONSE_BYTES {
                 return Err(broken(ErrorKind::FileTooLarge.into()));
             }
-            match parse_head(&answer) {
-                Some(ResponseHead { status, start, end: Some(end) }) if answer.len() >= end => {
-                    answer.truncate(end);
+            match parse_head(&response) {
+                Some(ResponseHead { status, start, end: Some(end) }) if response.len() >= end => {
+                    response.truncate(end);
                     break (status, start);
                 }
                 Some(ResponseHead { status, start, end: None }) if read == 0 => break (status, start),
@@ -146,7 +148,7 @@ impl<'a> AgentClient<'a> {
                 _ => {}
             }
         };
-        let body = answer.split_off(start);
+        let body = response.split_off(start);
         match status {
             200..=299 => Ok(body),
             status => Err(error_response(status, &body, method, path)),
@@ -156,7 +158,7 @@ impl<'a> AgentClient<'a> {
     /// Time until the deadline.
     fn time_left(&self) -> Result<Duration, Failure> {
         Some(self.deadline.saturating_duration_since(Instant::now()))
-            .filter(|left| !left.is_zero())
+            .filter(|remaining| !remaining.is_zero())
             .ok_or_else(|| self.deadline_exceeded())
     }
 
@@ -173,20 +175,22 @@ fn endpoint_path(name: &EndpointName) -> String {
 
 /// Connects. The timeout covers a server with a full backlog too.
 fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, Failure> {
-    let shown = path.display();
+    let path_text = path.display();
     let failed = |errno: nix::Error| match errno {
         nix::Error::ENOENT => {
-            Failure::Retryable(format!("no agent at {shown}: no such socket. Is overlayd running? systemctl status overlayd"))
+            Failure::Retryable(format!("no agent at {path_text}: no such socket. Is overlayd running? systemctl status overlayd"))
         }
-        nix::Error::ECONNREFUSED => {
-            Failure::Retryable(format!("no agent at {shown}: nothing listens on the socket. Start it: systemctl start overlayd"))
+        nix::Error::ECONNREFUSED => Failure::Retryable(format!(
+            "no agent at {path_text}: nothing listens on the socket. Start it: systemctl start overlayd"
+        )),
+        nix::Error::EAGAIN | nix::Error::EINTR => {
+            Failure::Retryable(format!("the agent at {path_text} does not accept connections"))
         }
-        nix::Error::EAGAIN | nix::Error::EINTR => Failure::Retryable(format!("the agent at {shown} does not accept connections")),
         nix::Error::EACCES | nix::Error::EPERM => {
-            let text = format!("permission denied for {shown}: the runtime must run overlay-cni as root");
+            let text = format!("permission denied for {path_text}: the runtime must run overlay-cni as root");
             Failure::Final(CniError::new(Code::Io, text))
         }
-        _ => Failure::Final(CniError::new(Code::Io, format!("cannot connect to {shown}: {}", errno.desc()))),
+        _ => Failure::Final(CniError::new(Code::Io, format!("cannot connect to {path_text}: {}", errno.desc()))),
     };
     let address = UnixAddr::new(path).map_err(failed)?;
     let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).map_err(failed)?;

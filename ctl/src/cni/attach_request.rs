@@ -50,20 +50,20 @@ fn is_requested(value: &Value) -> bool {
 /// Merges the requested addresses of all three sources, one per family. A prefix length is ignored: the subnet determines it.
 fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>, CniError> {
     let mut requested = PerFamily::default();
-    let places = [
+    let sources = [
         ("runtimeConfig.ips", Code::InvalidConfig, &config.runtime_config.ips),
         ("args.cni.ips", Code::InvalidConfig, &config.args.ips),
         ("CNI_ARGS: IP", Code::InvalidEnvironment, &arguments.ips),
     ];
-    for (place, code, texts) in places {
+    for (source, code, texts) in sources {
         for text in texts {
             let address = text.parse::<IpAddr>().ok().or_else(|| text.parse::<IpNetwork>().ok().map(|network| network.ip()));
             let address =
-                address.ok_or_else(|| CniError::new(code, format!("{place}: {} is not an IP address", quoted(text))))?;
+                address.ok_or_else(|| CniError::new(code, format!("{source}: {} is not an IP address", quoted(text))))?;
             let family = Family::of(address);
             match requested.slot(family).replace(address) {
                 Some(before) if before != address => {
-                    let text = format!("{place}: {address} conflicts with {before}: an endpoint has one {family} address");
+                    let text = format!("{source}: {address} conflicts with {before}: an endpoint has one {family} address");
                     return Err(CniError::new(code, text));
                 }
                 _ => {}
@@ -75,56 +75,56 @@ fn addresses(config: &Config, arguments: &Arguments) -> Result<PerFamily<IpAddr>
 
 /// Selects the requested MAC; the capability precedes the other two sources.
 fn mac(config: &Config, arguments: &Arguments) -> Result<Option<Mac>, CniError> {
-    let places = [
+    let sources = [
         ("runtimeConfig.mac", Code::InvalidConfig, &config.runtime_config.mac),
         ("args.cni.mac", Code::InvalidConfig, &config.args.mac),
         ("CNI_ARGS: MAC", Code::InvalidEnvironment, &arguments.mac),
     ];
-    let Some((place, code, text)) = places.into_iter().find_map(|(place, code, text)| {
+    let Some((source, code, text)) = sources.into_iter().find_map(|(place, code, text)| {
         let text = text.as_deref().filter(|text| !text.is_empty())?;
         Some((place, code, text))
     }) else {
         return Ok(None);
     };
-    let mac = text.parse::<Mac>().map_err(|e| CniError::new(code, format!("{place}: {e}")))?;
-    if mac.is_unicast() { Ok(Some(mac)) } else { Err(CniError::new(code, format!("{place}: {mac} is not a unicast address"))) }
+    let mac = text.parse::<Mac>().map_err(|e| CniError::new(code, format!("{source}: {e}")))?;
+    if mac.is_unicast() { Ok(Some(mac)) } else { Err(CniError::new(code, format!("{source}: {mac} is not a unicast address"))) }
 }
 
 /// Converts the port mappings. Mappings with consecutive ports on both sides become one range.
 fn ports(mappings: &[PortMapping]) -> Result<Vec<PublishedPort>, CniError> {
-    let mut runs: Vec<PublishedPort> = Vec::new();
+    let mut ranges: Vec<PublishedPort> = Vec::new();
     for mapping in mappings {
-        let one = port(mapping)?;
-        match runs.last_mut() {
-            Some(run) if continues_range(run, &one) => run.count += 1,
-            _ => runs.push(one),
+        let published = port(mapping)?;
+        match ranges.last_mut() {
+            Some(range) if continues_range(range, &published) => range.count += 1,
+            _ => ranges.push(published),
         }
     }
-    Ok(runs)
+    Ok(ranges)
 }
 
-fn continues_range(run: &PublishedPort, next: &PublishedPort) -> bool {
-    let after = |first: u16, port: u16| first.checked_add(run.count) == Some(port);
-    run.address == next.address
-        && run.protocol == next.protocol
-        && after(run.host_port, next.host_port)
-        && after(run.container_port, next.container_port)
+fn continues_range(range: &PublishedPort, next: &PublishedPort) -> bool {
+    let after = |first: u16, port: u16| first.checked_add(range.count) == Some(port);
+    range.address == next.address
+        && range.protocol == next.protocol
+        && after(range.host_port, next.host_port)
+        && after(range.container_port, next.container_port)
 }
 
 fn port(mapping: &PortMapping) -> Result<PublishedPort, CniError> {
-    let bad = |what: String| CniError::new(Code::InvalidConfig, format!("runtimeConfig.portMappings: {what}"));
+    let invalid = |reason: String| CniError::new(Code::InvalidConfig, format!("runtimeConfig.portMappings: {reason}"));
     let number = |name: &str, value: i64| {
-        u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| bad(format!("{name} {value} is not 1 to 65535")))
+        u16::try_from(value).ok().filter(|port| *port != 0).ok_or_else(|| invalid(format!("{name} {value} is not 1 to 65535")))
     };
     let protocol = match mapping.protocol.to_ascii_lowercase().as_str() {
         "" | "tcp" => Transport::Tcp,
         "udp" => Transport::Udp,
         "sctp" => Transport::Sctp,
-        _ => return Err(bad(format!("protocol {} is not tcp, udp or sctp", quoted(&mapping.protocol)))),
+        _ => return Err(invalid(format!("protocol {} is not tcp, udp or sctp", quoted(&mapping.protocol)))),
     };
     let address = match mapping.host_ip.as_str() {
         "" => None,
-        text => Some(text.parse().map_err(|_| bad(format!("hostIP {} is not an IP address", quoted(text))))?),
+        text => Some(text.parse().map_err(|_| invalid(format!("hostIP {} is not an IP address", quoted(text))))?),
     };
     Ok(PublishedPort {
         address,

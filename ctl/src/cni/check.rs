@@ -25,12 +25,12 @@ struct AttachResult<'a> {
 impl<'a> AttachResult<'a> {
     /// Selects the container's interface and its addresses and routes.
     fn from_result(result: &'a CniResult, name: &str) -> Option<AttachResult<'a>> {
-        let ours = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
-        let place = result.interfaces.iter().position(|interface| ours(&interface))?;
-        let addresses: Vec<&Address> = result.ips.iter().filter(|address| address.interface == Some(place)).collect();
+        let is_container_interface = |interface: &&Interface| interface.name == name && !interface.sandbox.is_empty();
+        let index = result.interfaces.iter().position(|interface| is_container_interface(&interface))?;
+        let addresses: Vec<&Address> = result.ips.iter().filter(|address| address.interface == Some(index)).collect();
         let by_ours = |route: &&Route| route.gw.is_some() && addresses.iter().any(|address| address.gateway == route.gw);
         Some(AttachResult {
-            interface: &result.interfaces[place],
+            interface: &result.interfaces[index],
             routes: result.routes.iter().filter(by_ours).collect(),
             addresses,
         })
@@ -114,13 +114,13 @@ fn compare_with_agent(attached: &AttachResult<'_>, port: &Port, source_check: bo
     if port.interface != attached.interface.name {
         differences.push(format!("the agent has it as interface {}", port.interface));
     }
-    for (_, known) in port.addresses.iter() {
-        if !attached.addresses.iter().any(|address| address.address.ip() == *known) {
-            differences.push(format!("the agent assigned {known}, which prevResult lacks"));
+    for (_, endpoint_address) in port.addresses.iter() {
+        if !attached.addresses.iter().any(|address| address.address.ip() == *endpoint_address) {
+            differences.push(format!("the agent assigned {endpoint_address}, which prevResult lacks"));
         }
     }
     for address in attached.addresses.iter().map(|address| address.address.ip()) {
-        if source_check && !port.addresses.iter().any(|(_, known)| *known == address) {
+        if source_check && !port.addresses.iter().any(|(_, endpoint_address)| *endpoint_address == address) {
             differences.push(format!("the agent did not assign {address}: packets from it are dropped"));
         }
     }

@@ -161,10 +161,10 @@ pub fn requested_version(bytes: &[u8]) -> Result<Option<String>, CniError> {
 impl Config {
     /// Reads the configuration. An error comes with the version of its JSON format.
     pub fn decode(bytes: &[u8]) -> Result<Config, (Version, CniError)> {
-        let early = |error| (Version::LATEST, error);
-        let mut keys = parse_object(bytes).map_err(early)?;
-        let text: Option<String> = keys.take("cniVersion").map_err(early)?;
-        let version = Version::parse(text.as_deref()).map_err(early)?;
+        let with_latest_version = |error| (Version::LATEST, error);
+        let mut keys = parse_object(bytes).map_err(with_latest_version)?;
+        let text: Option<String> = keys.take("cniVersion").map_err(with_latest_version)?;
+        let version = Version::parse(text.as_deref()).map_err(with_latest_version)?;
         Config::from_keys(version, keys).map_err(|error| (version, error))
     }
 
@@ -178,9 +178,10 @@ impl Config {
         // An IPAM plugin would choose the addresses, and here the agent chooses them.
         let ipam: Option<Map<String, Value>> = keys.take("ipam")?;
         if let Some(ipam) = ipam.filter(|ipam| !ipam.is_empty()) {
-            let shown = Value::Object(ipam);
-            let text =
-                format!("ipam {shown} is not supported: the agent assigns addresses of the host's subnet; remove the key ipam");
+            let ipam_text = Value::Object(ipam);
+            let text = format!(
+                "ipam {ipam_text} is not supported: the agent assigns addresses of the host's subnet; remove the key ipam"
+            );
             return Err(CniError::new(Code::UnsupportedField, text));
         }
         let runtime: RuntimeConfig = keys.take("runtimeConfig")?.unwrap_or_default();
@@ -189,14 +190,14 @@ impl Config {
         let args: Option<CniArgs> = args.map(|mut cni| cni.take("args.cni")).transpose()?.flatten();
         let mut dns: Dns = keys.take("dns")?.unwrap_or_default();
         if let Some(RuntimeDns { servers, searches, options }) = runtime.dns.clone() {
-            let or = |wished: Vec<String>, configured: &mut Vec<String>| {
-                if !wished.is_empty() {
-                    *configured = wished;
+            let override_with = |requested: Vec<String>, configured: &mut Vec<String>| {
+                if !requested.is_empty() {
+                    *configured = requested;
                 }
             };
-            or(servers, &mut dns.nameservers);
-            or(searches, &mut dns.search);
-            or(options, &mut dns.options);
+            override_with(servers, &mut dns.nameservers);
+            override_with(searches, &mut dns.search);
+            override_with(options, &mut dns.options);
         }
         let valid = match keys.0.get(VALID_ATTACHMENTS) {
             // Go's reference library writes an empty list as null.

@@ -96,12 +96,12 @@ fn required(variable: &impl Fn(&str) -> Option<OsString>, name: &str) -> Result<
 
 /// Reads the verb.
 pub fn verb(variable: &impl Fn(&str) -> Option<OsString>) -> Result<Verb, CniError> {
-    let Some(asked) = optional(variable, "CNI_COMMAND")? else {
+    let Some(verb_name) = optional(variable, "CNI_COMMAND")? else {
         return Err(invalid("CNI_COMMAND is not set: a container runtime runs overlay-cni (see overlay-cni --help)"));
     };
-    Verb::ALL.into_iter().find(|verb| verb.as_str() == asked).ok_or_else(|| {
+    Verb::ALL.into_iter().find(|verb| verb.as_str() == verb_name).ok_or_else(|| {
         let known = Verb::ALL.map(Verb::as_str).join(", ");
-        invalid(format!("CNI_COMMAND={} is unknown; valid: {known}", quoted(&asked)))
+        invalid(format!("CNI_COMMAND={} is unknown; valid: {known}", quoted(&verb_name)))
     })
 }
 
@@ -165,6 +165,6 @@ fn is_interface_name(name: &str) -> bool {
 
 /// Quotes a value for a message: printable, and at most one line long.
 pub(super) fn quoted(text: &str) -> String {
-    let cut: String = text.chars().take(80).collect();
-    format!("{cut:?}")
+    let truncated: String = text.chars().take(80).collect();
+    format!("{truncated:?}")
 }

@@ -24,8 +24,8 @@ pub fn owner(config: &Config, attachment: &Attachment) -> Result<String, CniErro
     if owner.len() <= MAX_OWNER_BYTES {
         return Ok(owner);
     }
-    let room = MAX_OWNER_BYTES - owner_prefix("").len() - 2;
-    let text = format!("the network's name, CNI_CONTAINERID and CNI_IFNAME have {} bytes together, limit {room}", owner.len());
+    let limit = MAX_OWNER_BYTES - owner_prefix("").len() - 2;
+    let text = format!("the network's name, CNI_CONTAINERID and CNI_IFNAME have {} bytes together, limit {limit}", owner.len());
     Err(CniError::new(Code::InvalidConfig, text))
 }
 
@@ -33,11 +33,11 @@ pub fn owner(config: &Config, attachment: &Attachment) -> Result<String, CniErro
 pub fn endpoint(owner: &str) -> Result<EndpointName, EndpointNameError> {
     let mut parts = owner.rsplit('/');
     let (interface, container) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
-    let interface: String = interface.chars().map(plain).collect();
+    let sanitize = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '_' };
+    let interface: String = interface.chars().map(sanitize).collect();
     // The ID has only ASCII characters.
-    let shown: String = container.chars().take(SHORT_ID_LEN).collect();
-    format!("{shown}-{interface}-{:016x}", fnv1a(owner.as_bytes())).parse()
+    let short_id: String = container.chars().take(SHORT_ID_LEN).collect();
+    format!("{short_id}-{interface}-{:016x}", fnv1a(owner.as_bytes())).parse()
 }
 
 /// FNV-1a, 64 bits. It must not change between versions: DEL may come from another version than ADD. The odds against a name

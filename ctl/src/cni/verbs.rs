@@ -73,8 +73,8 @@ impl Context<'_> {
         let agent = self.agent();
         match agent.attach(name, request) {
             Ok(attached) => {
-                let unserved = unsupported(request, &attached);
-                unserved.map_or(Ok(attached), |error| Err(self.undo(&agent, name, error)))
+                let unsupported_error = unsupported(request, &attached);
+                unsupported_error.map_or(Ok(attached), |error| Err(self.undo(&agent, name, error)))
             }
             // The request may have been applied in part or in full.
             Err(error) if error.code == Code::TryAgain => Err(self.undo(&agent, name, error)),
@@ -92,15 +92,15 @@ impl Context<'_> {
 
     /// Builds the result of the chain: the previous plugins' parts, then this plugin's.
     fn result(&self, attachment: &Attachment, attached: &AttachResponse) -> CniResult {
-        let mut outcome = self.config.prev_result.clone().unwrap_or_default();
-        outcome.dns = match &self.config.prev_result {
+        let mut result = self.config.prev_result.clone().unwrap_or_default();
+        result.dns = match &self.config.prev_result {
             Some(before) if self.config.dns == super::result::Dns::default() => before.dns.clone(),
             _ => self.config.dns.clone(),
         };
-        let Some(port) = &attached.endpoint.port else { return outcome };
-        outcome.interfaces.push(Interface { name: port.host_interface.clone(), mtu: attached.mtu, ..Interface::default() });
-        let place = outcome.interfaces.len();
-        outcome.interfaces.push(Interface {
+        let Some(port) = &attached.endpoint.port else { return result };
+        result.interfaces.push(Interface { name: port.host_interface.clone(), mtu: attached.mtu, ..Interface::default() });
+        let index = result.interfaces.len();
+        result.interfaces.push(Interface {
             name: port.interface.clone(),
             mac: port.mac.to_string(),
             mtu: attached.mtu,
@@ -112,11 +112,11 @@ impl Context<'_> {
             let gateway = attached.gateway.get(family).copied();
             // Cannot fail: the length fits the family.
             let Ok(address) = IpNetwork::new(*address, length) else { continue };
-            outcome.ips.push(Address { version: None, interface: Some(place), address, gateway });
+            result.ips.push(Address { version: None, interface: Some(index), address, gateway });
             let route = |dst: &Cidr| Route { dst: dst.network(), gw: gateway, extra: serde_json::Map::new() };
-            outcome.routes.extend(attached.routes.get(family).map(route));
+            result.routes.extend(attached.routes.get(family).map(route));
         }
-        outcome
+        result
     }
 
     /// DEL: detaches the container. Missing parts are no error.
@@ -125,8 +125,8 @@ impl Context<'_> {
         let endpoint = endpoint_name(&owner)?;
         match self.agent().detach(&endpoint) {
             Ok(detached) => {
-                let what = if detached.endpoint.is_some() { "detached" } else { "was not attached" };
-                self.log.info(format_args!("DEL {endpoint}: {what}, by {owner} after {:.1} ms", self.elapsed_ms()));
+                let action = if detached.endpoint.is_some() { "detached" } else { "was not attached" };
+                self.log.info(format_args!("DEL {endpoint}: {action}, by {owner} after {:.1} ms", self.elapsed_ms()));
                 Ok(())
             }
             // The interface disappeared with its namespace, and the agent releases the endpoint of a missing namespace by itself:

@@ -39,8 +39,8 @@ impl Version {
     pub fn parse(text: Option<&str>) -> Result<Version, CniError> {
         let text = text.unwrap_or("0.1.0");
         Version::ALL.into_iter().find(|version| version.as_str() == text).ok_or_else(|| {
-            let shown: String = text.chars().take(80).collect();
-            CniError::new(Code::IncompatibleVersion, format!("cniVersion {shown:?} is not supported by overlay-cni"))
+            let truncated: String = text.chars().take(80).collect();
+            CniError::new(Code::IncompatibleVersion, format!("cniVersion {truncated:?} is not supported by overlay-cni"))
                 .with_details(format!("supported: {}", Version::ALL.map(Version::as_str).join(", ")))
         })
     }

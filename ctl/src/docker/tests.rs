@@ -11,8 +11,8 @@ fn options() -> DockerOptions {
     }
 }
 
-fn merged(options: &DockerOptions, present: &str) -> Result<Value, String> {
-    let Ok(Value::Object(present)) = serde_json::from_str(present) else { panic!("{present}") };
+fn merged(options: &DockerOptions, config: &str) -> Result<Value, String> {
+    let Ok(Value::Object(present)) = serde_json::from_str(config) else { panic!("{config}") };
     options.merged(Path::new("/etc/docker/daemon.json"), present).map(Value::Object).map_err(|error| error.to_string())
 }
 
@@ -72,10 +72,10 @@ fn malformed_config_is_refused() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("daemon.json");
     assert_eq!(read_config(&path).expect("none is none"), Map::new());
-    for (text, complaint) in [("[]", "it contains an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
+    for (text, expected) in [("[]", "it contains an array"), ("{\"mtu\": }", "line 1"), ("{} x", "trailing")] {
         std::fs::write(&path, text).expect("writable");
         let error = read_config(&path).expect_err(text).to_string();
-        assert!(error.contains(complaint) && error.contains("daemon.json"), "{error}");
+        assert!(error.contains(expected) && error.contains("daemon.json"), "{error}");
     }
     std::fs::write(&path, "\n").expect("writable");
     assert_eq!(read_config(&path).expect("an empty file is none"), Map::new());

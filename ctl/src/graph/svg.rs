@@ -22,7 +22,7 @@ const STYLE: &str = "text{font:12px sans-serif;fill:#223}.name{font-weight:bold;
 
 /// Writes the complete document.
 pub fn svg(graph: &Graph) -> String {
-    let (graph, left) = graph.truncated(MAX_HOSTS);
+    let (graph, omitted) = graph.truncated(MAX_HOSTS);
     let span = graph.links.iter().map(|link| link.to - link.from).max().unwrap_or(0);
     let top = MARGIN + 2 * LINE + span * ARC_RISE + LINE;
     let tallest = graph.hosts.iter().map(height).max().unwrap_or(0);
@@ -30,13 +30,13 @@ pub fn svg(graph: &Graph) -> String {
     // The title may be wider than the boxes.
     let width = 2 * MARGIN + row.max(graph.title.chars().count() * 8);
     let bottom = top + tallest + MARGIN;
-    let whole = bottom + if left > 0 { LINE } else { 0 };
+    let page_height = bottom + if omitted > 0 { LINE } else { 0 };
     let mut out = String::new();
     // Writing to a String cannot fail.
     let _ = writeln!(
         out,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{whole}\" viewBox=\"0 0 {width} {whole}\" role=\"img\">\n<title>{0}</title>\n\
-         <style>{STYLE}</style>\n<rect class=\"page\" width=\"{width}\" height=\"{whole}\"/>\n<text class=\"name\" x=\"{MARGIN}\" y=\"{1}\">{0}</text>",
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{page_height}\" viewBox=\"0 0 {width} {page_height}\" role=\"img\">\n<title>{0}</title>\n\
+         <style>{STYLE}</style>\n<rect class=\"page\" width=\"{width}\" height=\"{page_height}\"/>\n<text class=\"name\" x=\"{MARGIN}\" y=\"{1}\">{0}</text>",
         escape(&graph.title),
         MARGIN + LINE / 2,
     );
@@ -44,12 +44,12 @@ pub fn svg(graph: &Graph) -> String {
         let [from, to] = [link.from, link.to].map(|at| x(at) + BOX / 2);
         let peak = top - (link.to - link.from) * ARC_RISE;
         // A quadratic curve reaches half way to its control point, which may lie above the page.
-        let up = 2 * (top - peak);
-        let control = if up <= top { (top - up).to_string() } else { format!("-{}", up - top) };
-        let bad = if link.well { "" } else { " bad" };
+        let rise = 2 * (top - peak);
+        let control = if rise <= top { (top - rise).to_string() } else { format!("-{}", rise - top) };
+        let class_suffix = if link.well { "" } else { " bad" };
         let _ = writeln!(
             out,
-            "<path class=\"link{bad}\" d=\"M {from} {top} Q {} {control} {to} {top}\"><title>{}</title></path>",
+            "<path class=\"link{class_suffix}\" d=\"M {from} {top} Q {} {control} {to} {top}\"><title>{}</title></path>",
             (from + to) / 2,
             escape(&format!("{} - {}: {}", graph.hosts[link.from].name, graph.hosts[link.to].name, link.state)),
         );
@@ -67,15 +67,15 @@ pub fn svg(graph: &Graph) -> String {
     for (n, host) in graph.hosts.iter().enumerate() {
         draw(&mut out, host, x(n), top);
     }
-    if left > 0 {
-        let _ = writeln!(out, "<text class=\"quiet\" x=\"{MARGIN}\" y=\"{bottom}\">and {left} hosts more</text>");
+    if omitted > 0 {
+        let _ = writeln!(out, "<text class=\"quiet\" x=\"{MARGIN}\" y=\"{bottom}\">and {omitted} hosts more</text>");
     }
     out.push_str("</svg>\n");
     out
 }
 
-fn x(place: usize) -> usize {
-    MARGIN + place * (BOX + GAP)
+fn x(index: usize) -> usize {
+    MARGIN + index * (BOX + GAP)
 }
 
 fn height(host: &HostNode) -> usize {
@@ -84,10 +84,10 @@ fn height(host: &HostNode) -> usize {
 }
 
 fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
-    let bad = if host.well { "" } else { " bad" };
+    let class_suffix = if host.well { "" } else { " bad" };
     let _ = writeln!(
         out,
-        "<g><title>{}</title><rect class=\"host{bad}\" x=\"{x}\" y=\"{y}\" width=\"{BOX}\" height=\"{}\" rx=\"8\"/>",
+        "<g><title>{}</title><rect class=\"host{class_suffix}\" x=\"{x}\" y=\"{y}\" width=\"{BOX}\" height=\"{}\" rx=\"8\"/>",
         escape(&format!("{}: {}", host.name, host.state)),
         height(host)
     );
@@ -109,10 +109,10 @@ fn draw(out: &mut String, host: &HostNode, x: usize, y: usize) {
             escape(&ellipsize(&container.name, MAX_LABEL_CHARS - 3)),
             escape(&ellipsize(&container.address, MAX_LABEL_CHARS - 3)),
         );
-        let (wide, tall) = (BOX - 24, 2 * LINE);
+        let (box_width, box_height) = (BOX - 24, 2 * LINE);
         let _ = writeln!(
             out,
-            "<rect class=\"container\" x=\"{left}\" y=\"{frame}\" width=\"{wide}\" height=\"{tall}\" rx=\"5\"/>\
+            "<rect class=\"container\" x=\"{left}\" y=\"{frame}\" width=\"{box_width}\" height=\"{box_height}\" rx=\"5\"/>\
              <text x=\"{inner}\" y=\"{first}\">{name}</text><text class=\"quiet\" x=\"{inner}\" y=\"{second}\">{address}</text>",
         );
         line += 2 * (LINE + 3);

@@ -51,10 +51,10 @@ fn well_formed(document: &str) -> Vec<String> {
     let mut texts = Vec::new();
     let mut rest = document.trim();
     while let Some(at) = rest.find('<') {
-        let said = rest[..at].trim();
-        assert!(!said.contains('>') && said.split('&').skip(1).all(|part| part.contains(';')), "{said}");
-        if !said.is_empty() {
-            texts.push(said.to_owned());
+        let text = rest[..at].trim();
+        assert!(!text.contains('>') && text.split('&').skip(1).all(|part| part.contains(';')), "{text}");
+        if !text.is_empty() {
+            texts.push(text.to_owned());
         }
         let end = at + rest[at..].find('>').expect("the end of a tag");
         let tag = &rest[at + 1..end];
@@ -74,8 +74,8 @@ fn well_formed(document: &str) -> Vec<String> {
 #[test]
 fn every_host_and_container_is_drawn() {
     let graph = Graph::from_snapshots(&[snapshot(1), snapshot(2), snapshot(3)]);
-    let drawn = svg(&graph);
-    let texts = well_formed(&drawn);
+    let image = svg(&graph);
+    let texts = well_formed(&image);
     for wanted in
         ["worker-1", "worker-2", "worker-3", "web", "cache", "db", "batch", "mail", "10.244.3.3", "192.0.2.2", "not ready"]
     {
@@ -86,14 +86,14 @@ fn every_host_and_container_is_drawn() {
         graph.links.iter().filter(|link| !link.well).map(|link| (link.from, link.to, link.state.as_str())).collect();
     assert_eq!(faults, [(1, 2, "worker-2: missing route: Permission denied")]);
     assert_eq!(graph.links.len(), 3);
-    assert_eq!(drawn.matches("class=\"link bad\"").count(), 1);
+    assert_eq!(image.matches("class=\"link bad\"").count(), 1);
 }
 
 #[test]
 fn single_agent_draws_only_own_containers() {
     let graph = Graph::from_snapshots(&[snapshot(1)]);
-    let known: Vec<bool> = graph.hosts.iter().map(|host| host.containers.is_some()).collect();
-    assert_eq!((known, graph.links.len()), (vec![true, false, false], 2));
+    let has_containers: Vec<bool> = graph.hosts.iter().map(|host| host.containers.is_some()).collect();
+    assert_eq!((has_containers, graph.links.len()), (vec![true, false, false], 2));
     assert!(text(&graph).contains("known by its lease"));
 }
 
@@ -121,6 +121,6 @@ fn documentation_matches_drawing() {
         std::fs::write(&picture, svg(&graph)).expect("docs/graph.svg");
     }
     assert_eq!(std::fs::read_to_string(picture).expect("docs/graph.svg"), svg(&graph), "OVERLAY_REGENERATE=1 draws it anew");
-    let shown = std::fs::read_to_string(page).expect("docs/graph.md");
-    assert!(shown.contains(&format!("```text\n{}\n```", text(&graph))), "docs/graph.md should show:\n{}", text(&graph));
+    let example = std::fs::read_to_string(page).expect("docs/graph.md");
+    assert!(example.contains(&format!("```text\n{}\n```", text(&graph))), "docs/graph.md should show:\n{}", text(&graph));
 }

@@ -22,9 +22,9 @@ const MAX_CONCURRENT: usize = 16;
 
 /// Finds the agent's program: the given path, `$OVERLAYD_BIN`, the one next to this program (for a test: one directory up), PATH.
 pub fn find_program(given: Option<&Path>) -> Result<PathBuf, LabError> {
-    let named =
+    let configured =
         given.map(Path::to_owned).or_else(|| std::env::var_os("OVERLAYD_BIN").filter(|v| !v.is_empty()).map(PathBuf::from));
-    if let Some(path) = named {
+    if let Some(path) = configured {
         let error = |source| LabError::File { action: "find the agent", path: path.clone(), source };
         let absolute = std::path::absolute(&path).map_err(error)?;
         return if absolute.is_file() { Ok(absolute) } else { Err(error(std::io::ErrorKind::NotFound.into())) };
@@ -67,14 +67,14 @@ pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> C
 /// Waits until every agent is ready and has routes to all others.
 pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
     let families = lab.layout().families().count();
-    let others = lab.layout().hosts.len() - 1;
+    let peers = lab.layout().hosts.len() - 1;
     let end = Instant::now() + limit;
     // A peer counts once, or once per family.
-    let whole =
-        |status: &Status| status.ready && (status.data_path.peers == others || status.data_path.peers == others * families);
+    let is_meshed =
+        |status: &Status| status.ready && (status.data_path.peers == peers || status.data_path.peers == peers * families);
     let waits = stream::iter(lab.hosts()).map(|host| {
-        let what = format!("{} has not all {others} peers", host.name());
-        async move { wait_status(&host, whole, end, limit, &what).await }
+        let context = format!("{} has not all {peers} peers", host.name());
+        async move { wait_status(&host, is_meshed, end, limit, &context).await }
     });
     waits.buffer_unordered(MAX_CONCURRENT).try_collect::<Vec<_>>().await?;
     Ok(())
@@ -86,12 +86,12 @@ pub(super) async fn wait_status(
     predicate: impl Fn(&Status) -> bool,
     end: Instant,
     limit: Duration,
-    what: &str,
+    context: &str,
 ) -> Result<Status, LabError> {
     let client = host.client().with_timeout(Duration::from_secs(5));
     loop {
-        let answer = client.status().await;
-        let detail = match answer {
+        let response = client.status().await;
+        let detail = match response {
             Ok(status) if predicate(&status) => return Ok(status),
             Ok(status) => describe(&status),
             Err(
@@ -107,7 +107,7 @@ pub(super) async fn wait_status(
         }
         if Instant::now() >= end {
             let detail = format!("{detail}; the end of its log ({}):\n{}", host.log().display(), log_tail(&host.log()));
-            return Err(LabError::TimedOut { what: what.to_owned(), limit, detail });
+            return Err(LabError::TimedOut { what: context.to_owned(), limit, detail });
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }

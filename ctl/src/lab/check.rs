@@ -106,9 +106,9 @@ struct Prober {
 pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     let probers = list_probers(lab)?;
     let mut servers = JoinSet::new();
-    for party in &probers {
-        for (_, address) in party.addresses.iter() {
-            serve(&mut servers, &party.netns, &party.name, *address)?;
+    for prober in &probers {
+        for (_, address) in prober.addresses.iter() {
+            serve(&mut servers, &prober.netns, &prober.name, *address)?;
         }
     }
     let world = lab.netns("world")?;
@@ -128,9 +128,9 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     }
     let overflows = neighbour_overflows();
     let budget = TimeBudget::new();
-    let make = |planned: Probe| run_probe(probers.iter().find(|p| p.name == planned.from), planned, &budget);
-    let overlay = stream::iter(overlay).map(make).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
-    let egress = stream::iter(egress).map(make).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
+    let run = |planned: Probe| run_probe(probers.iter().find(|p| p.name == planned.from), planned, &budget);
+    let overlay = stream::iter(overlay).map(run).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
+    let egress = stream::iter(egress).map(run).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
     servers.shutdown().await;
     let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none());
     let mut remarks = Vec::new();
@@ -183,7 +183,7 @@ fn serve(servers: &mut JoinSet<()>, netns: &Netns, name: &str, address: IpAddr) 
 
 /// Prepares a call.
 fn plan_probe(from: &Prober, family: Family, to: &str, address: Option<&IpAddr>, expected: Option<&IpAddr>) -> Probe {
-    let absent = family.unspecified();
+    let unspecified = family.unspecified();
     let error = match (address, expected) {
         (None, _) => Some(format!("{to} has no {family} address")),
         (_, None) => Some(format!("{} has no {family} address", from.name)),
@@ -193,8 +193,8 @@ fn plan_probe(from: &Prober, family: Family, to: &str, address: Option<&IpAddr>,
         from: from.name.clone(),
         to: to.to_owned(),
         family,
-        address: *address.unwrap_or(&absent),
-        expected: *expected.unwrap_or(&absent),
+        address: *address.unwrap_or(&unspecified),
+        expected: *expected.unwrap_or(&unspecified),
         seen: None,
         micros: None,
         error,

@@ -63,7 +63,7 @@ pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     // directory, with the supervisor's PID file.
     if failures.is_empty() && !rootless::is_inside() {
         match remove_dir(dir) {
-            Ok(there) => removed.directory = there,
+            Ok(existed) => removed.directory = existed,
             Err(error) => failures.push(error),
         }
     }

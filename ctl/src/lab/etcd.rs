@@ -29,8 +29,8 @@ pub fn find_program() -> Result<PathBuf, LabError> {
 /// Finds a program in PATH.
 pub fn find_in_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let usual = ["/usr/local/bin", "/usr/bin", "/usr/sbin"].map(PathBuf::from);
-    std::env::split_paths(&path).chain(usual).map(|dir| dir.join(name)).find(|p| p.is_file())
+    let default_dirs = ["/usr/local/bin", "/usr/bin", "/usr/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(default_dirs).map(|dir| dir.join(name)).find(|p| p.is_file())
 }
 
 /// PID file of etcd.
@@ -87,7 +87,7 @@ async fn wait_ready(lab: &Lab, id: ProcessId) -> Result<(), LabError> {
 /// Whether etcd reports itself healthy. Blocks for a second at most.
 fn is_healthy(address: SocketAddr) -> bool {
     let limit = Duration::from_secs(1);
-    let ask = || -> std::io::Result<String> {
+    let query_health = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, limit)?;
         stream.set_read_timeout(Some(limit))?;
         stream.write_all(format!("GET /health HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes())?;
@@ -95,7 +95,7 @@ fn is_healthy(address: SocketAddr) -> bool {
         stream.take(4096).read_to_string(&mut answer)?;
         Ok(answer)
     };
-    ask().is_ok_and(|answer| answer.contains("\"health\":\"true\""))
+    query_health().is_ok_and(|answer| answer.contains("\"health\":\"true\""))
 }
 
 /// Flags that reach this etcd from inside the lab.
@@ -123,9 +123,9 @@ fn in_switch_namespace<T: Send, F: Future<Output = Result<T, EtcdError>>>(
     work: impl FnOnce() -> F + Send,
 ) -> Result<Result<T, EtcdError>, LabError> {
     let netns = lab.netns("net")?;
-    let talk = || -> Result<Result<T, EtcdError>, std::io::Error> {
+    let run_client = || -> Result<Result<T, EtcdError>, std::io::Error> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(runtime.block_on(work()))
     };
-    netns.run(talk)?.map_err(|source| LabError::Spawn { program: "a thread for requests to etcd".to_owned(), source })
+    netns.run(run_client)?.map_err(|source| LabError::Spawn { program: "a thread for requests to etcd".to_owned(), source })
 }

@@ -106,34 +106,37 @@ impl<'a> Host<'a> {
     /// Sends the agent a signal and waits for its end. After five seconds it kills the agent, and returns an error. Blocks.
     pub fn agent_stop(&self, signal: Signal) -> Result<(), LabError> {
         let Some(running) = self.agent() else { return Ok(()) };
-        let refused = |detail: String| LabError::TimedOut {
+        let timed_out = |detail: String| LabError::TimedOut {
             what: format!("overlayd of {} does not end on {signal}", self.name()),
             limit: TERM_GRACE,
             detail,
         };
-        running.signal(signal).map_err(|errno| refused(errno.desc().to_owned()))?;
+        running.signal(signal).map_err(|errno| timed_out(errno.desc().to_owned()))?;
         if running.wait(TERM_GRACE) {
             return Ok(());
         }
         let tail = process::log_tail(&self.log());
-        let left = process::terminate_all(&[running], Duration::ZERO);
-        Err(refused(format!("killed{}; the end of its log:\n{tail}", left.iter().map(|l| format!(", {l}")).collect::<String>())))
+        let failures = process::terminate_all(&[running], Duration::ZERO);
+        Err(timed_out(format!(
+            "killed{}; the end of its log:\n{tail}",
+            failures.iter().map(|l| format!(", {l}")).collect::<String>()
+        )))
     }
 
     /// Waits until the agent is ready.
     pub async fn wait_ready(&self, limit: Duration) -> Result<Status, LabError> {
-        let what = format!("{} is not ready", self.name());
-        agent::wait_status(self, |status| status.ready, Instant::now() + limit, limit, &what).await
+        let context = format!("{} is not ready", self.name());
+        agent::wait_status(self, |status| status.ready, Instant::now() + limit, limit, &context).await
     }
 
     /// Waits until the agent's status fulfils a condition; `what` names the unmet condition in the error.
     pub async fn wait_status(
         &self,
         limit: Duration,
-        what: &str,
+        context: &str,
         predicate: impl Fn(&Status) -> bool,
     ) -> Result<Status, LabError> {
-        agent::wait_status(self, predicate, Instant::now() + limit, limit, what).await
+        agent::wait_status(self, predicate, Instant::now() + limit, limit, context).await
     }
 
     /// Creates a container's namespace and attaches it; the lab's target is then `HOST-NAME`.

@@ -73,8 +73,8 @@ impl LabsDir {
     pub fn create_lab_dir(&self, name: &LabName) -> Result<PathBuf, LabError> {
         let dir = self.lab_dir(name);
         for path in [&self.base, &dir] {
-            let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-            made.map_err(|source| LabError::File { action: "make", path: path.clone(), source })?;
+            let result = DirBuilder::new().recursive(true).mode(0o700).create(path);
+            result.map_err(|source| LabError::File { action: "make", path: path.clone(), source })?;
             // In /tmp another user can have created it first.
             let found =
                 fs::symlink_metadata(path).map_err(|source| LabError::File { action: "examine", path: path.clone(), source })?;

@@ -39,12 +39,12 @@ impl FromStr for LabName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let fits = (1..=12).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        if fits {
+        let is_valid = (1..=12).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if is_valid {
             Ok(LabName(text.to_owned()))
         } else {
-            let shown: String = text.chars().take(40).collect();
-            Err(format!("`{shown}` is not a lab name: 1 to 12 of a-z 0-9"))
+            let truncated: String = text.chars().take(40).collect();
+            Err(format!("`{truncated}` is not a lab name: 1 to 12 of a-z 0-9"))
         }
     }
 }
@@ -372,13 +372,13 @@ mod tests {
     fn invalid_options_are_refused() {
         let v6 = PerFamily { v4: None, v6: "fd00::/48".parse().ok() };
         let underlay = PerFamily { v4: "10.96.0.0/12".parse().ok(), v6: None };
-        for (bad, wanted) in [
+        for (options, wanted) in [
             (LabOptions { hosts: 0, ..options() }, "--hosts 0"),
             (LabOptions { containers: 999, ..options() }, "--containers 999"),
             (LabOptions { networks: v6, ..options() }, "see --family"),
             (LabOptions { networks: underlay, ..options() }, "underlay"),
         ] {
-            let message = Layout::new(&bad).expect_err(wanted).to_string();
+            let message = Layout::new(&options).expect_err(wanted).to_string();
             assert!(message.contains(wanted), "{message}");
         }
     }
@@ -397,8 +397,8 @@ mod tests {
 
     #[test]
     fn invalid_lab_names_are_refused() {
-        for bad in ["", "Lab", "a-b", "a/b", "..", "thirteenchars", "ü"] {
-            assert!(bad.parse::<LabName>().is_err(), "{bad}");
+        for invalid in ["", "Lab", "a-b", "a/b", "..", "thirteenchars", "ü"] {
+            assert!(invalid.parse::<LabName>().is_err(), "{invalid}");
         }
         assert_ne!(LabName::unique(), LabName::unique());
         assert!(LabName::unique().to_string().parse::<LabName>().is_ok());

@@ -123,7 +123,7 @@ pub fn start(mut command: Command, netns: Option<&Netns>, log: &Path, pid_file: 
         return Err(ended_error(&program, log));
     };
     if let Err(error) = id.write_pid_file(pid_file) {
-        let _left = terminate_all(&[id], Duration::ZERO);
+        let _ignored = terminate_all(&[id], Duration::ZERO);
         return Err(error);
     }
     Ok(id)
@@ -169,34 +169,34 @@ pub fn log_tail(log: &Path) -> String {
 /// Ends processes: SIGTERM, a wait, SIGKILL, a wait. Returns a line for each process that remains. Blocks.
 pub fn terminate_all(processes: &[ProcessId], grace: Duration) -> Vec<String> {
     let mut failures = Vec::new();
-    let mut send = |left: &[ProcessId], signal: Signal| {
-        for process in left {
+    let mut send = |remaining: &[ProcessId], signal: Signal| {
+        for process in remaining {
             if let Err(errno) = process.signal(signal) {
                 failures.push(format!("process {}: cannot send {signal}: {}", process.pid, errno.desc()));
             }
         }
     };
-    let mut left: Vec<ProcessId> = processes.iter().copied().filter(ProcessId::is_alive).collect();
+    let mut remaining: Vec<ProcessId> = processes.iter().copied().filter(ProcessId::is_alive).collect();
     if !grace.is_zero() {
-        send(&left, Signal::SIGTERM);
-        left = wait_all(&left, grace);
+        send(&remaining, Signal::SIGTERM);
+        remaining = wait_all(&remaining, grace);
     }
-    if !left.is_empty() {
-        send(&left, Signal::SIGKILL);
-        left = wait_all(&left, KILL_TIMEOUT);
+    if !remaining.is_empty() {
+        send(&remaining, Signal::SIGKILL);
+        remaining = wait_all(&remaining, KILL_TIMEOUT);
     }
-    failures.extend(left.iter().map(|p| format!("process {} does not end after SIGKILL", p.pid)));
+    failures.extend(remaining.iter().map(|p| format!("process {} does not end after SIGKILL", p.pid)));
     failures
 }
 
 /// Returns the processes still alive at the limit, or none as soon as all have ended.
 fn wait_all(processes: &[ProcessId], limit: Duration) -> Vec<ProcessId> {
     let end = Instant::now() + limit;
-    let mut left = processes.to_vec();
+    let mut remaining = processes.to_vec();
     loop {
-        left.retain(ProcessId::is_alive);
-        if left.is_empty() || Instant::now() >= end {
-            return left;
+        remaining.retain(ProcessId::is_alive);
+        if remaining.is_empty() || Instant::now() >= end {
+            return remaining;
         }
         std::thread::sleep(POLL_INTERVAL);
     }

@@ -69,10 +69,10 @@ pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId,
             continue;
         }
         let reason = format!("its supervisor did not start:\n{}", log_tail(&log_file(&dir)));
-        let mut left = terminate_all(&[supervisor], Duration::ZERO);
-        left.extend(remove_dir(&dir).err());
+        let mut failures = terminate_all(&[supervisor], Duration::ZERO);
+        failures.extend(remove_dir(&dir).err());
         return Err(LabError::Rootless {
-            reason: left.into_iter().fold(reason, |r, l| format!("{r}\n{l}")),
+            reason: failures.into_iter().fold(reason, |r, l| format!("{r}\n{l}")),
             advice: userns_hint(),
         });
     }
@@ -122,7 +122,7 @@ pub fn enter(labs_dir: &LabsDir, name: &LabName) -> Result<u8, LabError> {
 pub fn restore_directory() {
     if let Some(dir) = std::env::var_os(CWD_VARIABLE) {
         // An inaccessible directory leaves the command at the root.
-        let _moved = std::env::set_current_dir(dir);
+        let _ignored = std::env::set_current_dir(dir);
     }
 }
 
@@ -144,7 +144,7 @@ pub fn down(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, LabEr
     }
     if failures.is_empty() {
         match remove_dir(&dir) {
-            Ok(there) => removed.directory = there,
+            Ok(existed) => removed.directory = existed,
             Err(error) => failures.push(error),
         }
     }
@@ -155,12 +155,12 @@ pub fn down(labs_dir: &LabsDir, name: &LabName) -> Result<TeardownSummary, LabEr
 fn user_namespace_processes(processes: &BTreeSet<ProcessId>) -> BTreeSet<ProcessId> {
     let namespace = |pid: &str| fs::metadata(format!("/proc/{pid}/ns/user")).ok().map(|m| (m.dev(), m.ino()));
     let Some(own) = namespace("self") else { return BTreeSet::new() };
-    let theirs: BTreeSet<(u64, u64)> =
+    let namespaces: BTreeSet<(u64, u64)> =
         processes.iter().filter_map(|p| namespace(&p.pid.to_string())).filter(|n| *n != own).collect();
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-    let inside = pids.filter(|pid| namespace(&pid.to_string()).is_some_and(|n| theirs.contains(&n)));
-    inside.filter_map(ProcessId::from_pid).collect()
+    let members = pids.filter(|pid| namespace(&pid.to_string()).is_some_and(|n| namespaces.contains(&n)));
+    members.filter_map(ProcessId::from_pid).collect()
 }
 
 /// Runs the supervisor: makes /run/netns writable, reports that it is ready, and waits for its end. Returns only on failure.
@@ -191,13 +191,13 @@ fn prepare_run_netns(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(".")?.flatten() {
         let (from, to) = (entry.path(), run.join(entry.file_name()));
         let kind = entry.file_type()?;
-        let bound = if kind.is_symlink() {
+        let result = if kind.is_symlink() {
             fs::read_link(&from).and_then(|target| std::os::unix::fs::symlink(target, &to))
         } else {
-            let made = if kind.is_dir() { fs::create_dir(&to) } else { fs::File::create(&to).map(|_| ()) };
-            made.and_then(|()| Ok(mount(Some(&from), &to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?))
+            let created = if kind.is_dir() { fs::create_dir(&to) } else { fs::File::create(&to).map(|_| ()) };
+            created.and_then(|()| Ok(mount(Some(&from), &to, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)?))
         };
-        if let Err(error) = bound {
+        if let Err(error) = result {
             eprintln!("{} is missing inside the lab: {error}", to.display());
         }
     }

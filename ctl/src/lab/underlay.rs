@@ -78,7 +78,7 @@ fn on_underlay(family: Family, address: IpAddr) -> IpNetwork {
     IpNetwork::new(address, underlay(family).length()).unwrap_or_else(|_| IpNetwork::from(address))
 }
 
-fn link_error(what: &str) -> impl FnOnce(OpError) -> LabError {
-    let what = what.to_owned();
-    move |source| LabError::Link { what, source }
+fn link_error(device: &str) -> impl FnOnce(OpError) -> LabError {
+    let device = device.to_owned();
+    move |source| LabError::Link { what: device, source }
 }

@@ -40,12 +40,12 @@ impl Tracer<'_> {
         port: u16,
         origin: &mut IpAddr,
     ) -> Step<BridgeDecision> {
-        let place = format!("container {}", endpoint.name);
+        let location = format!("container {}", endpoint.name);
         let netns = match Netns::open(&endpoint.netns) {
             Ok(netns) => netns,
             Err(error) => {
                 let remedy = "the container has ended: detach it, or restart it";
-                return Err(self.log.stop(&place, "namespace", error, remedy));
+                return Err(self.log.stop(&location, "namespace", error, remedy));
             }
         };
         let source = endpoint.addresses().get(Family::of(destination)).copied();
@@ -54,40 +54,41 @@ impl Tracer<'_> {
             Ok(route) => route,
             Err(reason) => {
                 let remedy = format!("`overlayctl inspect {}` shows the fault; attach it again", endpoint.name);
-                return Err(self.log.stop(&place, "route", format!("no route to {destination}: {reason}"), remedy));
+                return Err(self.log.stop(&location, "route", format!("no route to {destination}: {reason}"), remedy));
             }
         };
         *origin = source.or(route.source).unwrap_or(*origin);
         let name = view.link.as_ref().map_or_else(|| "no interface".to_owned(), |link| link.name.clone());
         if route.kind == "local" {
-            self.log.ok(&place, "route", format!("{destination} is the container's own address"));
-            return Ok(BridgeDecision::Delivered(format!("never leaves {place}")));
+            self.log.ok(&location, "route", format!("{destination} is the container's own address"));
+            return Ok(BridgeDecision::Delivered(format!("never leaves {location}")));
         }
         let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
-        self.log.ok(&place, "route", format!("{destination}{via} dev {name} from {origin}"));
+        self.log.ok(&location, "route", format!("{destination}{via} dev {name} from {origin}"));
         if let Some(fault) = view.link.as_ref().and_then(link_fault) {
             // A missing carrier inside is usually a fault of the host interface.
             if let (Some(port), Some(true)) = (&endpoint.port, view.link.as_ref().map(|link| link.up)) {
                 self.check_port(&port.host_interface)?;
             }
             return Err(self.log.stop(
-                &place,
+                &location,
                 "interface",
                 fault,
                 format!("inside the container: ip link set {name} up; or attach it again"),
             ));
         }
         let next = route.gateway.unwrap_or(destination);
-        let station = self.check_neighbour(&place, next, view.neighbour)?;
+        let neighbour_mac = self.check_neighbour(&location, next, view.neighbour)?;
         let Some(Port { host_interface, mac, .. }) = endpoint.port.clone() else {
-            return Err(self.log.stop(&place, "port", "the container is not on the bridge", "attach it in mode overlay"));
+            return Err(self.log.stop(&location, "port", "the container is not on the bridge", "attach it in mode overlay"));
         };
         let bridge = self.check_port(&host_interface)?;
         let flow = Flow { source: *origin, destination, protocol, port };
         self.addresses_seen.push((flow.source, flow.destination));
-        let framed = Packet::new(&flow).with_ethernet_header(mac, station.or(bridge.mac).unwrap_or(Mac([0; 6])));
+        let packet_with_ethernet =
+            Packet::new(&flow).with_ethernet_header(mac, neighbour_mac.or(bridge.mac).unwrap_or(Mac([0; 6])));
         let input = self.host.links.iter().find(|link| link.name == host_interface).map(|link| link.index);
-        let packet = Packet { input: self.host.interface(input), ..framed };
+        let packet = Packet { input: self.host.interface(input), ..packet_with_ethernet };
         let result = self.host.ruleset.evaluate(Hook::Prerouting, true, &packet);
         self.log.record_rules(HOST, "rules of the bridge", &result)?;
         if route.gateway.is_none() && !self.host.addresses.contains(&flow.destination) {
@@ -96,31 +97,31 @@ impl Tracer<'_> {
         Ok(BridgeDecision::ToHost(flow, Box::new(bridge)))
     }
 
-    fn check_neighbour(&mut self, place: &str, next: IpAddr, neighbour: Option<Neighbour>) -> Step<Option<Mac>> {
+    fn check_neighbour(&mut self, location: &str, next: IpAddr, neighbour: Option<Neighbour>) -> Step<Option<Mac>> {
         let bridge = self.host.bridge().and_then(|bridge| bridge.mac);
         let gateway = self.host.addresses.contains(&next);
         match neighbour {
             Some(found) if found.is_usable() => {
                 let mac = found.mac.unwrap_or(Mac([0; 6]));
                 if gateway && bridge.is_some_and(|bridge| bridge != mac) {
-                    let answer = format!("{next} resolves to {mac} ({}), which is not the bridge", found.state);
+                    let message = format!("{next} resolves to {mac} ({}), which is not the bridge", found.state);
                     return Err(self.log.stop(
-                        place,
+                        location,
                         "neighbour",
-                        answer,
+                        message,
                         format!("remove the entry in the container: ip neigh del {next} dev eth0"),
                     ));
                 }
-                self.log.ok(place, "neighbour", format!("{next} is {mac} ({})", found.state));
+                self.log.ok(location, "neighbour", format!("{next} is {mac} ({})", found.state));
                 Ok(Some(mac))
             }
             Some(found) if found.state == "FAILED" => {
-                let answer = format!("{next} did not answer the last request ({})", found.state);
-                self.log.unsure(place, "neighbour", answer, "the next packet triggers a new request");
+                let message = format!("{next} did not answer the last request ({})", found.state);
+                self.log.unsure(location, "neighbour", message, "the next packet triggers a new request");
                 Ok(None)
             }
             _ => {
-                self.log.ok(place, "neighbour", format!("{next} is unresolved: the first packet triggers a request"));
+                self.log.ok(location, "neighbour", format!("{next} is unresolved: the first packet triggers a request"));
                 Ok(None)
             }
         }
@@ -173,7 +174,7 @@ impl Tracer<'_> {
     pub(super) fn deliver_to_container(&mut self, destination: IpAddr, bridge: &Link) -> Step<String> {
         let Some(endpoint) = self.inventory.container_with_address(destination).cloned() else {
             let neighbour = self.host.kernel.neighbour(bridge.index, destination);
-            let answer = match neighbour {
+            let message = match neighbour {
                 Some(found) if found.is_usable() => {
                     self.log.unsure(
                         HOST,
@@ -188,18 +189,18 @@ impl Tracer<'_> {
             return Err(self.log.stop(
                 HOST,
                 "endpoint",
-                answer,
+                message,
                 "the container has ended, or has another address: `overlayctl endpoints` lists them",
             ));
         };
-        let place = format!("container {}", endpoint.name);
+        let location = format!("container {}", endpoint.name);
         if let Some(port) = &endpoint.port {
             self.check_port(&port.host_interface)?;
         }
         let netns = match Netns::open(&endpoint.netns) {
             Ok(netns) => netns,
             Err(error) => {
-                return Err(self.log.stop(&place, "namespace", error, "the container has ended: detach it, or restart it"));
+                return Err(self.log.stop(&location, "namespace", error, "the container has ended: detach it, or restart it"));
             }
         };
         let name = endpoint.port.as_ref().map(|port| port.interface.clone()).unwrap_or_default();
@@ -212,19 +213,19 @@ impl Tracer<'_> {
             .map_err(TraceError::from)??;
         let remedy = format!("`overlayctl inspect {}` shows the fault; attach it again", endpoint.name);
         match link {
-            None => return Err(self.log.stop(&place, "interface", "the interface is missing", remedy)),
+            None => return Err(self.log.stop(&location, "interface", "the interface is missing", remedy)),
             Some(link) => {
                 if let Some(fault) = link_fault(&link) {
-                    return Err(self.log.stop(&place, "interface", fault, remedy));
+                    return Err(self.log.stop(&location, "interface", fault, remedy));
                 }
                 if !addresses.contains(&destination) {
-                    let answer = format!("{} has no address {destination}", link.name);
-                    return Err(self.log.stop(&place, "address", answer, remedy));
+                    let message = format!("{} has no address {destination}", link.name);
+                    return Err(self.log.stop(&location, "address", message, remedy));
                 }
-                self.log.ok(&place, "interface", format!("{} is up and has {destination}", link.name));
+                self.log.ok(&location, "interface", format!("{} is up and has {destination}", link.name));
             }
         }
-        Ok(format!("arrives in {place}"))
+        Ok(format!("arrives in {location}"))
     }
 }
 

@@ -41,55 +41,56 @@ pub struct HopLog {
 }
 
 impl HopLog {
-    fn add(&mut self, place: &str, step: &str, outcome: TraceOutcome, answer: String, remedy: Option<String>) {
-        self.hops.push(Hop { place: place.to_owned(), step: step.to_owned(), outcome, answer, remedy });
+    fn add(&mut self, location: &str, step: &str, outcome: TraceOutcome, message: String, remedy: Option<String>) {
+        self.hops.push(Hop { place: location.to_owned(), step: step.to_owned(), outcome, answer: message, remedy });
     }
 
     /// Records a hop that the packet passes.
-    pub fn ok(&mut self, place: &str, step: &str, answer: impl Display) {
-        self.add(place, step, TraceOutcome::Ok, answer.to_string(), None);
+    pub fn ok(&mut self, location: &str, step: &str, message: impl Display) {
+        self.add(location, step, TraceOutcome::Ok, message.to_string(), None);
     }
 
     /// Records a hop that the packet passes as far as known.
-    pub fn unsure(&mut self, place: &str, step: &str, answer: impl Display, remedy: &str) {
+    pub fn unsure(&mut self, location: &str, step: &str, message: impl Display, remedy: &str) {
         let remedy = (!remedy.is_empty()).then(|| remedy.to_owned());
-        self.add(place, step, TraceOutcome::Unsure, answer.to_string(), remedy);
+        self.add(location, step, TraceOutcome::Unsure, message.to_string(), remedy);
     }
 
     /// Records a hop that stops the packet.
-    pub fn stop(&mut self, place: &str, step: &str, answer: impl Display, remedy: impl Display) -> Stop {
-        self.add(place, step, TraceOutcome::Stop, answer.to_string(), Some(remedy.to_string()));
+    pub fn stop(&mut self, location: &str, step: &str, message: impl Display, remedy: impl Display) -> Stop {
+        self.add(location, step, TraceOutcome::Stop, message.to_string(), Some(remedy.to_string()));
         Stop::AtLastHop
     }
 
     /// Records the rules' verdict; `step` is `rules forward` or the like.
-    pub fn record_rules(&mut self, place: &str, step: &str, result: &EvalResult) -> Step<()> {
+    pub fn record_rules(&mut self, location: &str, step: &str, result: &EvalResult) -> Step<()> {
         let chains = match result.chains.as_slice() {
             [] => "no chains".to_owned(),
             chains => chains.join(", "),
         };
         match &result.dropped {
-            Some(by) if result.is_certain_drop() => {
-                let mut remedy = format!("see `{}`", by.list_command());
-                if by.table == "filter" && by.chain == "FORWARD" {
+            Some(rule) if result.is_certain_drop() => {
+                let mut remedy = format!("see `{}`", rule.list_command());
+                if rule.table == "filter" && rule.chain == "FORWARD" {
                     remedy.push_str(" and `iptables -S FORWARD`");
                 }
-                Err(self.stop(place, step, format!("dropped by {by}"), remedy))
+                Err(self.stop(location, step, format!("dropped by {rule}"), remedy))
             }
-            Some(by) => {
-                let unless = result.possible_accepts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let answer = format!("dropped by {by}, unless {unless} accepts it; the rule's result is not predictable");
-                self.unsure(place, step, answer, &format!("`--live` shows the actual verdict; `{}`", by.list_command()));
+            Some(rule) => {
+                let accepting_rules = result.possible_accepts.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                let message =
+                    format!("dropped by {rule}, unless {accepting_rules} accepts it; the rule's result is not predictable");
+                self.unsure(location, step, message, &format!("`--live` shows the actual verdict; `{}`", rule.list_command()));
                 Ok(())
             }
             None if !result.possible_drops.is_empty() => {
-                let perhaps = result.possible_drops.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-                let answer = format!("accepted, unless {perhaps} drops it; the rule's result is not predictable");
-                self.unsure(place, step, answer, "`--live` shows the actual verdict");
+                let dropping_rules = result.possible_drops.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                let message = format!("accepted, unless {dropping_rules} drops it; the rule's result is not predictable");
+                self.unsure(location, step, message, "`--live` shows the actual verdict");
                 Ok(())
             }
             None => {
-                self.ok(place, step, format!("accepted ({chains})"));
+                self.ok(location, step, format!("accepted ({chains})"));
                 Ok(())
             }
         }

@@ -93,13 +93,13 @@ pub fn watch(trace: &Trace, watch: &WatchOptions) -> Result<Live, TraceError> {
     let start = Instant::now();
     let (sender, events) = sync_channel(CHANNEL_CAPACITY);
     let collected = std::thread::scope(|scope| {
-        let of_rules = sender.clone();
-        scope.spawn(|| listen_to_rules(rules, of_rules, &stop));
+        let rules_sender = sender.clone();
+        scope.spawn(|| listen_to_rules(rules, rules_sender, &stop));
         scope.spawn(|| listen_at_interfaces(capture, sender, &stop));
         let sent = if watch.send { send(trace, watch.netns.clone()) } else { Ok(None) };
-        let collected = sent.and_then(|kept| {
+        let collected = sent.and_then(|socket| {
             let collected = collect(&events, watch.wait, start);
-            drop(kept);
+            drop(socket);
             collected
         });
         stop.store(true, Ordering::Relaxed);
@@ -115,12 +115,12 @@ fn listen_to_rules(mut rules: TraceMonitor, sender: SyncSender<(Instant, Event)>
     while !stop.load(Ordering::Relaxed) {
         let event = match rules.wait() {
             Ok(TraceRead::Timeout) => continue,
-            Ok(TraceRead::Events(sights)) => Event::Rules(sights),
+            Ok(TraceRead::Events(trace_events)) => Event::Rules(trace_events),
             Ok(TraceRead::Lost) => Event::Lost,
             Err(error) => Event::Failed(error.into()),
         };
-        let ends = matches!(event, Event::Failed(_));
-        if sender.send((Instant::now(), event)).is_err() || ends {
+        let is_failure = matches!(event, Event::Failed(_));
+        if sender.send((Instant::now(), event)).is_err() || is_failure {
             return;
         }
     }
@@ -130,11 +130,11 @@ fn listen_at_interfaces(mut capture: Capture, sender: SyncSender<(Instant, Event
     while !stop.load(Ordering::Relaxed) {
         let event = match capture.wait() {
             Ok(None) => continue,
-            Ok(Some(passage)) => Event::Interface(passage),
+            Ok(Some(captured)) => Event::Interface(captured),
             Err(error) => Event::Failed(error.into()),
         };
-        let ends = matches!(event, Event::Failed(_));
-        if sender.send((Instant::now(), event)).is_err() || ends {
+        let is_failure = matches!(event, Event::Failed(_));
+        if sender.send((Instant::now(), event)).is_err() || is_failure {
             return;
         }
     }
@@ -187,7 +187,7 @@ fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) 
             Ok((_, Event::Lost)) => lost = true,
             Ok((at, event)) => {
                 count += match &event {
-                    Event::Rules(sights) => sights.len(),
+                    Event::Rules(trace_events) => trace_events.len(),
                     _ => 1,
                 };
                 if count > MAX_EVENTS {
@@ -206,46 +206,47 @@ fn collect(events: &Receiver<(Instant, Event)>, wait: Duration, start: Instant) 
 fn summarise(trace: &Trace, events: Events, lost: bool, names: &BTreeMap<u32, String>) -> Live {
     let mut live = Live { lost, ..Live::default() };
     let name = |index: u32| names.get(&index).cloned().unwrap_or_else(|| format!("interface {index}"));
-    let (mut drop_place, mut last) = (None, None);
+    let (mut drop_location, mut last) = (None, None);
     for event in events {
         match event {
-            Event::Interface(passage) => {
-                let request = trace.addresses_seen.contains(&(passage.source, passage.destination));
+            Event::Interface(captured) => {
+                let request = trace.addresses_seen.contains(&(captured.source, captured.destination));
                 live.answered |= !request;
-                let tunnel = passage.tunnel.map(|(from, to)| format!(", in VXLAN from {from} to {to}")).unwrap_or_default();
-                let way = if passage.outgoing { "out" } else { "in" };
-                let place = name(passage.interface);
+                let tunnel = captured.tunnel.map(|(from, to)| format!(", in VXLAN from {from} to {to}")).unwrap_or_default();
+                let direction = if captured.outgoing { "out" } else { "in" };
+                let interface = name(captured.interface);
                 if request {
-                    last = Some(place.clone());
+                    last = Some(interface.clone());
                 }
                 live.interfaces.push(Observation {
                     packet: if request { "request" } else { "reply" }.to_owned(),
-                    place,
-                    what: format!("{way}: {} > {}{tunnel}", passage.source, passage.destination),
+                    place: interface,
+                    what: format!("{direction}: {} > {}{tunnel}", captured.source, captured.destination),
                 });
             }
-            Event::Rules(sights) => {
+            Event::Rules(trace_events) => {
                 // A chain that ends without a verdict has a policy event next.
-                for sight in sights.into_iter().filter(|s| s.handle.is_some() || matches!(s.verdict.as_str(), "accept" | "drop"))
+                for trace_event in
+                    trace_events.into_iter().filter(|s| s.handle.is_some() || matches!(s.verdict.as_str(), "accept" | "drop"))
                 {
-                    let chain = format!("{} {} {}", sight.family, sight.table, sight.chain);
-                    let rule = sight.handle.map_or_else(|| "policy".to_owned(), |handle| format!("rule {handle}"));
-                    if sight.verdict == "drop" {
-                        drop_place = Some(format!("{rule} of chain {chain}"));
+                    let chain = format!("{} {} {}", trace_event.family, trace_event.table, trace_event.chain);
+                    let rule = trace_event.handle.map_or_else(|| "policy".to_owned(), |handle| format!("rule {handle}"));
+                    if trace_event.verdict == "drop" {
+                        drop_location = Some(format!("{rule} of chain {chain}"));
                     }
                     live.rules.push(Observation {
-                        packet: format!("{:x}", sight.packet),
+                        packet: format!("{:x}", trace_event.packet),
                         place: chain,
-                        what: format!("{rule}: {}", sight.verdict),
+                        what: format!("{rule}: {}", trace_event.verdict),
                     });
                 }
             }
             Event::Lost | Event::Failed(_) => {}
         }
     }
-    live.dropped = drop_place.is_some();
-    live.summary = match (&drop_place, live.answered, last) {
-        (Some(place), ..) => format!("dropped by {place}"),
+    live.dropped = drop_location.is_some();
+    live.summary = match (&drop_location, live.answered, last) {
+        (Some(location), ..) => format!("dropped by {location}"),
         (None, true, _) => "a packet passed, and an answer came back".to_owned(),
         (None, false, Some(last)) => format!("last seen at {last}; no answer came back"),
         (None, false, None) => "no packet was seen".to_owned(),

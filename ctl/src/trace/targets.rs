@@ -47,7 +47,7 @@ pub enum TraceEnd {
 impl TargetArg {
     /// Parses `NAME` or `ADDRESS`, optionally with `:PORT` and `/PROTOCOL`; an IPv6 address with a port is in brackets.
     pub fn parse(text: &str) -> Result<TargetArg, TraceError> {
-        let bad = |reason: &str| {
+        let invalid = |reason: &str| {
             let message = format!(
                 "`{text}`: {reason}; write NAME or ADDRESS, with a port NAME:PORT[/tcp|udp|sctp], an IPv6 address with a port in brackets"
             );
@@ -60,23 +60,23 @@ impl TargetArg {
             Some((rest, "tcp")) => (rest, Some(Transport::Tcp)),
             Some((rest, "udp")) => (rest, Some(Transport::Udp)),
             Some((rest, "sctp")) => (rest, Some(Transport::Sctp)),
-            Some(_) => return Err(bad("the protocol is not tcp, udp or sctp")),
+            Some(_) => return Err(invalid("the protocol is not tcp, udp or sctp")),
             None => (text, None),
         };
         let (name, port) = match rest.rsplit_once(':') {
             Some((name, port)) => {
-                let port: u16 = port.parse().map_err(|_| bad("the port is not a number from 1 to 65535"))?;
+                let port: u16 = port.parse().map_err(|_| invalid("the port is not a number from 1 to 65535"))?;
                 if port == 0 {
-                    return Err(bad("port 0 is invalid"));
+                    return Err(invalid("port 0 is invalid"));
                 }
                 (name, Some((port, protocol.unwrap_or_default())))
             }
-            None if protocol.is_some() => return Err(bad("a protocol needs a port")),
+            None if protocol.is_some() => return Err(invalid("a protocol needs a port")),
             None => (rest, None),
         };
         let name = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
         if name.is_empty() {
-            return Err(bad("the name is empty"));
+            return Err(invalid("the name is empty"));
         }
         Ok(TargetArg { name: name.to_owned(), port })
     }
@@ -115,10 +115,10 @@ impl Inventory {
                 None => Err(TraceError::Target { message: format!("host {name} has no subnet") }),
             };
         }
-        let asked = if self.leases.is_none() { "; the agent does not answer, so peers' names are unknown" } else { "" };
+        let agent_hint = if self.leases.is_none() { "; the agent does not answer, so peers' names are unknown" } else { "" };
         let message = format!(
             "`{name}` is not a container of this host (`overlayctl endpoints` lists them), not a host of the overlay and not an address: for a container \
-             of another host use its address{asked}"
+             of another host use its address{agent_hint}"
         );
         Err(TraceError::Target { message })
     }
@@ -177,8 +177,8 @@ mod tests {
         assert_eq!(read("192.0.2.7:80"), Ok(("192.0.2.7".to_owned(), Some((80, Transport::Tcp)))));
         assert_eq!(read("[fd00::1]:53/udp"), Ok(("fd00::1".to_owned(), Some((53, Transport::Udp)))));
         assert_eq!(read("web:8080/sctp"), Ok(("web".to_owned(), Some((8080, Transport::Sctp)))));
-        for bad in ["web:0", "web:70000", "web:x", "web/tcp", ":80", "web:80/icmp"] {
-            assert!(read(bad).is_err_and(|error| error.contains(bad)), "{bad}");
+        for invalid in ["web:0", "web:70000", "web:x", "web/tcp", ":80", "web:80/icmp"] {
+            assert!(read(invalid).is_err_and(|error| error.contains(invalid)), "{invalid}");
         }
     }
 }

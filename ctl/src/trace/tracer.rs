@@ -50,13 +50,13 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     let tunnel_port = host.tunnel(family).and_then(|link| link.vxlan.as_ref()).map_or(8472, |vxlan| vxlan.port);
     let from_view = describe(&start, inventory, &host);
     let to_view = EndView { what: describe_address(&goal, destination, inventory, &host), address: destination };
-    let mut walk = Tracer { host, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let mut tracer = Tracer { host, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
     let mut origin = start.address(family).unwrap_or_else(|| family.unspecified());
-    let outcome = walk.start_at_source(&start, destination, protocol, port, &mut origin);
+    let outcome = tracer.start_at_source(&start, destination, protocol, port, &mut origin);
     let end = match outcome {
         Ok(end) => end,
         Err(Stop::AtLastHop) => {
-            let hop = walk.log.hops.last();
+            let hop = tracer.log.hops.last();
             hop.map_or_else(String::new, |hop| format!("stops at the {} of {}: {}", hop.step, hop.place, hop.answer))
         }
         Err(Stop::Failed(error)) => return Err(error),
@@ -73,11 +73,11 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     };
     if !legacy_tables(family).is_empty() {
         let program = if family == Family::V4 { "iptables-legacy" } else { "ip6tables-legacy" };
-        walk.log.notes.push(format!(
+        tracer.log.notes.push(format!(
             "this host has rules of {program} (`{program} -S`), which are not evaluated: they may drop packets that pass here"
         ));
     }
-    let HopLog { hops, notes } = walk.log;
+    let HopLog { hops, notes } = tracer.log;
     Ok(Trace {
         from: EndView { what: from_view, address: origin },
         to: to_view,
@@ -88,7 +88,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
         hops,
         notes,
         live: None,
-        addresses_seen: walk.addresses_seen,
+        addresses_seen: tracer.addresses_seen,
         tunnel_port,
     })
 }
@@ -211,9 +211,9 @@ impl Tracer<'_> {
         self.log.record_rules(HOST, step, &result)?;
         let mut translated = false;
         let untracked = result.untracked;
-        if let Some((Translation::Destination { address, port }, place)) = &result.translation {
+        if let Some((Translation::Destination { address, port }, rule_ref)) = &result.translation {
             let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
-            self.log.ok(HOST, "translation", format!("destination becomes {}, by {place}", socket_text(address, port)));
+            self.log.ok(HOST, "translation", format!("destination becomes {}, by {rule_ref}", socket_text(address, port)));
             flow.destination = address;
             flow.port = port;
             translated = true;
@@ -281,13 +281,13 @@ impl Tracer<'_> {
             Ok(route) => Ok(route),
             Err(_) if self.host.in_overlay(lookup.destination) => {
                 let flow = Flow::echo_request(lookup.source.unwrap_or(lookup.destination), lookup.destination);
-                let what = match self.host.kernel.unreachable_route(lookup.destination) {
+                let reason = match self.host.kernel.unreachable_route(lookup.destination) {
                     Some(range) => {
                         format!("no peer's route covers it: {range} is unreachable except for leased subnets")
                     }
                     None => "the kernel has no route".to_owned(),
                 };
-                Err(self.no_overlay_route(&flow, &what))
+                Err(self.no_overlay_route(&flow, &reason))
             }
             Err(reason) => {
                 let from =
@@ -324,23 +324,26 @@ impl Tracer<'_> {
 
     fn apply_snat(&mut self, flow: &mut Flow, result: &EvalResult, exit: Option<u32>) {
         match &result.translation {
-            Some((Translation::Masquerade, place)) => {
-                let own = exit.and_then(|index| self.host.kernel.addresses(index).ok()).unwrap_or_default();
+            Some((Translation::Masquerade, rule_ref)) => {
+                let exit_addresses = exit.and_then(|index| self.host.kernel.addresses(index).ok()).unwrap_or_default();
                 let global = |address: &IpAddr| !matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
-                let own = own.into_iter().find(|address| Family::of(*address) == flow.family() && global(address));
-                let shown = own.map_or_else(|| "the address of the interface".to_owned(), |own| own.to_string());
-                self.log.ok(HOST, "translation", format!("source becomes {shown} (masquerade), by {place}"));
-                if let Some(own) = own {
-                    flow.source = own;
+                let exit_address =
+                    exit_addresses.into_iter().find(|address| Family::of(*address) == flow.family() && global(address));
+                let source_text = exit_address.map_or_else(|| "the address of the interface".to_owned(), |own| own.to_string());
+                self.log.ok(HOST, "translation", format!("source becomes {source_text} (masquerade), by {rule_ref}"));
+                if let Some(exit_address) = exit_address {
+                    flow.source = exit_address;
                     self.addresses_seen.push((flow.source, flow.destination));
                 }
             }
-            Some((Translation::Source { address: Some(address) }, place)) => {
-                self.log.ok(HOST, "translation", format!("source becomes {address}, by {place}"));
+            Some((Translation::Source { address: Some(address) }, rule_ref)) => {
+                self.log.ok(HOST, "translation", format!("source becomes {address}, by {rule_ref}"));
                 flow.source = *address;
                 self.addresses_seen.push((flow.source, flow.destination));
             }
-            Some((_, place)) => self.log.unsure(HOST, "translation", format!("translated by {place} in an unknown way"), ""),
+            Some((_, rule_ref)) => {
+                self.log.unsure(HOST, "translation", format!("translated by {rule_ref} in an unknown way"), "")
+            }
             None => self.log.ok(HOST, "translation", "none: source and destination unchanged"),
         }
     }

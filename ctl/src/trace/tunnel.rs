@@ -31,22 +31,23 @@ impl Tracer<'_> {
 
     /// Stops the trace: the destination is in the overlay, and no peer's route leads to it.
     pub(super) fn no_peer_route(&mut self, flow: &Flow, route: &Route) -> Stop {
-        let by = route.destination.map(|entry| format!("the route {entry}")).unwrap_or_else(|| "another route".to_owned());
-        let what = format!("no peer's route covers it: {by} would send it out by {}", self.host.name(route.interface));
-        self.no_overlay_route(flow, &what)
+        let route_text =
+            route.destination.map(|entry| format!("the route {entry}")).unwrap_or_else(|| "another route".to_owned());
+        let reason = format!("no peer's route covers it: {route_text} would send it out by {}", self.host.name(route.interface));
+        self.no_overlay_route(flow, &reason)
     }
 
     /// Stops the trace, with the state of the leases and the next-hop objects.
-    pub(super) fn no_overlay_route(&mut self, flow: &Flow, what: &str) -> Stop {
+    pub(super) fn no_overlay_route(&mut self, flow: &Flow, reason: &str) -> Stop {
         let destination = flow.destination;
-        let mut answer = format!("{destination} is in the overlay network, but {what}");
+        let mut message = format!("{destination} is in the overlay network, but {reason}");
         let lease = self.inventory.lease_for(destination).cloned();
         let remedy = match (&lease, self.inventory.leases.is_some()) {
             (Some(lease), _) => {
                 let host = lease.host.clone().unwrap_or_else(|| lease.key.clone());
                 let base = lease.subnet.and_then(|s| s.get(Family::of(destination))).map(|range| range.base());
                 if let Some(refused) = &lease.refused {
-                    answer.push_str(&format!("; the lease of {host} is ignored: {refused}"));
+                    message.push_str(&format!("; the lease of {host} is ignored: {refused}"));
                 } else {
                     let hop = base.is_some_and(|base| !self.host.kernel.nexthops_to(base).is_empty());
                     let missing = if hop {
@@ -54,20 +55,20 @@ impl Tracer<'_> {
                     } else {
                         "neither the route nor its next hop exists: the kernel deletes routes with their next hop"
                     };
-                    answer.push_str(&format!("; {host} holds its subnet, {missing}"));
+                    message.push_str(&format!("; {host} holds its subnet, {missing}"));
                 }
                 REPAIR_HINT.to_owned()
             }
             (None, true) => {
-                answer.push_str("; no host holds a subnet with it: its lease expired or never existed");
+                message.push_str("; no host holds a subnet with it: its lease expired or never existed");
                 "`overlayctl subnets` lists the leases; start the agent of its host".to_owned()
             }
             (None, false) => {
-                answer.push_str("; the agent does not answer, so its host is unknown");
+                message.push_str("; the agent does not answer, so its host is unknown");
                 format!("{REPAIR_HINT}; `overlayctl subnets --etcd-endpoints URL` lists the leases without an agent")
             }
         };
-        self.log.stop(HOST, "route", answer, remedy)
+        self.log.stop(HOST, "route", message, remedy)
     }
 
     /// Follows the packet through the tunnel device to the peer.
@@ -91,14 +92,14 @@ impl Tracer<'_> {
         let lookup = RouteLookup { destination: remote.public, source: Some(source), input: None };
         let outer = match self.host.kernel.route(lookup)? {
             Ok(outer) if outer.kind == "local" => {
-                let answer = format!("{} is this host's own address: the FDB entry leads back here", remote.public);
-                return Err(self.log.stop(HOST, "outer route", answer, REPAIR_HINT));
+                let message = format!("{} is this host's own address: the FDB entry leads back here", remote.public);
+                return Err(self.log.stop(HOST, "outer route", message, REPAIR_HINT));
             }
             Ok(outer) => outer,
             Err(reason) => {
-                let answer = format!("no route to {} from {source}: {reason}", remote.public);
+                let message = format!("no route to {} from {source}: {reason}", remote.public);
                 let remedy = format!("the underlay's routes: ip route get {} from {source}", remote.public);
-                return Err(self.log.stop(HOST, "outer route", answer, remedy));
+                return Err(self.log.stop(HOST, "outer route", message, remedy));
             }
         };
         let via = outer.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
@@ -116,20 +117,20 @@ impl Tracer<'_> {
         let Some(exit) = exit else {
             return Err(self.log.stop(HOST, "outer route", "the route has no interface", REPAIR_HINT));
         };
-        let need = device.mtu + Family::of(remote.public).vxlan_overhead();
-        if exit.mtu < need {
-            let answer = format!(
-                "{} has MTU {}, a full packet of {} needs {need}: large packets are lost",
+        let required_mtu = device.mtu + Family::of(remote.public).vxlan_overhead();
+        if exit.mtu < required_mtu {
+            let message = format!(
+                "{} has MTU {}, a full packet of {} needs {required_mtu}: large packets are lost",
                 exit.name, exit.mtu, device.name
             );
-            self.log.unsure(HOST, "outer MTU", answer, "the agent follows the underlay's MTU: `overlayctl status`");
+            self.log.unsure(HOST, "outer MTU", message, "the agent follows the underlay's MTU: `overlayctl status`");
         }
         self.leave_host(remote.public, &outer, &exit, "outer ")?;
         let host = self.inventory.host_name_at(remote.public);
         if !self.host.in_overlay(flow.source) && flow.source != source {
-            let answer = format!("{} is not in the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
+            let message = format!("{} is not in the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
             let remedy = "--ip-masq=true, the default, replaces the source by this host's overlay address";
-            self.log.unsure(HOST, "peer's guard", answer, remedy);
+            self.log.unsure(HOST, "peer's guard", message, remedy);
         }
         Ok(format!(
             "leaves this host by {} for {host}; continue on that host: overlayctl trace {} {}",
@@ -143,23 +144,25 @@ impl Tracer<'_> {
             let Some(hop) = self.host.kernel.nexthop(id) else {
                 return Err(self.log.stop(HOST, "next hop", format!("object {id} is missing"), REPAIR_HINT));
             };
-            let leads = hop.gateway.map_or_else(|| "nowhere".to_owned(), |gateway| format!("via {gateway}"));
-            let leads = format!("object {id} leads {leads} dev {}", self.host.name(hop.interface));
+            let target = hop.gateway.map_or_else(|| "nowhere".to_owned(), |gateway| format!("via {gateway}"));
+            let target = format!("object {id} leads {target} dev {}", self.host.name(hop.interface));
             let base = route.destination.map(|entry| entry.base());
             if hop.blackhole || hop.gateway.is_none() || hop.interface != Some(device.index) {
-                return Err(self.log.stop(HOST, "next hop", leads, REPAIR_HINT));
+                return Err(self.log.stop(HOST, "next hop", target, REPAIR_HINT));
             }
             if base.is_some() && hop.gateway != base {
-                let answer =
-                    format!("{leads}, which is not the peer of {}", route.destination.map(|d| d.to_string()).unwrap_or_default());
-                return Err(self.log.stop(HOST, "next hop", answer, REPAIR_HINT));
+                let message = format!(
+                    "{target}, which is not the peer of {}",
+                    route.destination.map(|d| d.to_string()).unwrap_or_default()
+                );
+                return Err(self.log.stop(HOST, "next hop", message, REPAIR_HINT));
             }
-            self.log.ok(HOST, "next hop", leads);
+            self.log.ok(HOST, "next hop", target);
         }
         let Some(gateway) = route.gateway else {
-            let answer =
+            let message =
                 format!("the route to {destination} has no gateway: a peer's route has the base of its subnet as gateway");
-            return Err(self.log.stop(HOST, "next hop", answer, REPAIR_HINT));
+            return Err(self.log.stop(HOST, "next hop", message, REPAIR_HINT));
         };
         let mac = match self.host.kernel.neighbour(device.index, gateway) {
             Some(found) if found.is_usable() => {
@@ -168,17 +171,17 @@ impl Tracer<'_> {
                 mac
             }
             Some(found) => {
-                let answer = format!("{gateway} on {} is {}: it has no MAC", device.name, found.state);
-                return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
+                let message = format!("{gateway} on {} is {}: it has no MAC", device.name, found.state);
+                return Err(self.log.stop(HOST, "neighbour", message, REPAIR_HINT));
             }
             None => {
-                let answer = format!("{gateway} is unknown on {}, and a tunnel sends no neighbour requests", device.name);
-                return Err(self.log.stop(HOST, "neighbour", answer, REPAIR_HINT));
+                let message = format!("{gateway} is unknown on {}, and a tunnel sends no neighbour requests", device.name);
+                return Err(self.log.stop(HOST, "neighbour", message, REPAIR_HINT));
             }
         };
         let Some(public) = self.host.kernel.fdb_destination(device.index, mac) else {
-            let answer = format!("{} has no entry for {mac}, so its host is unknown", device.name);
-            return Err(self.log.stop(HOST, "fdb", answer, REPAIR_HINT));
+            let message = format!("{} has no entry for {mac}, so its host is unknown", device.name);
+            return Err(self.log.stop(HOST, "fdb", message, REPAIR_HINT));
         };
         self.log.ok(HOST, "fdb", format!("{mac} is behind {}", self.inventory.host_name_at(public)));
         self.compare_with_lease(destination, public);
@@ -188,15 +191,16 @@ impl Tracer<'_> {
     /// Records a difference between the lease and the kernel.
     fn compare_with_lease(&mut self, destination: IpAddr, public: IpAddr) {
         match self.inventory.lease_for(destination) {
-            Some(lease) if lease.public_ip.iter().all(|(_, own)| *own != public) => {
-                let wanted: Vec<String> = lease.public_ip.iter().map(|(_, own)| own.to_string()).collect();
+            Some(lease) if lease.public_ip.iter().all(|(_, lease_address)| *lease_address != public) => {
+                let lease_addresses: Vec<String> =
+                    lease.public_ip.iter().map(|(_, lease_address)| lease_address.to_string()).collect();
                 let host = lease.host.clone().unwrap_or_default();
-                let answer = format!("the lease of {host} has {}, the kernel {public}", wanted.join(" "));
-                self.log.unsure(HOST, "lease", answer, REPAIR_HINT);
+                let message = format!("the lease of {host} has {}, the kernel {public}", lease_addresses.join(" "));
+                self.log.unsure(HOST, "lease", message, REPAIR_HINT);
             }
             None if self.inventory.leases.is_some() => {
-                let answer = format!("no host holds a subnet with {destination} any more, but the kernel has its entries");
-                self.log.unsure(HOST, "lease", answer, "`overlayctl subnets` lists the leases");
+                let message = format!("no host holds a subnet with {destination} any more, but the kernel has its entries");
+                self.log.unsure(HOST, "lease", message, "`overlayctl subnets` lists the leases");
             }
             _ => {}
         }
@@ -215,9 +219,9 @@ impl Tracer<'_> {
                 self.log.ok(HOST, &step, format!("{next} is {mac} ({})", found.state));
             }
             Some(found) if matches!(found.state.as_str(), "FAILED" | "INCOMPLETE") => {
-                let answer = format!("{next} does not answer on {} ({})", link.name, found.state);
+                let message = format!("{next} does not answer on {} ({})", link.name, found.state);
                 let remedy = format!("check the underlay: is {next} up, and on this network? `ip neigh show {next}`");
-                return Err(self.log.stop(HOST, &step, answer, remedy));
+                return Err(self.log.stop(HOST, &step, message, remedy));
             }
             _ => self.log.ok(HOST, &step, format!("{next} is unresolved: the first packet triggers a request")),
         }
@@ -227,12 +231,12 @@ impl Tracer<'_> {
     /// Follows a packet that arrives from outside, or from another host of the overlay.
     pub(super) fn arrive(&mut self, source: IpAddr, destination: IpAddr, protocol: u8, port: u16) -> Step<String> {
         let flow = Flow { source, destination, protocol, port };
-        let back = self.lookup_route(RouteLookup { destination: source, source: None, input: None })?;
-        if self.host.in_overlay(source) || self.routes_into_overlay(&back) {
-            return self.arrive_by_tunnel(flow, &back);
+        let return_route = self.lookup_route(RouteLookup { destination: source, source: None, input: None })?;
+        if self.host.in_overlay(source) || self.routes_into_overlay(&return_route) {
+            return self.arrive_by_tunnel(flow, &return_route);
         }
-        let input = self.host.link(back.interface).cloned();
-        let name = self.host.name(back.interface);
+        let input = self.host.link(return_route.interface).cloned();
+        let name = self.host.name(return_route.interface);
         self.log.ok(HOST, "arrival", format!("assumed input interface {name}, the route to {source}"));
         if self.host.in_overlay(destination) {
             self.note_source_filter(&flow);
@@ -247,19 +251,24 @@ impl Tracer<'_> {
         let public = peers.filter_map(|lease| lease.public_ip.get(flow.family()).copied()).next();
         let vxlan = self.host.tunnel(flow.family()).and_then(|link| link.vxlan.clone());
         let (Some(public), Some(vxlan)) = (public, vxlan) else { return };
-        let Some(packet) = self.tunnelled(flow, public, &vxlan) else { return };
+        let Some(packet) = self.encapsulated_packet(flow, public, &vxlan) else { return };
         let result = self.host.ruleset.evaluate(Hook::Input, false, &packet);
-        if let Some(by) = result.dropped.as_ref().filter(|_| result.is_certain_drop()) {
+        if let Some(dropping_rule) = result.dropped.as_ref().filter(|_| result.is_certain_drop()) {
             let (source, host) = (flow.source, self.inventory.host_name_at(public));
             self.log.notes.push(format!(
-                "packets from {source} that another host such as {host} forwards without masquerade are dropped here by {by} (`{}`)",
-                by.list_command()
+                "packets from {source} that another host such as {host} forwards without masquerade are dropped here by {dropping_rule} (`{}`)",
+                dropping_rule.list_command()
             ));
         }
     }
 
     /// Builds the packet as it arrives through the tunnel from a peer; `None` if the tunnel has no address.
-    fn tunnelled(&mut self, flow: &Flow, public: IpAddr, vxlan: &overlay_agent::kernel::trace::Vxlan) -> Option<Packet> {
+    fn encapsulated_packet(
+        &mut self,
+        flow: &Flow,
+        public: IpAddr,
+        vxlan: &overlay_agent::kernel::trace::Vxlan,
+    ) -> Option<Packet> {
         let outer_flow = Flow { source: public, destination: vxlan.local?, protocol: UDP, port: vxlan.port };
         let outer = self.host.kernel.route(RouteLookup { destination: public, source: None, input: None }).ok()?;
         let input = self.host.interface(outer.ok().and_then(|route| route.interface));
@@ -270,14 +279,14 @@ impl Tracer<'_> {
         })
     }
 
-    fn arrive_by_tunnel(&mut self, flow: Flow, back: &Route) -> Step<String> {
-        let device = self.host.link(back.interface).cloned();
+    fn arrive_by_tunnel(&mut self, flow: Flow, return_route: &Route) -> Step<String> {
+        let device = self.host.link(return_route.interface).cloned();
         let Some((device, vxlan)) = device.and_then(|device| device.vxlan.clone().map(|vxlan| (device, vxlan))) else {
-            return Err(self.no_peer_route(&Flow { destination: flow.source, ..flow }, back));
+            return Err(self.no_peer_route(&Flow { destination: flow.source, ..flow }, return_route));
         };
         self.log.ok(HOST, "way back", format!("the route to {} uses {}", flow.source, device.name));
-        let remote = self.resolve_remote(flow.source, back, &device)?;
-        let Some(mut packet) = self.tunnelled(&flow, remote.public, &vxlan) else {
+        let remote = self.resolve_remote(flow.source, return_route, &device)?;
+        let Some(mut packet) = self.encapsulated_packet(&flow, remote.public, &vxlan) else {
             return Err(self.log.stop(HOST, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
         };
         let result = self.host.ruleset.evaluate(Hook::Prerouting, false, &packet);

@@ -142,7 +142,7 @@ impl Competitor<'_> {
     /// The same for several slots concurrently; returns the time from the first begin to the last end.
     fn execute_concurrently(&self, verb: Verb, count: usize) -> anyhow::Result<Duration> {
         let barrier = Barrier::new(count);
-        let work = |slot: &ContainerNetns| {
+        let execute_one = |slot: &ContainerNetns| {
             self.host.run(|| {
                 barrier.wait();
                 let begin = Instant::now();
@@ -150,7 +150,7 @@ impl Competitor<'_> {
             })
         };
         let times = thread::scope(|scope| {
-            let running: Vec<_> = self.containers[..count].iter().map(|slot| scope.spawn(|| work(slot))).collect();
+            let running: Vec<_> = self.containers[..count].iter().map(|slot| scope.spawn(|| execute_one(slot))).collect();
             running
                 .into_iter()
                 .map(|thread| thread.join().map_err(|_| anyhow!("a thread panicked"))??.with_context(|| self.name))
@@ -192,15 +192,19 @@ type Samples = Vec<Vec<f64>>;
 pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Result<()> {
     let bridge = Path::new(DEBIAN_PLUGINS).join("bridge");
     ensure!(bridge.is_file(), "{} is needed: apt-get install containernetworking-plugins", bridge.display());
-    let own = std::env::current_exe()?.with_file_name("overlay-cni");
-    ensure!(own.is_file(), "{} is needed: build it with the same profile (cargo build --release --workspace)", own.display());
+    let overlay_cni = std::env::current_exe()?.with_file_name("overlay-cni");
+    ensure!(
+        overlay_cni.is_file(),
+        "{} is needed: build it with the same profile (cargo build --release --workspace)",
+        overlay_cni.display()
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let stage = runtime.block_on(BenchLab::for_containers(2))?;
-    let spaces = (0..4).map(|_| runtime.block_on(NetnsGuard::new())).collect::<anyhow::Result<Vec<_>>>()?;
+    let bench = runtime.block_on(BenchLab::for_containers(2))?;
+    let netns_guards = (0..4).map(|_| runtime.block_on(NetnsGuard::new())).collect::<anyhow::Result<Vec<_>>>()?;
     let data = tempfile::tempdir()?;
     let slots = ContainerNetns::create_many("s", CONCURRENCY)?;
-    let mut contestants = Vec::new();
-    for (n, host) in stage.lab.hosts().enumerate() {
+    let mut competitors = Vec::new();
+    for (n, host) in bench.lab.hosts().enumerate() {
         let config =
             format!(r#"{{"cniVersion":"1.0.0","name":"bench","type":"overlay-cni","socket":"{}"}}"#, host.socket().display());
         let reference = format!(
@@ -208,22 +212,23 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
             "ipam":{{"type":"host-local","dataDir":"{}/{n}","ranges":[[{{"subnet":"10.77.0.0/16"}}]],"routes":[{{"dst":"0.0.0.0/0"}}]}}}}"#,
             data.path().display()
         );
-        let contestant = |name, host, by| Competitor { name, host, method: by, containers: &slots };
+        let competitor = |name, host, method| Competitor { name, host, method, containers: &slots };
         let client = host.client();
-        contestants.push(contestant("socket", host.netns()?, Method::Socket { client, runtime: &runtime }));
-        contestants.push(contestant("overlay-cni", host.netns()?, Method::Plugin { program: own.clone(), config }));
-        let by = Method::Plugin { program: bridge.clone(), config: reference };
-        contestants.push(contestant("reference", spaces[n].netns().clone(), by));
-        let alone = &spaces[2 + n];
-        runtime.block_on(alone.add_bridge())?;
-        let setup = runtime.block_on(async { NetnsBuilder::open(alone.netns()) })?;
-        contestants.push(contestant("kernel", alone.netns().clone(), Method::Kernel { setup, runtime: &runtime }));
+        competitors.push(competitor("socket", host.netns()?, Method::Socket { client, runtime: &runtime }));
+        competitors.push(competitor("overlay-cni", host.netns()?, Method::Plugin { program: overlay_cni.clone(), config }));
+        let method = Method::Plugin { program: bridge.clone(), config: reference };
+        competitors.push(competitor("reference", netns_guards[n].netns().clone(), method));
+        let kernel_guard = &netns_guards[2 + n];
+        runtime.block_on(kernel_guard.add_bridge())?;
+        let setup = runtime.block_on(async { NetnsBuilder::open(kernel_guard.netns()) })?;
+        competitors.push(competitor("kernel", kernel_guard.netns().clone(), Method::Kernel { setup, runtime: &runtime }));
     }
     progress(&format!("{} endpoints on the second host, and as many of the reference's", arguments.endpoints));
-    let crowd = [ContainerNetns::create_many("p", arguments.endpoints)?, ContainerNetns::create_many("r", arguments.endpoints)?];
-    for (contestant, slots) in preloaded(&contestants, &crowd) {
+    let preload =
+        [ContainerNetns::create_many("p", arguments.endpoints)?, ContainerNetns::create_many("r", arguments.endpoints)?];
+    for (competitor, slots) in preloaded(&competitors, &preload) {
         for slot in slots {
-            contestant.host.run(|| contestant.execute(Verb::Add, slot))??;
+            competitor.host.run(|| competitor.execute(Verb::Add, slot))??;
         }
     }
     for count in [1, CONCURRENCY] {
@@ -231,9 +236,9 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
         progress(&format!("{count} at once, {turns} turns"));
         let (mut added, mut removed): (Samples, Samples) = (vec![Vec::new(); COMPETITORS], vec![Vec::new(); COMPETITORS]);
         for turn in 0..turns + WARM_UP_ROUNDS {
-            for (number, contestant) in contestants.iter().enumerate() {
-                let add = contestant.execute_concurrently(Verb::Add, count)?;
-                let del = contestant.execute_concurrently(Verb::Del, count)?;
+            for (number, competitor) in competitors.iter().enumerate() {
+                let add = competitor.execute_concurrently(Verb::Add, count)?;
+                let del = competitor.execute_concurrently(Verb::Del, count)?;
                 if turn >= WARM_UP_ROUNDS {
                     added[number].push(milliseconds(add));
                     removed[number].push(milliseconds(del));
@@ -242,7 +247,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
         }
         add_rows(report, arguments, count, &added, &removed)?;
     }
-    detach_preloaded(&contestants, &crowd)
+    detach_preloaded(&competitors, &preload)
 }
 
 /// The competitors with preloaded endpoints on the second host, and these endpoints.
@@ -255,9 +260,9 @@ fn preloaded<'a, 'b>(
 
 /// Detaches the preloaded containers, so that no endpoint outlives its namespace.
 fn detach_preloaded(competitors: &[Competitor<'_>], preload: &[Vec<ContainerNetns>; 2]) -> anyhow::Result<()> {
-    for (contestant, slots) in preloaded(competitors, preload) {
+    for (competitor, slots) in preloaded(competitors, preload) {
         for slot in slots {
-            contestant.host.run(|| contestant.execute(Verb::Del, slot))??;
+            competitor.host.run(|| competitor.execute(Verb::Del, slot))??;
         }
     }
     Ok(())
@@ -278,8 +283,8 @@ fn add_rows(
         (0, [empty_socket, empty, empty_ref], [removed[0], removed[1], removed[2]]),
         (arguments.endpoints, [many_socket, many, many_ref], [removed[4], removed[5], removed[6]]),
     ];
-    for (present, adds, dels) in hosts {
-        let conditions = format!("{present} endpoints, {title}");
+    for (endpoint_count, adds, dels) in hosts {
+        let conditions = format!("{endpoint_count} endpoints, {title}");
         let row = |what: &str, samples: &[f64], reference: &[f64]| {
             Row::new("attach", &conditions, what, "ms", samples)
                 .map(|r| r.with_baseline("bridge + host-local", samples, reference))

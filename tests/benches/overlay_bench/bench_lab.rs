@@ -69,32 +69,32 @@ impl BenchLab {
             ..LabOptions::new(LabName::unique())
         };
         let lab = Lab::up(&LabsDir::for_user(), &options, Progress::silent()).await?.guarded();
-        let stage = BenchLab { lab, peers: fleet };
-        let leases = stage.peers.iter().map(|m| Ok((etcd_key(m)?, m.lease_value()))).collect::<anyhow::Result<Vec<_>>>()?;
-        stage.with_etcd_gateway(|mut gateway| gateway.put_all(&leases))?;
-        Ok(stage)
+        let bench = BenchLab { lab, peers: fleet };
+        let leases = bench.peers.iter().map(|m| Ok((etcd_key(m)?, m.lease_value()))).collect::<anyhow::Result<Vec<_>>>()?;
+        bench.with_etcd_gateway(|mut gateway| gateway.put_all(&leases))?;
+        Ok(bench)
     }
 
     /// Waits until a host has routes to each peer.
     pub async fn wait_converged(&self, host: &Host<'_>) -> anyhow::Result<()> {
         let peers = self.peers.len() + self.lab.hosts().count() - 1;
-        let what = format!("{} does not reach each of {peers} peers", host.name());
-        let whole = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
-        let status = host.wait_status(CONVERGE_TIMEOUT, &what, whole).await?;
+        let context = format!("{} does not reach each of {peers} peers", host.name());
+        let is_converged = |status: &overlay_agent::model::api::Status| status.ready && status.data_path.peers == peers;
+        let status = host.wait_status(CONVERGE_TIMEOUT, &context, is_converged).await?;
         ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
         Ok(())
     }
 
     /// Peers outside the store that are no hosts of the lab.
     pub async fn unused_peers(&self, count: usize) -> anyhow::Result<Vec<SyntheticPeer>> {
-        let mut taken = Vec::new();
+        let mut used_subnets = Vec::new();
         for host in self.lab.hosts() {
             let status = host.client().status().await?;
-            taken.push(status.lease.and_then(|lease| lease.subnet.get(FAMILY)).context("a host has no subnet")?);
+            used_subnets.push(status.lease.and_then(|lease| lease.subnet.get(FAMILY)).context("a host has no subnet")?);
         }
         let first = u32::try_from(self.peers.len())? + 1;
-        let last = first + u32::try_from(count + taken.len())?;
-        let free = synthetic_peers(FAMILY, first..=last)?.into_iter().filter(|member| !taken.contains(&member.subnet));
+        let last = first + u32::try_from(count + used_subnets.len())?;
+        let free = synthetic_peers(FAMILY, first..=last)?.into_iter().filter(|peer| !used_subnets.contains(&peer.subnet));
         Ok(free.take(count).collect())
     }
 
@@ -105,8 +105,8 @@ impl BenchLab {
 }
 
 /// A peer's key in etcd.
-pub fn etcd_key(member: &SyntheticPeer) -> anyhow::Result<String> {
-    Ok(format!("{ETCD_PREFIX}/subnets/{}", member.store_key()?))
+pub fn etcd_key(peer: &SyntheticPeer) -> anyhow::Result<String> {
+    Ok(format!("{ETCD_PREFIX}/subnets/{}", peer.store_key()?))
 }
 
 /// etcd's address inside the lab.

@@ -42,7 +42,7 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     let (left, top, width, height) = PLOT_AREA;
     let at = |(px, py): &(f64, f64)| (left + width * x.position(*px), top + height * (1.0 - y.position(*py)));
     let longest = curves.iter().map(|curve| curve.name.chars().count()).max().unwrap_or_default();
-    let whole =
+    let page_width =
         f64::from(u16::try_from(longest).unwrap_or(u16::MAX)).mul_add(LETTER_WIDTH, left + width + LEGEND_GAP).max(MIN_SIZE.0);
     let mut out = String::new();
     let _ = write!(
@@ -51,24 +51,28 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
 <rect width="100%" height="100%" fill="#ffffff"/>
 <text x="{left}" y="26" font-size="16" font-weight="bold">{title}</text>
 <g stroke="#dddddd">"##,
-        whole,
+        page_width,
         MIN_SIZE.1,
         title = escape_xml(&axes.title)
     );
     let bottom = top + height;
     for step in y.ticks() {
-        let place = top + height * (1.0 - y.position(step));
-        let _ = write!(out, "\n<path d=\"M{left} {place:.1}h{width}\"/>");
+        let y_position = top + height * (1.0 - y.position(step));
+        let _ = write!(out, "\n<path d=\"M{left} {y_position:.1}h{width}\"/>");
     }
     let _ = write!(out, "\n</g>\n<g fill=\"#333333\">");
     for step in y.ticks() {
-        let place = top + height * (1.0 - y.position(step)) + 4.0;
-        let _ = write!(out, "\n<text x=\"{}\" y=\"{place:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, tick_label(step));
+        let y_position = top + height * (1.0 - y.position(step)) + 4.0;
+        let _ = write!(out, "\n<text x=\"{}\" y=\"{y_position:.1}\" text-anchor=\"end\">{}</text>", left - 8.0, tick_label(step));
     }
     for step in x.ticks() {
-        let place = left + width * x.position(step);
-        let _ =
-            write!(out, "\n<text x=\"{place:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>", bottom + 18.0, tick_label(step));
+        let x_position = left + width * x.position(step);
+        let _ = write!(
+            out,
+            "\n<text x=\"{x_position:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
+            bottom + 18.0,
+            tick_label(step)
+        );
     }
     let _ = write!(
         out,
@@ -81,12 +85,12 @@ pub fn svg(axes: &Axes, curves: &[Curve]) -> String {
     );
     let _ = write!(out, "\n<path d=\"M{left} {top}v{height}h{width}\" fill=\"none\" stroke=\"#333333\"/>");
     for ((curve, colour), row) in curves.iter().zip(COLOURS.iter().cycle()).zip(0_u16..) {
-        let places: Vec<(f64, f64)> = curve.points.iter().map(at).collect();
-        let path: Vec<String> = places.iter().map(|(px, py)| format!("{px:.1} {py:.1}")).collect();
+        let positions: Vec<(f64, f64)> = curve.points.iter().map(at).collect();
+        let path: Vec<String> = positions.iter().map(|(px, py)| format!("{px:.1} {py:.1}")).collect();
         let _ = write!(out, "\n<path d=\"M{}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\"/>", path.join("L"));
         // With few points, each is marked as a single measurement.
-        if places.len() <= 12 {
-            for (px, py) in &places {
+        if positions.len() <= 12 {
+            for (px, py) in &positions {
                 let _ = write!(out, "\n<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"3.5\" fill=\"{colour}\"/>");
             }
         }
@@ -114,15 +118,15 @@ struct Scale {
 impl Scale {
     /// A linear scale from 0. With `smallest`, a logarithmic scale from a power of ten below it.
     fn new(values: impl Iterator<Item = f64>, smallest: Option<f64>) -> Scale {
-        let greatest = values.fold(0.0, f64::max);
+        let max_value = values.fold(0.0, f64::max);
         if let Some(smallest) = smallest {
-            let (from, to) = (smallest.log10().floor(), greatest.log10().ceil());
+            let (from, to) = (smallest.log10().floor(), max_value.log10().ceil());
             return Scale { from, to: to.max(from + 1.0), step: 1.0, logarithmic: true };
         }
-        let rough = (greatest / AXIS_STEPS).max(f64::MIN_POSITIVE);
-        let ten = 10_f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * ten).into_iter().find(|step| *step >= rough).unwrap_or(10.0 * ten);
-        Scale { from: 0.0, to: step * (greatest / step).ceil().max(1.0), step, logarithmic: false }
+        let min_step = (max_value / AXIS_STEPS).max(f64::MIN_POSITIVE);
+        let ten = 10_f64.powf(min_step.log10().floor());
+        let step = [1.0, 2.0, 5.0, 10.0].map(|n| n * ten).into_iter().find(|step| *step >= min_step).unwrap_or(10.0 * ten);
+        Scale { from: 0.0, to: step * (max_value / step).ceil().max(1.0), step, logarithmic: false }
     }
 
     /// 0 at the begin of the axis, 1 at its end.
@@ -167,12 +171,12 @@ mod tests {
 
     #[test]
     fn values_map_to_axis_positions() {
-        let plain = Scale::new([0.0, 50_000.0].into_iter(), None);
-        assert_eq!((plain.position(0.0), plain.position(25_000.0), plain.position(50_000.0)), (0.0, 0.5, 1.0));
-        assert_eq!(plain.ticks(), [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0]);
-        let powers = Scale::new([1.0, 1000.0].into_iter(), Some(1.0));
-        assert_eq!(powers.ticks().iter().map(|step| step.round()).collect::<Vec<_>>(), [1.0, 10.0, 100.0, 1000.0]);
-        assert!((powers.position(10.0) - 1.0 / 3.0).abs() < 1e-9);
+        let linear = Scale::new([0.0, 50_000.0].into_iter(), None);
+        assert_eq!((linear.position(0.0), linear.position(25_000.0), linear.position(50_000.0)), (0.0, 0.5, 1.0));
+        assert_eq!(linear.ticks(), [0.0, 10_000.0, 20_000.0, 30_000.0, 40_000.0, 50_000.0]);
+        let logarithmic = Scale::new([1.0, 1000.0].into_iter(), Some(1.0));
+        assert_eq!(logarithmic.ticks().iter().map(|step| step.round()).collect::<Vec<_>>(), [1.0, 10.0, 100.0, 1000.0]);
+        assert!((logarithmic.position(10.0) - 1.0 / 3.0).abs() < 1e-9);
         let small = Scale::new([0.7].into_iter(), None);
         assert_eq!(small.ticks().iter().map(|step| tick_label(*step)).collect::<Vec<_>>(), ["0", "0.2", "0.4", "0.6", "0.8"]);
         assert_eq!([1234567.0, 2.5, 1000.0].map(tick_label), ["1,234,567", "2.5", "1,000"]);
@@ -181,18 +185,18 @@ mod tests {
     #[test]
     fn each_curve_is_a_named_path() {
         let curve = |name: &str, y: f64| Curve { name: name.to_owned(), points: vec![(1000.0, y), (10_000.0, 10.0 * y)] };
-        let picture = svg(&axes(false), &[curve("agent", 14.0), curve("raw <limit>", 9.0)]);
-        assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"), "{picture}");
-        assert_eq!(picture.matches("stroke-width=\"2\"").count(), 2);
-        assert_eq!(picture.matches("<circle").count(), 4);
-        assert!(picture.contains("cost &amp; count") && picture.contains("raw &lt;limit&gt;"), "{picture}");
+        let image = svg(&axes(false), &[curve("agent", 14.0), curve("raw <limit>", 9.0)]);
+        assert!(image.starts_with("<svg") && image.ends_with("</svg>\n"), "{image}");
+        assert_eq!(image.matches("stroke-width=\"2\"").count(), 2);
+        assert_eq!(image.matches("<circle").count(), 4);
+        assert!(image.contains("cost &amp; count") && image.contains("raw &lt;limit&gt;"), "{image}");
         // Values stay within the plot area.
-        assert!(!picture.contains("NaN") && !picture.contains("inf"), "{picture}");
+        assert!(!image.contains("NaN") && !image.contains("inf"), "{image}");
     }
 
     #[test]
     fn empty_data_gives_empty_plot() {
-        let picture = svg(&axes(true), &[]);
-        assert!(picture.contains("peers") && !picture.contains("NaN") && !picture.contains("inf"), "{picture}");
+        let image = svg(&axes(true), &[]);
+        assert!(image.contains("peers") && !image.contains("NaN") && !image.contains("inf"), "{image}");
     }
 }

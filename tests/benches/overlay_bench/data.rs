@@ -83,8 +83,8 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
     }
     if arguments.rules > 0 {
         // The measuring thread is pinned to one processor; it ends here, so that nothing else is pinned.
-        let measured = std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, arguments)).join());
-        measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
+        let result = std::thread::scope(|scope| scope.spawn(|| add_costs(report, &hosts, arguments)).join());
+        result.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??;
     }
     Ok(())
 }
@@ -102,24 +102,27 @@ fn add_throughput(
         progress(&format!("{family}, ways: turn {} of {turns}", turn + 1));
         for (number, (load, what, ..)) in LOADS.iter().enumerate() {
             for step in 0..paths.len() {
-                let way = (turn + step) % paths.len();
-                let passed = load.run(&paths[way], time).with_context(|| format!("{what} to {}", paths[way].address))?;
-                samples[number][way].push(passed);
+                let path_index = (turn + step) % paths.len();
+                let throughput =
+                    load.run(&paths[path_index], time).with_context(|| format!("{what} to {}", paths[path_index].address))?;
+                samples[number][path_index].push(throughput);
             }
         }
     }
     let pairs =
         [("container to container, two hosts", "host to host", 1, 0), ("container to container, one host", "plain bridge", 3, 2)];
-    for (conditions, baseline, way, other) in pairs {
+    for (conditions, baseline, path_index, other) in pairs {
         let conditions = format!("{family}, {conditions}");
         for ((_, what, unit, factor), all) in LOADS.iter().zip(&samples) {
-            let rate = |way: usize| all[way].iter().map(|passed| passed.per_second * factor).collect::<Vec<f64>>();
-            let row = Row::new("data", &conditions, *what, unit, &rate(way));
-            report.add(row.map(|r| r.with_baseline(baseline, &rate(way), &rate(other))));
+            let rate =
+                |path_index: usize| all[path_index].iter().map(|throughput| throughput.per_second * factor).collect::<Vec<f64>>();
+            let row = Row::new("data", &conditions, *what, unit, &rate(path_index));
+            report.add(row.map(|r| r.with_baseline(baseline, &rate(path_index), &rate(other))));
         }
-        let cost = |way: usize| samples[0][way].iter().map(|p| p.processor / p.per_second * 1e12).collect::<Vec<f64>>();
-        let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(way));
-        report.add(row.map(|r| r.with_baseline(baseline, &cost(way), &cost(other))));
+        let cost =
+            |path_index: usize| samples[0][path_index].iter().map(|p| p.processor / p.per_second * 1e12).collect::<Vec<f64>>();
+        let row = Row::new("data", &conditions, "TCP, one stream: processor time for a gigabyte", "ms", &cost(path_index));
+        report.add(row.map(|r| r.with_baseline(baseline, &cost(path_index), &cost(other))));
     }
     Ok(())
 }
@@ -133,24 +136,25 @@ fn add_ablation(
 ) -> anyhow::Result<()> {
     let DataArguments { turns, family, .. } = arguments;
     let time = Duration::from_millis(arguments.time.max(10));
-    let (namespaces, way) = (hosts.namespaces()?, hosts.overlay()?);
-    let mut passed: [[Vec<Throughput>; 2]; 4] = Default::default();
+    let (namespaces, path) = (hosts.namespaces()?, hosts.overlay()?);
+    let mut throughputs: [[Vec<Throughput>; 2]; 4] = Default::default();
     let mut costs: [[Vec<f64>; 2]; 3] = Default::default();
     for turn in 0..*turns {
         progress(&format!("{family}, with and without: turn {} of {turns}", turn + 1));
         for step in 0..2 {
             let side = (turn + step) % 2;
             setting.set(&namespaces, side == 1)?;
-            for ((load, what, ..), all) in LOADS.iter().zip(&mut passed) {
-                all[side].push(load.run(&way, time).context(*what)?);
+            for ((load, what, ..), all) in LOADS.iter().zip(&mut throughputs) {
+                all[side].push(load.run(&path, time).context(*what)?);
             }
-            let alone = || -> anyhow::Result<Vec<f64>> {
+            let measure_costs = || -> anyhow::Result<Vec<f64>> {
                 pin_to_cpu(true)?;
-                let mut ends = FlowEnds::open(&way)?;
+                let mut ends = FlowEnds::open(&path)?;
                 Operation::ALL.into_iter().map(|kind| ends.cost(kind, time / 5)).collect()
             };
-            let alone = std::thread::scope(|scope| scope.spawn(alone).join());
-            for (cost, all) in alone.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??.iter().zip(&mut costs) {
+            let measured = std::thread::scope(|scope| scope.spawn(measure_costs).join());
+            for (cost, all) in measured.map_err(|_| anyhow::anyhow!("the thread that measures panicked"))??.iter().zip(&mut costs)
+            {
                 all[side].push(*cost);
             }
         }
@@ -160,7 +164,7 @@ fn add_ablation(
     let mut add = |what: &str, unit, [without, with]: [&[f64]; 2]| {
         report.add(Row::new("data", &conditions, what, unit, with).map(|r| r.with_baseline("without", with, without)));
     };
-    for ((_, what, unit, factor), all) in LOADS.iter().zip(&passed) {
+    for ((_, what, unit, factor), all) in LOADS.iter().zip(&throughputs) {
         let rates = all.each_ref().map(|side| side.iter().map(|p| p.per_second * factor).collect::<Vec<f64>>());
         add(what, unit, rates.each_ref().map(Vec::as_slice));
     }
@@ -177,21 +181,21 @@ fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArgument
     let (family, turns, time) = (arguments.family, arguments.rules, Duration::from_millis(arguments.time.max(10)) / 5);
     let mut switches = hosts.namespaces()?.iter().map(RulesetSwitch::new).collect::<anyhow::Result<Vec<_>>>()?;
     let paths = [("two hosts", hosts.overlay()?), ("one host", hosts.bridge()?)];
-    let mut ends = paths.iter().map(|(_, way)| FlowEnds::open(way)).collect::<anyhow::Result<Vec<_>>>()?;
-    let mut each = Rules::WITH_BASELINE.to_vec();
-    each.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
+    let mut ends = paths.iter().map(|(_, path)| FlowEnds::open(path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rulesets = Rules::WITH_BASELINE.to_vec();
+    rulesets.retain(|(rules, _)| arguments.only.is_empty() || arguments.only.contains(rules));
     // Indexed by path, operation, ruleset.
-    let mut samples = vec![vec![vec![Vec::new(); each.len()]; Operation::ALL.len()]; paths.len()];
+    let mut samples = vec![vec![vec![Vec::new(); rulesets.len()]; Operation::ALL.len()]; paths.len()];
     for turn in 0..turns {
         progress(&format!("{family}, rules: turn {} of {turns}", turn + 1));
-        for step in 0..each.len() {
-            let number = (turn + step) % each.len();
-            set_on_all(&mut switches, each[number].0)?;
+        for step in 0..rulesets.len() {
+            let number = (turn + step) % rulesets.len();
+            set_on_all(&mut switches, rulesets[number].0)?;
             for (ends, samples) in ends.iter_mut().zip(&mut samples) {
                 for (kind, samples) in Operation::ALL.into_iter().zip(samples) {
                     // The first packets create entries and fill caches.
                     ends.cost(kind, time / 10)?;
-                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", each[number].0.label()))?;
+                    let cost = ends.cost(kind, time).with_context(|| format!("with {}", rulesets[number].0.label()))?;
                     samples[number].push(cost);
                 }
             }
@@ -201,19 +205,20 @@ fn add_costs(report: &mut Report, hosts: &OverlayHosts, arguments: &DataArgument
     for switch in &mut switches {
         ensure!(switch.is_restored()?, "the rules that were put back are not those that the agent had made");
     }
-    for ((way, _), by_kind) in paths.iter().zip(&samples) {
+    for ((path_name, _), by_kind) in paths.iter().zip(&samples) {
         for (kind, by_rules) in Operation::ALL.into_iter().zip(by_kind) {
             let (what, unit) = kind.label();
-            for ((rules, baseline), costs) in each.iter().zip(by_rules) {
-                let conditions = format!("{family}, {way}, {}", rules.label());
+            for ((rules, baseline), costs) in rulesets.iter().zip(by_rules) {
+                let conditions = format!("{family}, {path_name}, {}", rules.label());
                 let row = Row::new("data", &conditions, what, unit, costs);
-                let against = |row: Row| match baseline.and_then(|b| Some((b, each.iter().position(|(r, _)| *r == b)?))) {
-                    Some((baseline, number)) => row.with_baseline(baseline.label(), costs, &by_rules[number]),
-                    None => row,
-                };
-                let row = row.map(against);
-                let judged = matches!(rules, Rules::All | Rules::AllAndOthers);
-                report.add(if judged { row.map(|r| r.ratio_goal(MAX_OVERHEAD_RATIO)) } else { row });
+                let with_ruleset_baseline =
+                    |row: Row| match baseline.and_then(|b| Some((b, rulesets.iter().position(|(r, _)| *r == b)?))) {
+                        Some((baseline, number)) => row.with_baseline(baseline.label(), costs, &by_rules[number]),
+                        None => row,
+                    };
+                let row = row.map(with_ruleset_baseline);
+                let has_goal = matches!(rules, Rules::All | Rules::AllAndOthers);
+                report.add(if has_goal { row.map(|r| r.ratio_goal(MAX_OVERHEAD_RATIO)) } else { row });
             }
         }
     }

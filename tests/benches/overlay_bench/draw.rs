@@ -110,18 +110,18 @@ pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
         rows.extend(report.rows);
     }
     fs::create_dir_all(&arguments.to).with_context(|| format!("cannot make {}", arguments.to.display()))?;
-    let mut drawn = String::new();
-    for picture in &PLOTS {
-        let curves = picture.curves(&rows);
+    let mut written_files = String::new();
+    for plot in &PLOTS {
+        let curves = plot.curves(&rows);
         if curves.is_empty() {
             continue;
         }
-        let path = arguments.to.join(format!("{}.svg", picture.measurement));
-        fs::write(&path, svg(&picture.axes(), &curves)).with_context(|| format!("cannot write {}", path.display()))?;
-        drawn.push_str(&format!("{}\n", path.display()));
+        let path = arguments.to.join(format!("{}.svg", plot.measurement));
+        fs::write(&path, svg(&plot.axes(), &curves)).with_context(|| format!("cannot write {}", path.display()))?;
+        written_files.push_str(&format!("{}\n", path.display()));
     }
-    ensure!(!drawn.is_empty(), "none of the reports has anything to draw: peers, start, memory, fleet and join have");
-    Ok(drawn)
+    ensure!(!written_files.is_empty(), "none of the reports has anything to draw: peers, start, memory, fleet and join have");
+    Ok(written_files)
 }
 
 impl Plot {
@@ -140,17 +140,17 @@ impl Plot {
             Some(curve) => curve.points.extend(points),
             None => curves.push(Curve { name, points: points.to_vec() }),
         };
-        let mine = |row: &&Row| row.measurement == self.measurement && self.what.contains(&row.what.as_str());
-        for row in rows.iter().filter(mine) {
+        let is_in_plot = |row: &&Row| row.measurement == self.measurement && self.what.contains(&row.what.as_str());
+        for row in rows.iter().filter(is_in_plot) {
             let what = if self.what.len() > 1 { row.what.as_str() } else { "overlayd" };
             let baseline = row.baseline.as_deref().zip(row.baseline_value.as_ref()).filter(|_| self.with_baseline);
             match self.shape {
                 PlotKind::MedianBy(word) => {
                     let Some((number, rest)) = number_before(&row.conditions, word) else { continue };
-                    let named = |what: &str| if rest.is_empty() { what.to_owned() } else { format!("{what}, {rest}") };
-                    add(named(what), &[(number, row.value.median)]);
+                    let curve_name = |what: &str| if rest.is_empty() { what.to_owned() } else { format!("{what}, {rest}") };
+                    add(curve_name(what), &[(number, row.value.median)]);
                     if let Some((baseline, value)) = baseline {
-                        add(named(baseline), &[(number, value.median)]);
+                        add(curve_name(baseline), &[(number, value.median)]);
                     }
                 }
                 PlotKind::Distribution => {
@@ -216,12 +216,12 @@ mod tests {
         assert_eq!(latency.len(), 1);
         assert_eq!(latency[0].points.first(), Some(&(1.0, 0.0)));
         assert_eq!(latency[0].points.last(), Some(&(1000.0, 100.0)));
-        let place = tempfile::tempdir().expect("a directory");
-        let file = place.path().join("report.json");
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("report.json");
         fs::write(&file, report.json().expect("JSON")).expect("written");
-        let to = place.path().join("pictures");
-        let said = draw(&DrawArguments { reports: vec![file.clone()], to: to.clone() }).expect("drawn");
-        assert_eq!(said.lines().count(), 2, "{said}");
+        let to = dir.path().join("pictures");
+        let written_files = draw(&DrawArguments { reports: vec![file.clone()], to: to.clone() }).expect("drawn");
+        assert_eq!(written_files.lines().count(), 2, "{written_files}");
         assert!(fs::read_to_string(to.join("peers.svg")).expect("a picture").contains("raw netlink, IPv6"));
         fs::write(&file, "{}").expect("written");
         let error = draw(&DrawArguments { reports: vec![file], to }).expect_err("no report");

@@ -63,46 +63,50 @@ pub struct AgentTiming {
 
 /// Measures the agent in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_agent(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<AgentTiming> {
-    let space = NetnsGuard::new().await?;
-    let peers = fleet.first().map_or(0, |members| members.len());
-    let peer = |n: usize| store_entry(&fleet.iter().filter_map(|members| members.get(n).copied()).collect::<Vec<_>>());
+    let netns_guard = NetnsGuard::new().await?;
+    let peers = fleet.first().map_or(0, |peers| peers.len());
+    let peer = |n: usize| store_entry(&fleet.iter().filter_map(|peers| peers.get(n).copied()).collect::<Vec<_>>());
     let entries = (0..peers).map(peer).collect::<anyhow::Result<Vec<_>>>()?;
-    space.netns().run(|| {
+    netns_guard.netns().run(|| {
         // The runtime's threads inherit the namespace of this one.
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build()?;
-        runtime.block_on(run_snapshots(&space, fleet, entries)).context("agent")
+        runtime.block_on(run_snapshots(&netns_guard, fleet, entries)).context("agent")
     })?
 }
 
 /// Feeds a reconciler until it is ready, then with the snapshots, and cleans up.
-async fn run_snapshots(space: &NetnsGuard, fleet: &[&[SyntheticPeer]], entries: Vec<StoreEntry>) -> anyhow::Result<AgentTiming> {
-    let families: Vec<Family> = fleet.iter().filter_map(|members| Some(members.first()?.subnet.family())).collect();
+async fn run_snapshots(
+    netns_guard: &NetnsGuard,
+    fleet: &[&[SyntheticPeer]],
+    entries: Vec<StoreEntry>,
+) -> anyhow::Result<AgentTiming> {
+    let families: Vec<Family> = fleet.iter().filter_map(|peers| Some(peers.first()?.subnet.family())).collect();
     let mut agent = Agent::start(&families).await?;
-    let mut behind: Vec<DevicePeers<'_>> = Vec::new();
-    for (members, family) in fleet.iter().zip(&families) {
-        behind.push((members, space.link_index(&Device::vxlan(*family, Vni::DEFAULT).name()).await?));
+    let mut device_peers: Vec<DevicePeers<'_>> = Vec::new();
+    for (peers, family) in fleet.iter().zip(&families) {
+        device_peers.push((peers, netns_guard.link_index(&Device::vxlan(*family, Vni::DEFAULT).name()).await?));
     }
     let set = agent.apply_snapshot(entries.clone()).await?;
-    KernelEntryCounts::assert_all(&behind, true)?;
+    KernelEntryCounts::assert_all(&device_peers, true)?;
     let removed = agent.apply_snapshot(Vec::new()).await?;
-    KernelEntryCounts::assert_all(&behind, false)?;
+    KernelEntryCounts::assert_all(&device_peers, false)?;
     agent.apply_snapshot(entries).await?;
-    KernelEntryCounts::assert_all(&behind, true)?;
+    KernelEntryCounts::assert_all(&device_peers, true)?;
     agent.stop().await?;
 
-    let begun = Instant::now();
+    let start = Instant::now();
     let (mut kernel, _events, _monitor) = Kernel::open(&KernelOptions::default())?;
     let batch = diff(&State::new(), &kernel.dump().await?);
     let read = Instant::now();
     let report = kernel.apply(&batch).await;
-    let (taken_down, taken_down_batch) = (begun.elapsed(), read.elapsed());
+    let (cleanup_time, cleanup_apply_time) = (start.elapsed(), read.elapsed());
     ensure!(report.failed.is_empty(), "the kernel refused {} ops", report.failed.len());
-    KernelEntryCounts::assert_all(&behind, false)?;
+    KernelEntryCounts::assert_all(&device_peers, false)?;
     for family in families {
         let device = Device::vxlan(family, Vni::DEFAULT).name();
-        ensure!(space.link_index(&device).await.is_err(), "{device} is still there");
+        ensure!(netns_guard.link_index(&device).await.is_err(), "{device} is still there");
     }
-    Ok(AgentTiming { set, removed, cleanup: taken_down, cleanup_apply: taken_down_batch })
+    Ok(AgentTiming { set, removed, cleanup: cleanup_time, cleanup_apply: cleanup_apply_time })
 }
 
 /// A running reconciler.
@@ -172,16 +176,16 @@ impl Agent {
     /// Sends it a snapshot and waits until all of it is in the kernel.
     async fn apply_snapshot(&mut self, entries: Vec<StoreEntry>) -> anyhow::Result<SnapshotTiming> {
         self.apply_stats.reset();
-        let begun = CostTimer::start()?;
+        let timer = CostTimer::start()?;
         self.progress.mark_unchanged();
         self.store.send(StoreEvent::Snapshot(entries)).await?;
         tokio::time::timeout(STEP_TIMEOUT, self.progress.changed()).await.context("the snapshot has no effect")??;
-        let settled = begun.cost()?;
+        let settled = timer.cost()?;
         let applied = self.apply_stats.read();
         wait_quiet(&mut self.changed).await?;
         match applied {
-            ApplyStats { last_applied: Some(last), apply_time: busy, failed: 0 } => {
-                Ok(SnapshotTiming { last_applied: last.duration_since(begun.wall()), apply_time: busy, settled })
+            ApplyStats { last_applied: Some(last), apply_time, failed: 0 } => {
+                Ok(SnapshotTiming { last_applied: last.duration_since(timer.wall()), apply_time, settled })
             }
             ApplyStats { last_applied: None, .. } => bail!("the snapshot led to no batch"),
             ApplyStats { failed, .. } => bail!("the kernel refused {failed} ops"),
@@ -190,8 +194,8 @@ impl Agent {
 
     async fn stop(mut self) -> anyhow::Result<()> {
         self.stop.cancel();
-        while let Some(ended) = self.tasks.join_next().await {
-            ended??;
+        while let Some(result) = self.tasks.join_next().await {
+            result??;
         }
         Ok(())
     }
@@ -208,15 +212,15 @@ async fn wait_quiet(changed: &mut watch::Receiver<u64>) -> anyhow::Result<()> {
 /// The store's events before the peers.
 fn initial_events(families: &[Family]) -> anyhow::Result<[StoreEvent; 4]> {
     let network = NetworkConfig::parse(&network_config(families))?.config;
-    let own = |family: &Family| -> anyhow::Result<(Family, Cidr)> {
+    let pool_subnet = |family: &Family| -> anyhow::Result<(Family, Cidr)> {
         Ok((*family, network.pools.get(*family).context("the network lacks its family")?.max))
     };
-    let subnet = Subnet::new(families.iter().map(own).collect::<anyhow::Result<_>>()?)?;
-    let held = HeldLease { subnet, expiry: None, origin: LeaseOrigin::Acquired };
+    let subnet = Subnet::new(families.iter().map(pool_subnet).collect::<anyhow::Result<_>>()?)?;
+    let lease = HeldLease { subnet, expiry: None, origin: LeaseOrigin::Acquired };
     Ok([
         StoreEvent::Connection(Connection::Up { position: StorePosition(1) }),
         StoreEvent::Config(Some(Ok(network))),
-        StoreEvent::Own(OwnLease::Held(held)),
+        StoreEvent::Own(OwnLease::Held(lease)),
         StoreEvent::Snapshot(Vec::new()),
     ])
 }
@@ -254,12 +258,12 @@ impl<D: DataPath> DataPath for TimedDataPath<D> {
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
-        let begun = Instant::now();
+        let start = Instant::now();
         let report = self.inner.apply(batch).await;
         let end = Instant::now();
         let mut applied = self.apply_stats.0.lock().unwrap_or_else(PoisonError::into_inner);
         applied.last_applied = Some(end);
-        applied.apply_time += end.duration_since(begun);
+        applied.apply_time += end.duration_since(start);
         applied.failed += report.failed.len();
         drop(applied);
         report

@@ -101,8 +101,8 @@ fn add_rows(report: &mut Report, conditions: &str, fleets: &[FleetResult], first
     };
     report.add(row("all started to full mesh", "ms", |f| f.mesh));
     report.add(row("of it, starting the processes", "ms", |f| f.spawn_time));
-    let each: Vec<f64> = fleets.iter().flat_map(|f| f.agent_cpu_times.clone()).collect();
-    report.add(Row::new("fleet", conditions, "an agent's processor time until then", "ms", &each));
+    let agent_times: Vec<f64> = fleets.iter().flat_map(|f| f.agent_cpu_times.clone()).collect();
+    report.add(Row::new("fleet", conditions, "an agent's processor time until then", "ms", &agent_times));
     report.add(row("all started: processor time of an agent, the mean", "ms", |f| {
         f.agent_cpu_times.iter().sum::<f64>() / f64::from(u32::try_from(f.agent_cpu_times.len()).unwrap_or(1))
     }));
@@ -141,17 +141,17 @@ async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
     };
     let lab = Lab::up(&LabsDir::for_user(), &options, Progress::silent()).await?.guarded();
     let hosts: Vec<Host<'_>> = lab.hosts().collect();
-    let (late, hosts) = hosts.split_last().context("a lab without hosts")?;
+    let (last_host, hosts) = hosts.split_last().context("a lab without hosts")?;
     let etcd = etcd_process(&lab)?.pid;
 
     let (page, used) = (MetricsPage::of_etcd(&lab)?, Usage::now(etcd)?);
-    let begun = Instant::now();
+    let start = Instant::now();
     for host in hosts {
         host.agent_start(AGENT_FLAGS)?;
     }
-    let mut fleet = FleetResult { spawn_time: milliseconds(begun.elapsed()), ..FleetResult::default() };
+    let mut fleet = FleetResult { spawn_time: milliseconds(start.elapsed()), ..FleetResult::default() };
     wait_all_converged(hosts, hosts.len() - 1).await?;
-    fleet.mesh = milliseconds(begun.elapsed());
+    fleet.mesh = milliseconds(start.elapsed());
     let after = MetricsPage::of_etcd(&lab)?;
     fleet.etcd = milliseconds(Usage::now(etcd)?.since(&used).cpu_time);
     fleet.requests = requests(&after, &page);
@@ -163,23 +163,23 @@ async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
     measure_idle(&lab, hosts, etcd, &mut fleet).await?;
 
     let (used, before) = (Usage::now(etcd)?, agent_usages(hosts)?);
-    let begun = Instant::now();
-    late.agent_start(AGENT_FLAGS)?;
-    wait_all_converged(std::slice::from_ref(late), hosts.len()).await?;
+    let start = Instant::now();
+    last_host.agent_start(AGENT_FLAGS)?;
+    wait_all_converged(std::slice::from_ref(last_host), hosts.len()).await?;
     wait_all_converged(hosts, hosts.len()).await?;
-    fleet.join_time = milliseconds(begun.elapsed());
+    fleet.join_time = milliseconds(start.elapsed());
     fleet.join_agent_cpu = mean(&usage_deltas(hosts, &before)?, |b| milliseconds(b.cpu_time));
     fleet.join_etcd_cpu = milliseconds(Usage::now(etcd)?.since(&used).cpu_time);
 
-    let third = hosts[2];
+    let killed_host = hosts[2];
     let ops = |host: &Host<'_>| Ok::<f64, anyhow::Error>(MetricsPage::of_agent(&host.socket())?.sum("overlayd_ops_total", ""));
-    let others = || hosts.iter().filter(|host| host.name() != third.name());
+    let others = || hosts.iter().filter(|host| host.name() != killed_host.name());
     let before = others().map(ops).collect::<anyhow::Result<Vec<f64>>>()?;
-    third.agent_stop(Signal::SIGKILL)?;
-    let begun = Instant::now();
-    third.agent_start(AGENT_FLAGS)?;
-    wait_all_converged(&[third], hosts.len()).await?;
-    fleet.rejoin_time = milliseconds(begun.elapsed());
+    killed_host.agent_stop(Signal::SIGKILL)?;
+    let start = Instant::now();
+    killed_host.agent_start(AGENT_FLAGS)?;
+    wait_all_converged(&[killed_host], hosts.len()).await?;
+    fleet.rejoin_time = milliseconds(start.elapsed());
     wait_all_converged(hosts, hosts.len()).await?;
     let after = others().map(ops).collect::<anyhow::Result<Vec<f64>>>()?;
     fleet.rejoin_ops = after.iter().zip(before).map(|(after, before)| after - before).sum();
@@ -190,10 +190,10 @@ async fn measure_fleet(agents: u16) -> anyhow::Result<FleetResult> {
 async fn measure_idle(lab: &Lab, hosts: &[Host<'_>], etcd: i32, fleet: &mut FleetResult) -> anyhow::Result<()> {
     let (page, used, before) = (MetricsPage::of_etcd(lab)?, Usage::now(etcd)?, agent_usages(hosts)?);
     tokio::time::sleep(IDLE_PERIOD).await;
-    let each = usage_deltas(hosts, &before)?;
+    let deltas = usage_deltas(hosts, &before)?;
     fleet.idle_etcd_cpu = Usage::now(etcd)?.since(&used).cpu_percent();
-    fleet.idle_agent_cpu = mean(&each, UsageDelta::cpu_percent);
-    fleet.idle_wakeups = mean(&each, |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
+    fleet.idle_agent_cpu = mean(&deltas, UsageDelta::cpu_percent);
+    fleet.idle_wakeups = mean(&deltas, |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
     fleet.idle_requests = MetricsPage::of_etcd(lab)?.delta(&page, "grpc_server_msg_received_total", "");
     let sizes = hosts.iter().map(|host| proc_mib(pid(host)?, "smaps_rollup", "Pss:")).collect::<anyhow::Result<Vec<f64>>>()?;
     fleet.memory = Summary::of(&sizes).map_or(0.0, |all| all.median);

@@ -91,69 +91,69 @@ pub fn measure(arguments: &JoinArguments, report: &mut Report) -> anyhow::Result
     let mut first: Option<Vec<f64>> = None;
     for peers in &arguments.peers {
         progress(&format!("{} agents, {peers} peers: starting", arguments.hosts));
-        let stage = runtime.block_on(BenchLab::new(arguments.hosts, *peers))?;
-        let newcomers = runtime.block_on(stage.unused_peers(arguments.samples + WARM_UP_SAMPLES))?;
+        let bench = runtime.block_on(BenchLab::new(arguments.hosts, *peers))?;
+        let new_peers = runtime.block_on(bench.unused_peers(arguments.samples + WARM_UP_SAMPLES))?;
         progress(&format!("{} agents, {peers} peers: {} samples", arguments.hosts, arguments.samples));
-        let samples = listen_and_sample(&stage, &newcomers)?;
+        let samples = listen_and_sample(&bench, &new_peers)?;
         let conditions = format!("{} agents, {peers} peers", arguments.hosts);
         add_rows(report, &conditions, &samples);
         // Relative to the bare watch of the same sample, because the machine may change between two sizes.
-        let watches = ratios(&samples.last, &samples.watched);
+        let watch_ratios = ratios(&samples.last, &samples.watched);
         if let Some(first) = &first {
-            let row = Row::new("join", &conditions, "put sent to route on every host, in bare watches", "x", &watches);
-            report.add(
-                row.map(|row| row.with_baseline("the same with the first number", &watches, first).ratio_goal(MAX_SCALING_RATIO)),
-            );
+            let row = Row::new("join", &conditions, "put sent to route on every host, in bare watches", "x", &watch_ratios);
+            report.add(row.map(|row| {
+                row.with_baseline("the same with the first number", &watch_ratios, first).ratio_goal(MAX_SCALING_RATIO)
+            }));
         }
-        first.get_or_insert(watches);
+        first.get_or_insert(watch_ratios);
     }
     Ok(())
 }
 
 fn add_rows(report: &mut Report, conditions: &str, samples: &Samples) {
     let row = |what: &str, values: &[f64]| Row::new("join", conditions, what, "ms", values);
-    let against =
+    let row_with_watch_baseline =
         |what: &str, values: &[f64], baseline: &[f64]| row(what, values).map(|r| r.with_baseline("bare watch", values, baseline));
     report.add(row("put sent to acknowledged", &samples.acknowledged));
-    report.add(against("put sent to route on the first host", &samples.first, &samples.watched));
-    report.add(against("put sent to route on every host", &samples.last, &samples.watched));
+    report.add(row_with_watch_baseline("put sent to route on the first host", &samples.first, &samples.watched));
+    report.add(row_with_watch_baseline("put sent to route on every host", &samples.last, &samples.watched));
     report
         .add(row("of it, over the bare watch", &samples.over_watch).map(|r| r.latency_goal(MAX_LATENCY_MS.0, MAX_LATENCY_MS.1)));
     report.add(row("put acknowledged to route on every host", &samples.last_after_ack));
-    report.add(against("deletion sent to route gone on every host", &samples.removed, &samples.removed_watched));
+    report.add(row_with_watch_baseline("deletion sent to route gone on every host", &samples.removed, &samples.removed_watched));
 }
 
-fn listen_and_sample(stage: &BenchLab, newcomers: &[SyntheticPeer]) -> anyhow::Result<Samples> {
-    let namespaces = stage.lab.hosts().map(|host| host.netns()).collect::<Result<Vec<_>, _>>()?;
-    let over = AtomicBool::new(false);
+fn listen_and_sample(bench: &BenchLab, new_peers: &[SyntheticPeer]) -> anyhow::Result<Samples> {
+    let namespaces = bench.lab.hosts().map(|host| host.netns()).collect::<Result<Vec<_>, _>>()?;
+    let finished = AtomicBool::new(false);
     let stop = CancellationToken::new();
-    let (sender, seen) = sync_channel(4096);
+    let (sender, observations) = sync_channel(4096);
     thread::scope(|scope| {
         // The threads must end in every case, or the scope would wait for them for ever.
-        let ending = StopOnDrop { finished: &over, stop: stop.clone() };
-        let (ready, ready_seen) = sync_channel(namespaces.len() + 1);
+        let stop_guard = StopOnDrop { finished: &finished, stop: stop.clone() };
+        let (ready, ready_receiver) = sync_channel(namespaces.len() + 1);
         let mut threads = Vec::new();
         for (number, netns) in namespaces.iter().enumerate() {
-            let (sender, ready, over) = (sender.clone(), ready.clone(), &over);
-            threads.push(scope.spawn(move || listen_routes(netns, Observer::Host(number), &sender, &ready, over)));
+            let (sender, ready, finished) = (sender.clone(), ready.clone(), &finished);
+            threads.push(scope.spawn(move || listen_routes(netns, Observer::Host(number), &sender, &ready, finished)));
         }
         {
             let (sender, ready, stop) = (sender.clone(), ready.clone(), stop.clone());
-            let netns = stage.lab.netns("net")?;
+            let netns = bench.lab.netns("net")?;
             threads.push(scope.spawn(move || watch_leases(&netns, &sender, &ready, stop)));
         }
         drop((sender, ready));
         for _ in 0..threads.len() {
-            if ready_seen.recv_timeout(SAMPLE_TIMEOUT).is_err() {
+            if ready_receiver.recv_timeout(SAMPLE_TIMEOUT).is_err() {
                 break;
             }
         }
         let hosts = namespaces.len();
-        let sampled = stage.with_etcd_gateway(move |gateway| sample_all(gateway, newcomers, &seen, hosts));
-        drop(ending);
+        let sampled = bench.with_etcd_gateway(move |gateway| sample_all(gateway, new_peers, &observations, hosts));
+        drop(stop_guard);
         for thread in threads {
             match thread.join() {
-                Ok(ended) => ended?,
+                Ok(result) => result?,
                 Err(_) => bail!("a listening thread panicked"),
             }
         }
@@ -201,7 +201,7 @@ pub(super) fn listen_routes(
             })?;
             for event in events {
                 // Without a receiver, the thread ends.
-                let _gone = sender.send(event);
+                let _ignored = sender.send(event);
             }
         }
         Ok(())
@@ -229,7 +229,7 @@ pub(super) fn watch_leases(
                     let at = Instant::now();
                     let (key, present) = match event {
                         StoreEvent::Snapshot(_) => {
-                            let _gone = ready.send(());
+                            let _ignored = ready.send(());
                             continue;
                         }
                         StoreEvent::Upsert(entry) => (entry.key, true),
@@ -238,7 +238,7 @@ pub(super) fn watch_leases(
                     };
                     let subnet =
                         overlay_agent::model::Subnet::from_key(&key)?.get(FAMILY).context("a lease of another family")?;
-                    let _gone = sender.send(Observation { observer: Observer::Watcher, subnet, present, at });
+                    let _ignored = sender.send(Observation { observer: Observer::Watcher, subnet, present, at });
                 }
                 anyhow::Ok(())
             };
@@ -252,19 +252,19 @@ pub(super) fn watch_leases(
 
 fn sample_all(
     mut gateway: EtcdGateway,
-    newcomers: &[SyntheticPeer],
+    new_peers: &[SyntheticPeer],
     observations: &Receiver<Observation>,
     hosts: usize,
 ) -> anyhow::Result<Samples> {
     let mut samples = Samples::default();
-    for (number, member) in newcomers.iter().enumerate() {
-        let key = etcd_key(member)?;
-        let put = gateway.put(&key, &member.lease_value())?;
-        let came = collect(observations, member.subnet, true, hosts)?;
+    for (number, peer) in new_peers.iter().enumerate() {
+        let key = etcd_key(peer)?;
+        let put = gateway.put(&key, &peer.lease_value())?;
+        let added = collect(observations, peer.subnet, true, hosts)?;
         let delete = gateway.delete(&key)?;
-        let went = collect(observations, member.subnet, false, hosts)?;
+        let removed = collect(observations, peer.subnet, false, hosts)?;
         if number >= WARM_UP_SAMPLES {
-            samples.record(put, &came, delete, &went);
+            samples.record(put, &added, delete, &removed);
         }
         thread::sleep(PAUSE);
     }
@@ -280,21 +280,21 @@ impl Samples {
         removed: &BTreeMap<Observer, Instant>,
     ) {
         let Some((watched, first, last)) = observation_times(added) else { return };
-        let Some((gone_watched, _, gone)) = observation_times(removed) else { return };
+        let Some((removed_watched, _, removed_last)) = observation_times(removed) else { return };
         self.acknowledged.push(milliseconds(put.acknowledged - put.sent));
         self.watched.push(milliseconds(watched - put.sent));
         self.first.push(milliseconds(first - put.sent));
         self.last.push(milliseconds(last - put.sent));
         self.last_after_ack.push(signed_milliseconds(put.acknowledged, last));
         self.over_watch.push(signed_milliseconds(watched, last));
-        self.removed.push(milliseconds(gone - delete.sent));
-        self.removed_watched.push(milliseconds(gone_watched - delete.sent));
+        self.removed.push(milliseconds(removed_last - delete.sent));
+        self.removed_watched.push(milliseconds(removed_watched - delete.sent));
     }
 }
 
 /// The times at which the watcher, the first host and the last host saw it.
 fn observation_times(all: &BTreeMap<Observer, Instant>) -> Option<(Instant, Instant, Instant)> {
-    let hosts = || all.iter().filter(|(who, _)| **who != Observer::Watcher).map(|(_, at)| *at);
+    let hosts = || all.iter().filter(|(observer, _)| **observer != Observer::Watcher).map(|(_, at)| *at);
     Some((*all.get(&Observer::Watcher)?, hosts().min()?, hosts().max()?))
 }
 

@@ -84,13 +84,13 @@ fn main() -> ExitCode {
     if let Measurement::Draw(arguments) = &arguments.measurement {
         return run_draw(arguments);
     }
-    let printed = measure(&arguments.measurement).and_then(|report| {
+    let result = measure(&arguments.measurement).and_then(|report| {
         let text = if arguments.json { report.json()? } else { report.table() };
         // A closed standard output is not an error.
         let _closed = writeln!(std::io::stdout(), "{text}");
         Ok(report)
     });
-    match printed {
+    match result {
         Ok(report) if report.goals_met() => ExitCode::SUCCESS,
         // As in `overlayctl`: it works, but not as well as it should.
         Ok(_) => ExitCode::from(3),

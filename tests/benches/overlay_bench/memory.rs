@@ -58,7 +58,7 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
             progress(&format!("{peers} peers: agent {} of {}", turn + 1, arguments.runs));
             let (size, minute) = runtime.block_on(measure_agent(peers, turn == 0 && !arguments.no_wakes, NO_PROBES))?;
             all.0.push(size);
-            all.1.extend(minute.map(|(_, between)| between));
+            all.1.extend(minute.map(|(_, delta)| delta));
         }
         Ok(all)
     };
@@ -70,12 +70,12 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
     #[expect(clippy::cast_precision_loss, reason = "a few million bytes")]
     let bytes = fs::metadata(&program).with_context(|| format!("cannot look at {}", program.display()))?.len() as f64;
     report.add(Row::new("memory", "overlayd", "size of the program", "MiB", &[bytes / f64::from(1 << 20)]));
-    let (alone, minute) = sizes(0)?;
+    let (without_peers, minute) = sizes(0)?;
     for peers in &arguments.peers {
-        let (with_peers, minute) = if *peers == 0 { (alone.clone(), minute.clone()) } else { sizes(*peers)? };
+        let (with_peers, minute) = if *peers == 0 { (without_peers.clone(), minute.clone()) } else { sizes(*peers)? };
         let row = |what: &str, part: fn(&MemorySize) -> f64| {
             let (samples, baseline): (Vec<f64>, Vec<f64>) =
-                (with_peers.iter().map(part).collect(), alone.iter().map(part).collect());
+                (with_peers.iter().map(part).collect(), without_peers.iter().map(part).collect());
             Row::new("memory", &format!("{peers} peers"), what, "MiB", &samples)
                 .map(|r| r.with_baseline("no peers", &samples, &baseline))
         };
@@ -88,13 +88,14 @@ pub fn measure(arguments: &MemoryArguments, report: &mut Report) -> anyhow::Resu
         report.add(row("proportional (Pss)", |s| s.proportional));
         report.add(row("private", |s| s.private));
         report.add(row("peak resident (VmHWM)", |s| s.peak));
-        let at_rest = |what: &str, unit, value: fn(&UsageDelta) -> f64| {
+        let idle_row = |what: &str, unit, value: fn(&UsageDelta) -> f64| {
             let values: Vec<f64> = minute.iter().map(value).collect();
             Row::new("memory", &format!("{peers} peers, a minute at rest"), what, unit, &values)
         };
-        let wakes = at_rest("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
-        report.add(wakes.map(|row| row.median_goal(MAX_WAKEUPS)));
-        report.add(at_rest("processor time", "ms", |b| b.cpu_time.as_secs_f64() * 1e3));
+        let wakeups_row =
+            idle_row("wake-ups of its threads", "wake-ups", |b| f64::from(u32::try_from(b.wakeups).unwrap_or(u32::MAX)));
+        report.add(wakeups_row.map(|row| row.median_goal(MAX_WAKEUPS)));
+        report.add(idle_row("processor time", "ms", |b| b.cpu_time.as_secs_f64() * 1e3));
         if !arguments.no_wakes {
             let (_, Some((size, minute))) = probing(*peers)? else { continue };
             let conditions = format!("{peers} peers, a minute with probes of them");
@@ -113,9 +114,9 @@ async fn measure_agent(
     wakes: bool,
     flags: &[&str],
 ) -> anyhow::Result<(MemorySize, Option<(MemorySize, UsageDelta)>)> {
-    let stage = BenchLab::with_agent_flags(1, peers, flags).await?;
+    let bench = BenchLab::with_agent_flags(1, peers, flags).await?;
     tokio::time::sleep(SETTLE_BEFORE_READ).await;
-    let agent = stage.lab.host("h1")?.agent().context("the agent has ended")?.pid;
+    let agent = bench.lab.host("h1")?.agent().context("the agent has ended")?.pid;
     let size = read_memory_size(agent)?;
     if !wakes {
         return Ok((size, None));

@@ -25,14 +25,14 @@ impl NetnsGuard {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovbench-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let netns = Netns::create(&name)?;
-        let space = NetnsGuard { name, netns };
-        let setup = NetnsBuilder::open(&space.netns)?;
+        let netns_guard = NetnsGuard { name, netns };
+        let setup = NetnsBuilder::open(&netns_guard.netns)?;
         setup.add_bridge(UNDERLAY).await?;
         for address in ["10.99.0.1/16", "fd99::1/64"] {
             setup.add_address(UNDERLAY, address.parse()?).await?;
         }
         setup.set_up(UNDERLAY).await?;
-        Ok(space)
+        Ok(netns_guard)
     }
 
     /// The namespace.
@@ -69,8 +69,8 @@ impl NetnsGuard {
     fn ip(&self, arguments: &[&str]) -> anyhow::Result<()> {
         let run = || std::process::Command::new("ip").args(arguments).output();
         let output = self.netns.run(run)?.context("`ip` is needed: apt-get install iproute2")?;
-        let complaint = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "ip {}: {}", arguments.join(" "), complaint.trim());
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "ip {}: {}", arguments.join(" "), stderr.trim());
         Ok(())
     }
 }

@@ -69,7 +69,7 @@ pub fn family(text: &str) -> Result<Family, String> {
 struct PhaseTimings {
     set: PhaseSamples,
     removed: PhaseSamples,
-    taken_down: PhaseSamples,
+    torn_down: PhaseSamples,
 }
 
 /// The times of one step.
@@ -92,8 +92,8 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
     for peers in &arguments.peers {
         let mut ipv4 = None;
         for (n, families) in FAMILY_SETS.into_iter().enumerate().filter(|(_, f)| arguments.family.is_none_or(|only| only == *f)) {
-            let named: Vec<String> = families.iter().map(ToString::to_string).collect();
-            let conditions = format!("{}, {peers} peers", named.join(" and "));
+            let family_names: Vec<String> = families.iter().map(ToString::to_string).collect();
+            let conditions = format!("{}, {peers} peers", family_names.join(" and "));
             let all = families.iter().map(|family| synthetic_peers(*family, 1..=*peers)).collect::<anyhow::Result<Vec<_>>>()?;
             let fleet: Vec<&[SyntheticPeer]> = all.iter().map(Vec::as_slice).collect();
             let mut turns = PhaseTimings::default();
@@ -110,8 +110,8 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
                 }
             }
             turns.report(&conditions, report);
-            let share: Vec<f64> = turns.set.batch.iter().map(|took| took * 1e3 / f64::from(*peers)).collect();
-            report.add(Row::new("peers", &conditions, "a peer's share of the batch", "us", &share));
+            let batch_per_peer: Vec<f64> = turns.set.batch.iter().map(|took| took * 1e3 / f64::from(*peers)).collect();
+            report.add(Row::new("peers", &conditions, "a peer's share of the batch", "us", &batch_per_peer));
             let of_raw = ratios(&turns.set.batch, &turns.set.raw);
             if let Some(first) = &firsts[n] {
                 let row = Row::new("peers", &conditions, "the batch, in raw limits", "x", &of_raw);
@@ -136,36 +136,36 @@ pub fn measure(arguments: &PeersArguments, report: &mut Report) -> anyhow::Resul
 }
 
 impl PhaseTimings {
-    fn add_raw(&mut self, took: &RawTiming) {
+    fn add_raw(&mut self, timing: &RawTiming) {
         for (steps, cost) in
-            [(&mut self.set, took.set), (&mut self.removed, took.removed), (&mut self.taken_down, took.taken_down)]
+            [(&mut self.set, timing.set), (&mut self.removed, timing.removed), (&mut self.torn_down, timing.torn_down)]
         {
             steps.raw.push(milliseconds(cost.wall));
             steps.raw_processor.push(milliseconds(cost.processor));
         }
     }
 
-    fn add_agent(&mut self, took: &AgentTiming) {
-        for (steps, step) in [(&mut self.set, took.set), (&mut self.removed, took.removed)] {
+    fn add_agent(&mut self, timing: &AgentTiming) {
+        for (steps, step) in [(&mut self.set, timing.set), (&mut self.removed, timing.removed)] {
             steps.last.push(milliseconds(step.last_applied));
             steps.batch.push(milliseconds(step.apply_time));
             steps.settled.push(milliseconds(step.settled.wall));
             steps.processor.push(milliseconds(step.settled.processor));
         }
-        self.taken_down.last.push(milliseconds(took.cleanup));
-        self.taken_down.batch.push(milliseconds(took.cleanup_apply));
+        self.torn_down.last.push(milliseconds(timing.cleanup));
+        self.torn_down.batch.push(milliseconds(timing.cleanup_apply));
     }
 
     fn report(&self, conditions: &str, report: &mut Report) {
         let row = |what: &str, samples: &[f64], raw: &[f64]| {
             Row::new("peers", conditions, what, "ms", samples).map(|row| row.with_baseline("raw netlink", samples, raw))
         };
-        for (steps, whole) in [
+        for (steps, total) in [
             (&self.set, "snapshot to last route"),
             (&self.removed, "all gone: snapshot to last entry"),
-            (&self.taken_down, "all taken down with the devices"),
+            (&self.torn_down, "all taken down with the devices"),
         ] {
-            report.add(row(whole, &steps.last, &steps.raw).map(|r| r.ratio_goal(MAX_TOTAL_RATIO)));
+            report.add(row(total, &steps.last, &steps.raw).map(|r| r.ratio_goal(MAX_TOTAL_RATIO)));
             report.add(row("of it, the batch", &steps.batch, &steps.raw).map(|r| r.ratio_goal(MAX_BATCH_RATIO)));
             report.add(row("until rest", &steps.settled, &steps.raw));
             report.add(row("processor time until rest", &steps.processor, &steps.raw_processor));

@@ -63,10 +63,10 @@ impl MetricsPage {
 /// `GET /metrics`. HTTP/1.0: the response ends with the connection.
 fn http_get_metrics(mut stream: impl Read + Write, host: &str) -> anyhow::Result<String> {
     write!(stream, "GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    ensure!(answer.starts_with("HTTP/1.") && answer.contains(" 200 "), "{}", answer.lines().next().unwrap_or_default());
-    Ok(answer)
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    ensure!(response.starts_with("HTTP/1.") && response.contains(" 200 "), "{}", response.lines().next().unwrap_or_default());
+    Ok(response)
 }
 
 /// The process of a lab's etcd.
@@ -117,11 +117,11 @@ impl Usage {
 
     /// The difference from an earlier usage.
     pub fn since(&self, before: &Usage) -> UsageDelta {
-        let then = |id: &u32| before.voluntary_switches.get(id).copied().unwrap_or_default();
+        let previous_count = |id: &u32| before.voluntary_switches.get(id).copied().unwrap_or_default();
         UsageDelta {
             wall: self.at.duration_since(before.at),
             cpu_time: self.cpu_time.saturating_sub(before.cpu_time),
-            wakeups: self.voluntary_switches.iter().map(|(id, count)| count.saturating_sub(then(id))).sum(),
+            wakeups: self.voluntary_switches.iter().map(|(id, count)| count.saturating_sub(previous_count(id))).sum(),
         }
     }
 }
@@ -151,7 +151,7 @@ mod tests {
         let pid = i32::try_from(std::process::id()).expect("a process id");
         let before = Usage::now(pid).expect("this process");
         std::thread::sleep(Duration::from_millis(20));
-        let between = Usage::now(pid).expect("this process").since(&before);
-        assert!(between.wall >= Duration::from_millis(20) && between.wakeups >= 1, "{between:?}");
+        let delta = Usage::now(pid).expect("this process").since(&before);
+        assert!(delta.wall >= Duration::from_millis(20) && delta.wakeups >= 1, "{delta:?}");
     }
 }

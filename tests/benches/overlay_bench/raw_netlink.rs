@@ -65,7 +65,7 @@ impl Requests {
 
     /// Requests that remove routes and next hops, and then the devices with everything else, including the bridge. Without the
     /// explicit removal, the kernel would walk the whole routing table for each next hop of a removed device.
-    pub fn take_down(fleet: &[DevicePeers<'_>], bridge: u32) -> Requests {
+    pub fn tear_down(fleet: &[DevicePeers<'_>], bridge: u32) -> Requests {
         let mut requests = Requests::of(&REMOVE[..2], fleet);
         requests.0.extend(fleet.iter().map(|(_, device)| *device).chain([bridge]).map(|device| {
             let mut buffer = Vec::new();
@@ -79,13 +79,13 @@ impl Requests {
     fn of(kinds: &[MessageWriter], fleet: &[DevicePeers<'_>]) -> Requests {
         let mut sends = Vec::new();
         let mut sequence = 0;
-        for (members, device) in fleet {
+        for (peers, device) in fleet {
             for kind in kinds {
-                for chunk in members.chunks(MESSAGES_PER_SEND) {
+                for chunk in peers.chunks(MESSAGES_PER_SEND) {
                     let mut buffer = Vec::with_capacity(MESSAGES_PER_SEND * 80);
-                    for member in chunk {
+                    for peer in chunk {
                         sequence += 1;
-                        kind(&mut buffer, sequence, member, *device);
+                        kind(&mut buffer, sequence, peer, *device);
                     }
                     sends.push(buffer);
                 }
@@ -97,14 +97,14 @@ impl Requests {
     /// Sends them in the calling thread's namespace. Returns the cost.
     pub fn send(&self) -> anyhow::Result<Cost> {
         let mut socket = Rtnl::open().context("cannot open an rtnetlink socket")?;
-        let begun = CostTimer::start()?;
-        let mut refusals = 0;
+        let timer = CostTimer::start()?;
+        let mut errors = 0;
         for messages in &self.0 {
-            refusals += socket.request(messages).context("cannot send")?;
+            errors += socket.request(messages).context("cannot send")?;
         }
-        let took = begun.cost()?;
-        ensure!(refusals == 0, "the kernel refused {refusals} of the raw limit's requests");
-        Ok(took)
+        let cost = timer.cost()?;
+        ensure!(errors == 0, "the kernel refused {errors} of the raw limit's requests");
+        Ok(cost)
     }
 }
 
@@ -116,31 +116,32 @@ pub struct RawTiming {
     /// Removing each entry.
     pub removed: Cost,
     /// Removing routes and next hops, and then the devices.
-    pub taken_down: Cost,
+    pub torn_down: Cost,
 }
 
 /// Measures the raw limit in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_raw(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<RawTiming> {
-    let space = NetnsGuard::new().await?;
-    let mut behind = Vec::new();
-    for members in fleet {
-        let family = members.first().context("a fleet without members")?.subnet.family();
-        behind.push((*members, space.add_vxlan(family).await?));
+    let netns_guard = NetnsGuard::new().await?;
+    let mut device_peers = Vec::new();
+    for peers in fleet {
+        let family = peers.first().context("a fleet without members")?.subnet.family();
+        device_peers.push((*peers, netns_guard.add_vxlan(family).await?));
     }
-    let bridge = space.add_bridge().await?;
-    let (set, remove, take_down) = (Requests::set(&behind), Requests::remove(&behind), Requests::take_down(&behind, bridge));
-    space.netns().run(|| {
-        let step = |requests: &Requests, left: bool| {
-            let took = requests.send()?;
-            KernelEntryCounts::assert_all(&behind, left).context("raw limit")?;
-            Ok::<_, anyhow::Error>(took)
+    let bridge = netns_guard.add_bridge().await?;
+    let (set, remove, tear_down) =
+        (Requests::set(&device_peers), Requests::remove(&device_peers), Requests::tear_down(&device_peers, bridge));
+    netns_guard.netns().run(|| {
+        let step = |requests: &Requests, present: bool| {
+            let cost = requests.send()?;
+            KernelEntryCounts::assert_all(&device_peers, present).context("raw limit")?;
+            Ok::<_, anyhow::Error>(cost)
         };
         let raw = RawTiming {
             set: step(&set, true)?,
             removed: step(&remove, false)?,
-            taken_down: {
+            torn_down: {
                 step(&set, true)?;
-                step(&take_down, false)?
+                step(&tear_down, false)?
             },
         };
         Ok(raw)
@@ -149,60 +150,60 @@ pub async fn measure_raw(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<RawTiming
 
 const REPLACE: i32 = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
 
-fn set_fdb(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, device: u32) {
+fn set_fdb(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, device: u32) {
     let body = ndmsg(libc::AF_BRIDGE, device, NTF_SELF);
-    let attributes: [(u16, &[u8]); 2] = [(NDA_LLADDR, &member.mac.0), (NDA_DST, &octets(member.public_ip))];
+    let attributes: [(u16, &[u8]); 2] = [(NDA_LLADDR, &peer.mac.0), (NDA_DST, &octets(peer.public_ip))];
     write(buffer, libc::RTM_NEWNEIGH, flag(REPLACE), sequence, &body, &attributes);
 }
 
-fn set_neighbour(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, device: u32) {
-    let body = ndmsg(af(member.subnet.family()), device, 0);
-    let attributes: [(u16, &[u8]); 2] = [(NDA_DST, &octets(member.subnet.base())), (NDA_LLADDR, &member.mac.0)];
+fn set_neighbour(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, device: u32) {
+    let body = ndmsg(af(peer.subnet.family()), device, 0);
+    let attributes: [(u16, &[u8]); 2] = [(NDA_DST, &octets(peer.subnet.base())), (NDA_LLADDR, &peer.mac.0)];
     write(buffer, libc::RTM_NEWNEIGH, flag(REPLACE), sequence, &body, &attributes);
 }
 
-fn set_nexthop(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, device: u32) {
-    let mut body = vec![byte(af(member.subnet.family())), 0, RTPROT_STATIC, 0];
+fn set_nexthop(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, device: u32) {
+    let mut body = vec![byte(af(peer.subnet.family())), 0, RTPROT_STATIC, 0];
     body.extend_from_slice(&RTNH_F_ONLINK.to_ne_bytes());
-    let id = nexthop_id(member);
-    let gateway = octets(member.subnet.base());
+    let id = nexthop_id(peer);
+    let gateway = octets(peer.subnet.base());
     let attributes: [(u16, &[u8]); 3] = [(NHA_ID, &id), (NHA_GATEWAY, &gateway), (NHA_OIF, &device.to_ne_bytes())];
     write(buffer, RTM_NEWNEXTHOP, flag(REPLACE), sequence, &body, &attributes);
 }
 
-fn set_route(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, _device: u32) {
-    let id = nexthop_id(member);
-    let body = rtmsg(member.subnet, RTPROT_STATIC, RTN_UNICAST);
-    let attributes: [(u16, &[u8]); 2] = [(RTA_DST, &octets(member.subnet.base())), (RTA_NH_ID, &id)];
+fn set_route(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, _device: u32) {
+    let id = nexthop_id(peer);
+    let body = rtmsg(peer.subnet, RTPROT_STATIC, RTN_UNICAST);
+    let attributes: [(u16, &[u8]); 2] = [(RTA_DST, &octets(peer.subnet.base())), (RTA_NH_ID, &id)];
     write(buffer, libc::RTM_NEWROUTE, flag(REPLACE), sequence, &body, &attributes);
 }
 
-fn del_fdb(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, device: u32) {
+fn del_fdb(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, device: u32) {
     let body = ndmsg(libc::AF_BRIDGE, device, NTF_SELF);
-    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_LLADDR, &member.mac.0)]);
+    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_LLADDR, &peer.mac.0)]);
 }
 
-fn del_neighbour(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, device: u32) {
-    let body = ndmsg(af(member.subnet.family()), device, 0);
-    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_DST, &octets(member.subnet.base()))]);
+fn del_neighbour(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, device: u32) {
+    let body = ndmsg(af(peer.subnet.family()), device, 0);
+    write(buffer, libc::RTM_DELNEIGH, 0, sequence, &body, &[(NDA_DST, &octets(peer.subnet.base()))]);
 }
 
-fn del_nexthop(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, _device: u32) {
-    write(buffer, RTM_DELNEXTHOP, 0, sequence, &[0; NHMSG], &[(NHA_ID, &nexthop_id(member))]);
+fn del_nexthop(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, _device: u32) {
+    write(buffer, RTM_DELNEXTHOP, 0, sequence, &[0; NHMSG], &[(NHA_ID, &nexthop_id(peer))]);
 }
 
-fn del_route(buffer: &mut Vec<u8>, sequence: u32, member: &SyntheticPeer, _device: u32) {
-    let body = rtmsg(member.subnet, RTPROT_STATIC, RTN_UNICAST);
-    write(buffer, libc::RTM_DELROUTE, 0, sequence, &body, &[(RTA_DST, &octets(member.subnet.base()))]);
+fn del_route(buffer: &mut Vec<u8>, sequence: u32, peer: &SyntheticPeer, _device: u32) {
+    let body = rtmsg(peer.subnet, RTPROT_STATIC, RTN_UNICAST);
+    write(buffer, libc::RTM_DELROUTE, 0, sequence, &body, &[(RTA_DST, &octets(peer.subnet.base()))]);
 }
 
 /// Distinct for the families, whose next hops share one range of ids.
-fn nexthop_id(member: &SyntheticPeer) -> [u8; 4] {
-    let first = match member.subnet.family() {
+fn nexthop_id(peer: &SyntheticPeer) -> [u8; 4] {
+    let first = match peer.subnet.family() {
         Family::V4 => FIRST_NEXTHOP_ID,
         Family::V6 => 2 * FIRST_NEXTHOP_ID,
     };
-    (first + member.number).to_ne_bytes()
+    (first + peer.number).to_ne_bytes()
 }
 
 fn ndmsg(family: libc::c_int, device: u32, flags: u8) -> Vec<u8> {
@@ -247,23 +248,23 @@ impl KernelEntryCounts {
     /// Reads them in the calling thread's namespace.
     fn read(family: Family, device: u32) -> anyhow::Result<KernelEntryCounts> {
         let mut socket = Rtnl::open()?;
-        let mut holdings = KernelEntryCounts::default();
+        let mut counts = KernelEntryCounts::default();
         let state = |body: &[u8]| body.get(8..10).map_or(0, |s| u16::from_ne_bytes([s[0], s[1]]));
-        let ours = |body: &[u8]| u32_at(body, 4) == Some(device) && state(body) & NUD_PERMANENT != 0;
+        let is_own_entry = |body: &[u8]| u32_at(body, 4) == Some(device) && state(body) & NUD_PERMANENT != 0;
         socket.dump(libc::RTM_GETNEIGH, &[&[byte(libc::AF_BRIDGE)][..], &[0; NDMSG - 1]].concat(), |body| {
-            holdings.fdb += usize::from(ours(body));
+            counts.fdb += usize::from(is_own_entry(body));
         })?;
         let family_byte = byte(af(family));
         socket.dump(libc::RTM_GETNEIGH, &[&[family_byte][..], &[0; NDMSG - 1]].concat(), |body| {
-            holdings.neighbours += usize::from(ours(body));
+            counts.neighbours += usize::from(is_own_entry(body));
         })?;
         socket.dump(RTM_GETNEXTHOP, &[&[family_byte][..], &[0; NHMSG - 1]].concat(), |body| {
-            holdings.nexthops += usize::from(body.first() == Some(&family_byte));
+            counts.nexthops += usize::from(body.first() == Some(&family_byte));
         })?;
         socket.dump(libc::RTM_GETROUTE, &[&[family_byte][..], &[0; RTMSG - 1]].concat(), |body| {
-            holdings.routes += usize::from(attributes(body, RTMSG).any(|(kind, _)| kind == RTA_NH_ID));
+            counts.routes += usize::from(attributes(body, RTMSG).any(|(kind, _)| kind == RTA_NH_ID));
         })?;
-        Ok(holdings)
+        Ok(counts)
     }
 
     fn assert_count(&self, peers: usize) -> anyhow::Result<()> {
@@ -281,9 +282,9 @@ impl KernelEntryCounts {
 
     /// Fails unless every peer of each family has one of each entry or, if `present` is false, unless no entry is left.
     pub fn assert_all(fleet: &[DevicePeers<'_>], present: bool) -> anyhow::Result<()> {
-        for (members, device) in fleet {
-            let family = members.first().context("a fleet without members")?.subnet.family();
-            KernelEntryCounts::read(family, *device)?.assert_count(if present { members.len() } else { 0 })?;
+        for (peers, device) in fleet {
+            let family = peers.first().context("a fleet without members")?.subnet.family();
+            KernelEntryCounts::read(family, *device)?.assert_count(if present { peers.len() } else { 0 })?;
         }
         Ok(())
     }

@@ -59,20 +59,20 @@ impl Rtnl {
     /// Sends requests, which the kernel processes before this returns; returns the number of rejected ones.
     pub fn request(&mut self, messages: &[u8]) -> io::Result<usize> {
         send(self.fd.as_raw_fd(), messages, MsgFlags::empty())?;
-        let mut refusals = 0;
+        let mut errors = 0;
         loop {
             match recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::MSG_DONTWAIT) {
                 Ok(received) => {
-                    refusals += parse_messages(&self.receive_buffer[..received]).filter(|m| error_code(m).is_some()).count()
+                    errors += parse_messages(&self.receive_buffer[..received]).filter(|m| error_code(m).is_some()).count()
                 }
-                Err(Errno::EAGAIN) => return Ok(refusals),
+                Err(Errno::EAGAIN) => return Ok(errors),
                 Err(errno) => return Err(errno.into()),
             }
         }
     }
 
     /// Dumps all objects of a kind; `body` is the request's fixed part.
-    pub fn dump(&mut self, kind: u16, body: &[u8], mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    pub fn dump(&mut self, kind: u16, body: &[u8], mut on_message: impl FnMut(&[u8])) -> io::Result<()> {
         self.sequence += 1;
         let mut request = Vec::new();
         write(&mut request, kind, flag(libc::NLM_F_DUMP), self.sequence, body, &[]);
@@ -85,18 +85,18 @@ impl Rtnl {
                 }
                 match libc::c_int::from(message.kind) {
                     libc::NLMSG_DONE => return Ok(()),
-                    _ => each(message.body),
+                    _ => on_message(message.body),
                 }
             }
         }
     }
 
     /// Waits for events and passes each to `each`; returns false at the time limit.
-    pub fn next_events(&mut self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+    pub fn next_events(&mut self, mut on_message: impl FnMut(u16, &[u8])) -> io::Result<bool> {
         match recv(self.fd.as_raw_fd(), &mut self.receive_buffer, MsgFlags::empty()) {
             Ok(received) => {
                 for message in parse_messages(&self.receive_buffer[..received]) {
-                    each(message.kind, message.body);
+                    on_message(message.kind, message.body);
                 }
                 Ok(true)
             }

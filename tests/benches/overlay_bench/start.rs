@@ -57,39 +57,39 @@ struct StartTiming {
 pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     for peers in &arguments.peers {
-        let (mut cold, mut warm, mut read, mut limit) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut cold_starts, mut warm_starts, mut read_times, mut raw_times) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for turn in 0..arguments.runs {
             progress(&format!("{peers} peers: turn {} of {}", turn + 1, arguments.runs));
-            let stage = runtime.block_on(BenchLab::without_agents(1, *peers))?;
-            read.push(etcdctl_read(&stage, *peers)?);
+            let bench = runtime.block_on(BenchLab::without_agents(1, *peers))?;
+            read_times.push(etcdctl_read(&bench, *peers)?);
             let written =
-                if stage.peers.is_empty() { 0.0 } else { milliseconds(runtime.block_on(measure_raw(&[&stage.peers]))?.set.wall) };
-            limit.push(written);
-            let host = stage.lab.host("h1")?;
-            cold.push(runtime.block_on(start_agent(&stage, &host))?);
+                if bench.peers.is_empty() { 0.0 } else { milliseconds(runtime.block_on(measure_raw(&[&bench.peers]))?.set.wall) };
+            raw_times.push(written);
+            let host = bench.lab.host("h1")?;
+            cold_starts.push(runtime.block_on(start_agent(&bench, &host))?);
             host.agent_stop(Signal::SIGTERM)?;
-            let again = runtime.block_on(start_agent(&stage, &host))?;
-            ensure!(again.ops == 0, "a start with everything in place changed the kernel: {} ops", again.ops);
-            warm.push(again);
+            let restart = runtime.block_on(start_agent(&bench, &host))?;
+            ensure!(restart.ops == 0, "a start with everything in place changed the kernel: {} ops", restart.ops);
+            warm_starts.push(restart);
         }
-        let both: Vec<f64> = read.iter().zip(&limit).map(|(read, limit)| read + limit).collect();
+        let baseline_times: Vec<f64> = read_times.iter().zip(&raw_times).map(|(read, limit)| read + limit).collect();
         let is_goal = *peers == MAX_START_MS.0;
         for (conditions, starts, baseline, values, goal) in [
-            (format!("{peers} peers, empty kernel"), &cold, "etcdctl + raw netlink", &both, MAX_START_MS.1),
-            (format!("{peers} peers, all in place"), &warm, "etcdctl", &read, MAX_START_MS.2),
+            (format!("{peers} peers, empty kernel"), &cold_starts, "etcdctl + raw netlink", &baseline_times, MAX_START_MS.1),
+            (format!("{peers} peers, all in place"), &warm_starts, "etcdctl", &read_times, MAX_START_MS.2),
         ] {
             let column = |part: fn(&StartTiming) -> f64| starts.iter().map(part).collect::<Vec<f64>>();
-            let whole = column(|start| start.in_place);
-            let row = Row::new("start", &conditions, "process begun to overlay in place", "ms", &whole)
-                .map(|row| row.with_baseline(baseline, &whole, values));
+            let total = column(|start| start.in_place);
+            let row = Row::new("start", &conditions, "process begun to overlay in place", "ms", &total)
+                .map(|row| row.with_baseline(baseline, &total, values));
             report.add(if is_goal { row.map(|row| row.median_goal(goal)) } else { row });
             for (number, (name, _)) in PHASES.iter().enumerate() {
                 let part: Vec<f64> = starts.iter().map(|start| start.phases[number]).collect();
                 let row = Row::new("start", &conditions, format!("of it: {name}"), "ms", &part);
                 report.add(match *name {
-                    "leases read from etcd" => row.map(|row| row.with_baseline("etcdctl", &part, &read)),
-                    "applied" if std::ptr::eq(starts, &cold) && *peers > 0 => {
-                        row.map(|row| row.with_baseline("raw netlink", &part, &limit))
+                    "leases read from etcd" => row.map(|row| row.with_baseline("etcdctl", &part, &read_times)),
+                    "applied" if std::ptr::eq(starts, &cold_starts) && *peers > 0 => {
+                        row.map(|row| row.with_baseline("raw netlink", &part, &raw_times))
                     }
                     _ => row,
                 });
@@ -101,18 +101,18 @@ pub fn measure(arguments: &StartArguments, report: &mut Report) -> anyhow::Resul
 }
 
 /// All leases read by etcdctl as a whole process, in ms.
-fn etcdctl_read(stage: &BenchLab, peers: u32) -> anyhow::Result<f64> {
+fn etcdctl_read(bench: &BenchLab, peers: u32) -> anyhow::Result<f64> {
     let endpoints = format!("--endpoints={}", etcd_socket_addr());
-    let begun = std::time::Instant::now();
-    let output = stage.lab.exec("net", &["etcdctl", &endpoints, "get", "--prefix", "--keys-only=false", "/"])?;
-    let took = milliseconds(begun.elapsed());
+    let start_time = std::time::Instant::now();
+    let output = bench.lab.exec("net", &["etcdctl", &endpoints, "get", "--prefix", "--keys-only=false", "/"])?;
+    let elapsed_ms = milliseconds(start_time.elapsed());
     let lines = output.stdout.split(|byte| *byte == b'\n').filter(|line| line.starts_with(b"/")).count();
     ensure!(
         output.status.success() && lines >= peers as usize,
         "etcdctl read {lines} keys: {}",
         String::from_utf8_lossy(&output.stderr)
     );
-    Ok(took)
+    Ok(elapsed_ms)
 }
 
 /// The log after a position, once it reports the overlay in place. The report follows the kernel shortly, because the agent
@@ -131,23 +131,23 @@ async fn wait_in_place_logged(log: &Path, before: usize) -> anyhow::Result<Vec<u
 }
 
 /// Starts the agent and reads its phases from the log, until the overlay is in place with all peers.
-async fn start_agent(stage: &BenchLab, host: &Host<'_>) -> anyhow::Result<StartTiming> {
+async fn start_agent(bench: &BenchLab, host: &Host<'_>) -> anyhow::Result<StartTiming> {
     let log = host.log();
     let before = fs::metadata(&log).map_or(0, |file| file.len());
     // The agent rewrites and reports it at each start, as after a boot.
-    let _absent = fs::remove_file(host.run_dir().join("subnet.env"));
+    let _ignored = fs::remove_file(host.run_dir().join("subnet.env"));
     let begun = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let agent = host.agent_start(&["--log-level", "debug", "--log-format", "json"])?;
-    stage.wait_converged(host).await?;
+    bench.wait_converged(host).await?;
     let text = wait_in_place_logged(&log, usize::try_from(before)?).await?;
     let mut start = StartTiming { processor: milliseconds(process_cpu_time(agent.pid)?), ..StartTiming::default() };
     for line in text.split(|byte| *byte == b'\n') {
         let Ok(line) = serde_json::from_slice::<Value>(line) else { continue };
         let field = |name: &str| line.get(name).or_else(|| line.get("fields")?.get(name));
         let Some(message) = field("message").and_then(Value::as_str) else { continue };
-        let took = field("ms").and_then(Value::as_f64).unwrap_or_default();
-        if let Some(part) = PHASES.iter().position(|(_, told)| *told == message) {
-            start.phases[part] += took;
+        let elapsed_ms = field("ms").and_then(Value::as_f64).unwrap_or_default();
+        if let Some(part) = PHASES.iter().position(|(_, phase_message)| *phase_message == message) {
+            start.phases[part] += elapsed_ms;
         }
         if message == "batch applied" {
             start.ops += field("ops").and_then(Value::as_u64).unwrap_or_default();

@@ -58,8 +58,8 @@ struct StormPhase {
 pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let StormArguments { routes, links, peers, runs } = *arguments;
-    let stage = runtime.block_on(BenchLab::new(1, peers))?;
-    let host = stage.lab.host("h1")?;
+    let bench = runtime.block_on(BenchLab::new(1, peers))?;
+    let host = bench.lab.host("h1")?;
     let route = |n: u32| format!("blackhole {}/32 proto 99", std::net::Ipv4Addr::from_bits(0xc612_0000 + n));
     let list = |count: u32, line: &dyn Fn(u32) -> String| {
         (0..count).fold(String::new(), |mut text, n| {
@@ -77,17 +77,17 @@ pub fn measure(arguments: &StormArguments, report: &mut Report) -> anyhow::Resul
         ),
         ("links go", links, format!("link delete group {LINK_GROUP}\n")),
     ];
-    let mut came: [Vec<StormPhase>; 4] = Default::default();
+    let mut phases: [Vec<StormPhase>; 4] = Default::default();
     for turn in 0..runs {
-        for (parts_of, (what, count, batch)) in came.iter_mut().zip(&parts) {
+        for (samples, (what, count, batch)) in phases.iter_mut().zip(&parts) {
             progress(&format!("{peers} peers, {count} {what}: turn {} of {runs}", turn + 1));
-            parts_of.push(run_batch(&host, batch)?);
+            samples.push(run_batch(&host, batch)?);
         }
     }
-    for (all, (what, count, _)) in came.iter().zip(&parts) {
+    for (all, (what, count, _)) in phases.iter().zip(&parts) {
         add_rows(report, &format!("{count} {what}, {peers} peers"), all);
     }
-    runtime.block_on(stage.wait_converged(&host))
+    runtime.block_on(bench.wait_converged(&host))
 }
 
 fn add_rows(report: &mut Report, conditions: &str, parts: &[StormPhase]) {
@@ -111,10 +111,10 @@ fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
     let file = host.dir().join("storm");
     std::fs::write(&file, batch)?;
     let (page, used) = (MetricsPage::of_agent(&host.socket())?, Usage::now(pid)?);
-    let (begun, made_before) = (Instant::now(), children_cpu_time()?);
+    let (start, children_time_before) = (Instant::now(), children_cpu_time()?);
     let output = host.exec(&["ip", "-batch", &file.to_string_lossy()])?;
     ensure!(output.status.success(), "ip -batch: {}", String::from_utf8_lossy(&output.stderr).lines().next().unwrap_or_default());
-    let (lasted, maker) = (begun.elapsed(), children_cpu_time()?.saturating_sub(made_before));
+    let (duration, generator_time) = (start.elapsed(), children_cpu_time()?.saturating_sub(children_time_before));
     let mut last = Usage::now(pid)?;
     loop {
         std::thread::sleep(QUIET_PERIOD);
@@ -123,15 +123,15 @@ fn run_batch(host: &Host<'_>, batch: &str) -> anyhow::Result<StormPhase> {
         if now.since(&last).cpu_percent() < 1.0 {
             break;
         }
-        ensure!(begun.elapsed() < lasted + QUIET_TIMEOUT, "the agent does not come to rest after the storm");
+        ensure!(start.elapsed() < duration + QUIET_TIMEOUT, "the agent does not come to rest after the storm");
         last = now;
     }
     let agent = Usage::now(pid)?.since(&used);
     let after = MetricsPage::of_agent(&host.socket())?;
     let added = |name: &str, label: &str| after.delta(&page, name, label);
     Ok(StormPhase {
-        generator_cpu_time: maker,
-        duration: lasted,
+        generator_cpu_time: generator_time,
+        duration,
         agent,
         reads: ["state", "interfaces"].map(|what| added("overlayd_kernel_reads_total", what)),
         repairs: added("overlayd_drift_repairs_total", ""),

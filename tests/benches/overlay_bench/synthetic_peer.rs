@@ -90,10 +90,10 @@ impl SyntheticPeer {
 /// A peer as an entry of the store: one family, or both families of the same number.
 pub fn store_entry(peer: &[SyntheticPeer]) -> anyhow::Result<StoreEntry> {
     let number = peer.first().context("a peer without a family")?.number;
-    let subnet = Subnet::new(peer.iter().map(|member| (member.subnet.family(), member.subnet)).collect())?;
-    let vtep = peer.iter().map(|member| (member.subnet.family(), member.mac)).collect();
+    let subnet = Subnet::new(peer.iter().map(|entry| (entry.subnet.family(), entry.subnet)).collect())?;
+    let vtep = peer.iter().map(|entry| (entry.subnet.family(), entry.mac)).collect();
     let lease = Lease {
-        public_ip: peer.iter().map(|member| (member.subnet.family(), member.public_ip)).collect(),
+        public_ip: peer.iter().map(|entry| (entry.subnet.family(), entry.public_ip)).collect(),
         backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep },
         node: Some(Node { name: format!("n{number}"), id: format!("{number:032x}") }),
     };
@@ -121,10 +121,10 @@ mod tests {
             assert_eq!(distinct(|m| m.subnet.to_string()), all.len());
             assert_eq!(distinct(|m| m.public_ip.to_string()), all.len());
             assert_eq!(distinct(|m| m.mac.to_string()), all.len());
-            for member in &all {
-                assert!(!network.pools.get(family).expect("a pool").network.contains(member.public_ip));
-                let entry = store_entry(&[*member]).expect("an entry");
-                assert_eq!(entry.key, member.store_key().expect("a key"));
+            for synthetic in &all {
+                assert!(!network.pools.get(family).expect("a pool").network.contains(synthetic.public_ip));
+                let entry = store_entry(&[*synthetic]).expect("an entry");
+                assert_eq!(entry.key, synthetic.store_key().expect("a key"));
             }
         }
         assert!(synthetic_peers(Family::V4, 1..=140_000).is_err());
@@ -136,10 +136,10 @@ mod tests {
         assert!(Family::ALL.into_iter().all(|family| network.pools.get(family).is_some()));
         let peer = Family::ALL.map(|family| synthetic_peers(family, 7..=7).expect("room")[0]);
         let record = store_entry(&peer).expect("an entry").value.expect("a record");
-        assert_eq!(Family::ALL.map(|family| record.subnet.get(family)), peer.map(|member| Some(member.subnet)));
+        assert_eq!(Family::ALL.map(|family| record.subnet.get(family)), peer.map(|entry| Some(entry.subnet)));
         assert_eq!(
             Family::ALL.map(|family| record.lease.public_ip.get(family).copied()),
-            peer.map(|member| Some(member.public_ip))
+            peer.map(|entry| Some(entry.public_ip))
         );
     }
 }

@@ -127,18 +127,18 @@ fn end_of_raw(chars: &[char], at: usize) -> usize {
 
 /// The tokens without test items: those after `#[cfg(test)]` and `#[test]`.
 pub fn without_tests(tokens: &[Token]) -> Vec<Token> {
-    let mut kept = Vec::new();
+    let mut outside_tests = Vec::new();
     let mut at = 0;
     while at < tokens.len() {
         let is = |texts: &[&str]| texts.iter().enumerate().all(|(i, text)| tokens.get(at + i).is_some_and(|t| t.text == *text));
         if is(&["#", "[", "cfg", "(", "test", ")", "]"]) || is(&["#", "[", "test", "]"]) {
             at = end_of_item(tokens, at);
         } else {
-            kept.push(tokens[at].clone());
+            outside_tests.push(tokens[at].clone());
             at += 1;
         }
     }
-    kept
+    outside_tests
 }
 
 /// The index after the item at `at`: its `;`, or the closing brace of its body.
@@ -178,10 +178,10 @@ pub fn paths(tokens: &[Token], module: &[String]) -> Vec<ImportPath> {
             "mod" if tokens.get(at + 2).is_some_and(|t| t.text == "{") => inline.push((tokens[at + 1].text.clone(), depth)),
             _ => {}
         }
-        let here: Vec<String> = module.iter().cloned().chain(inline.iter().map(|(name, _)| name.clone())).collect();
+        let current_module: Vec<String> = module.iter().cloned().chain(inline.iter().map(|(name, _)| name.clone())).collect();
         let begins = is_name(text) && !(at >= 2 && tokens[at - 1].text == ":" && tokens[at - 2].text == ":");
         if begins && is_separator(tokens, at + 1) {
-            at = expand_use_tree(tokens, at, &[], &here, &mut found);
+            at = expand_use_tree(tokens, at, &[], &current_module, &mut found);
         } else {
             at += 1;
         }
@@ -234,11 +234,14 @@ fn expand_use_tree(tokens: &[Token], mut at: usize, prefix: &[String], module: &
 
 /// Resolves `super` and `self` in the module `module`.
 fn resolve(parts: &[String], module: &[String]) -> Vec<String> {
-    let ups = parts.iter().take_while(|part| *part == "super" || *part == "self").count();
-    if ups == 0 {
+    let super_count = parts.iter().take_while(|part| *part == "super" || *part == "self").count();
+    if super_count == 0 {
         return parts.to_vec();
     }
-    let supers = parts[..ups].iter().filter(|part| *part == "super").count();
+    let supers = parts[..super_count].iter().filter(|part| *part == "super").count();
     let base = module.len().saturating_sub(supers);
-    std::iter::once("crate".to_owned()).chain(module[..base].iter().cloned()).chain(parts[ups..].iter().cloned()).collect()
+    std::iter::once("crate".to_owned())
+        .chain(module[..base].iter().cloned())
+        .chain(parts[super_count..].iter().cloned())
+        .collect()
 }

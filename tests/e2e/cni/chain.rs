@@ -23,7 +23,7 @@ fn serve_hello_once(inside: &Netns, port: u16) -> thread::JoinHandle<()> {
     let listener = inside.run(|| TcpListener::bind(("0.0.0.0", port))).expect_ok("enter").expect_ok("bind");
     thread::spawn(move || {
         if let Ok((mut stream, _)) = listener.accept() {
-            let _told = stream.write_all(b"hello");
+            let _sent = stream.write_all(b"hello");
         }
     })
 }

@@ -49,20 +49,20 @@ fn command_error(words: &[String]) -> Option<String> {
 
 #[test]
 fn documented_command_lines_parse() {
-    let mut seen = 0;
-    let mut bad = Vec::new();
+    let mut count = 0;
+    let mut errors = Vec::new();
     for page in doc_page::page_paths() {
         for block in blocks(&page) {
             for words in shell::commands(&block.commands) {
-                seen += usize::from(words[0].starts_with("overlay"));
+                count += usize::from(words[0].starts_with("overlay"));
                 if let Some(error) = command_error(&words) {
-                    bad.push(format!("{page}:{}: {}: {error}", block.line, words.join(" ")));
+                    errors.push(format!("{page}:{}: {}: {error}", block.line, words.join(" ")));
                 }
             }
         }
     }
-    assert!(bad.is_empty(), "{}", bad.join("\n"));
-    assert!(seen > 100, "{seen} command lines");
+    assert!(errors.is_empty(), "{}", errors.join("\n"));
+    assert!(count > 100, "{count} command lines");
 }
 
 /// The error of one of our command lines within a sentence. It may lack arguments, and capital words stand for values.
@@ -73,14 +73,14 @@ fn inline_command_error(words: &[&str]) -> Option<String> {
         _ => return None,
     };
     let mut flags: BTreeSet<String> = ["help", "version"].map(str::to_owned).into();
-    let mut note = |command: &Command| flags.extend(command.get_arguments().filter_map(|a| a.get_long()).map(str::to_owned));
-    note(&command);
+    let mut add_flags = |command: &Command| flags.extend(command.get_arguments().filter_map(|a| a.get_long()).map(str::to_owned));
+    add_flags(&command);
     let mut at = 1;
     // Options may precede the subcommand.
     while let Some(word) = words.get(at) {
-        if let Some(found) = command.find_subcommand(word).cloned() {
-            command = found;
-            note(&command);
+        if let Some(subcommand) = command.find_subcommand(word).cloned() {
+            command = subcommand;
+            add_flags(&command);
         } else if word.starts_with('-') {
             at += usize::from(matches!(*word, "-o" | "--socket" | "--name" | "--dir"));
         } else if command.has_subcommands() && *word != PLACEHOLDER && word.starts_with(|c: char| c.is_ascii_lowercase()) {
@@ -90,16 +90,16 @@ fn inline_command_error(words: &[&str]) -> Option<String> {
         }
         at += 1;
     }
-    let own = words.iter().take_while(|word| **word != "--");
-    let named = own.filter_map(|word| word.trim_start_matches('[').strip_prefix("--")).filter(|flag| !flag.is_empty());
+    let own_words = words.iter().take_while(|word| **word != "--");
+    let flag_words = own_words.filter_map(|word| word.trim_start_matches('[').strip_prefix("--")).filter(|flag| !flag.is_empty());
     let name = |flag: &str| flag.split(['=', ']']).next().unwrap_or_default().to_owned();
-    named.map(name).find(|flag| !flags.contains(flag)).map(|flag| format!("no flag --{flag}"))
+    flag_words.map(name).find(|flag| !flags.contains(flag)).map(|flag| format!("no flag --{flag}"))
 }
 
 #[test]
 fn inline_commands_parse() {
-    let mut seen = 0;
-    let mut bad = Vec::new();
+    let mut count = 0;
+    let mut errors = Vec::new();
     for page in doc_page::page_paths() {
         let text = doc_page::page_text(&page);
         let mut fenced = false;
@@ -109,26 +109,26 @@ fn inline_commands_parse() {
             }
             let spans = line.split('`').skip(1).step_by(2).filter(|_| !fenced);
             for span in spans {
-                let plain = span.replace("\\|", "|");
-                let plain = plain.split(['|', '>', ';']).next().unwrap_or_default();
-                let words: Vec<&str> = plain.split_whitespace().skip_while(|word| *word == "sudo").collect();
-                seen += usize::from(words.first().is_some_and(|word| ["overlayctl", "overlayd"].contains(word)));
+                let command = span.replace("\\|", "|");
+                let command = command.split(['|', '>', ';']).next().unwrap_or_default();
+                let words: Vec<&str> = command.split_whitespace().skip_while(|word| *word == "sudo").collect();
+                count += usize::from(words.first().is_some_and(|word| ["overlayctl", "overlayd"].contains(word)));
                 if let Some(error) = inline_command_error(&words) {
-                    bad.push(format!("{page}:{}: {span}: {error}", number + 1));
+                    errors.push(format!("{page}:{}: {span}: {error}", number + 1));
                 }
             }
         }
     }
-    assert!(bad.is_empty(), "{}", bad.join("\n"));
-    assert!(seen > 60, "{seen} command lines");
+    assert!(errors.is_empty(), "{}", errors.join("\n"));
+    assert!(count > 60, "{count} command lines");
 }
 
 /// The lines of a block in a script's form: complete, without `sudo` and trailing comments.
 fn normalized_lines(commands: &str) -> Vec<String> {
-    let whole = commands.replace("\\\n", " ");
-    let bare = whole.lines().map(|line| line.split_once("  #").map_or(line, |(line, _)| line));
-    let bare = bare.map(|line| line.trim().trim_start_matches("sudo ").split_whitespace().collect::<Vec<_>>().join(" "));
-    bare.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
+    let joined = commands.replace("\\\n", " ");
+    let lines = joined.lines().map(|line| line.split_once("  #").map_or(line, |(line, _)| line));
+    let lines = lines.map(|line| line.trim().trim_start_matches("sudo ").split_whitespace().collect::<Vec<_>>().join(" "));
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).collect()
 }
 
 /// The first line of a block that a script lacks, although the page says that it runs the block.
@@ -150,37 +150,39 @@ fn e2e_sources() -> String {
 #[test]
 fn every_command_block_is_run() {
     let sources = e2e_sources();
-    let mut bad = Vec::new();
-    let mut seen = 0;
+    let mut errors = Vec::new();
+    let mut count = 0;
     for page in doc_page::page_paths().iter().filter(|page| *page != TUTORIAL) {
         for block in blocks(page) {
-            seen += 1;
-            let place = format!("{page}:{}", block.line);
-            let own = shell::commands(&block.commands)
+            count += 1;
+            let location = format!("{page}:{}", block.line);
+            let runs_tests = shell::commands(&block.commands)
                 .iter()
                 .all(|words| matches!(words.as_slice(), [cargo, test, ..] if cargo == "cargo" && test == "test"));
             match &block.target {
                 // Commands that run tests: their existence is checked above.
-                None if own => {}
-                None => bad.push(format!("{place}: no run target: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it")),
+                None if runs_tests => {}
+                None => {
+                    errors.push(format!("{location}: no run target: put `<!-- on MACHINE -->` or `<!-- as in FILE -->` above it"))
+                }
                 Some(RunTarget::Hosts { .. }) if !sources.contains(&format!("Page::open(\"{page}\"")) => {
-                    bad.push(format!("{place}: no test has DocPage::open(\"{page}\""));
+                    errors.push(format!("{location}: no test has DocPage::open(\"{page}\""));
                 }
                 Some(RunTarget::Hosts { .. }) => {}
                 Some(RunTarget::Script(file)) => match fs::read_to_string(doc_page::repo_root().join(file)) {
-                    Err(error) => bad.push(format!("{place}: {}: {error}", file.display())),
+                    Err(error) => errors.push(format!("{location}: {}: {error}", file.display())),
                     Ok(script) => {
-                        bad.extend(
+                        errors.extend(
                             missing_line(&script, page, &block)
-                                .map(|line| format!("{place}: {} does not have: {line}", file.display())),
+                                .map(|line| format!("{location}: {} does not have: {line}", file.display())),
                         );
                     }
                 },
             }
         }
     }
-    assert!(bad.is_empty(), "{}", bad.join("\n"));
-    assert!(seen > 30, "{seen} blocks");
+    assert!(errors.is_empty(), "{}", errors.join("\n"));
+    assert!(count > 30, "{count} blocks");
 }
 
 #[test]
@@ -204,11 +206,16 @@ fn command_errors_are_detected() {
     ] {
         assert_eq!(command_error(&words(line)), None, "{line}");
     }
-    let slip = |line: &str| inline_command_error(&line.split(' ').collect::<Vec<_>>());
+    let inline_error = |line: &str| inline_command_error(&line.split(' ').collect::<Vec<_>>());
     assert!(
-        slip("overlayctl stats").is_some() && slip("overlayctl attach --no-check").is_some() && slip("overlayd clean").is_some()
+        inline_error("overlayctl stats").is_some()
+            && inline_error("overlayctl attach --no-check").is_some()
+            && inline_error("overlayd clean").is_some()
     );
-    assert_eq!((slip("overlayctl attach --no-source-check"), slip("overlayctl -o json config set FILE")), (None, None));
+    assert_eq!(
+        (inline_error("overlayctl attach --no-source-check"), inline_error("overlayctl -o json config set FILE")),
+        (None, None)
+    );
     let block = |commands: &str| Block {
         line: 1,
         section: "S".to_owned(),

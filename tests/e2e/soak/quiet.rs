@@ -44,11 +44,12 @@ impl Soak {
     /// Waits until every agent is ready and has every peer, without pending retries.
     async fn wait_converged(&self) {
         let peers = self.containers_by_host.len() - 1 + self.peers.len();
-        let well = |s: &Status| s.ready && s.store.connected && s.data_path.peers == peers && s.data_path.failed.is_empty();
+        let is_converged =
+            |s: &Status| s.ready && s.store.connected && s.data_path.peers == peers && s.data_path.failed.is_empty();
         for host in self.containers_by_host.keys() {
             self.lab
                 .host(host)
-                .wait_status(2 * READY_TIMEOUT, &format!("{host} does not have {peers} peers"), well)
+                .wait_status(2 * READY_TIMEOUT, &format!("{host} does not have {peers} peers"), is_converged)
                 .await
                 .expect_ok(host);
         }
@@ -60,8 +61,8 @@ impl Soak {
             let subnet = self.lab.status(host).await.lease.expect_ok("a lease").subnet;
             let endpoints = self.lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
             for endpoint in endpoints {
-                let inside = |(family, address): (_, &IpAddr)| subnet.get(family).is_some_and(|r| r.contains(*address));
-                if endpoint.addresses().iter().all(inside) {
+                let is_in_subnet = |(family, address): (_, &IpAddr)| subnet.get(family).is_some_and(|r| r.contains(*address));
+                if endpoint.addresses().iter().all(is_in_subnet) {
                     continue;
                 }
                 self.record_step(host, "container moved");
@@ -75,8 +76,8 @@ impl Soak {
 
     async fn assert_full_reachability(&self) {
         let report = check::check(&self.lab).await.expect_ok("check");
-        let bad: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
-        assert!(bad.is_empty() && report.ok, "calls failed: {bad:#?} {:?}", report.remarks);
+        let failed: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
+        assert!(failed.is_empty() && report.ok, "calls failed: {failed:#?} {:?}", report.remarks);
         let containers: usize = self.containers_by_host.keys().map(|host| self.addressed_containers(host)).sum();
         assert_eq!(report.containers.len(), containers, "{:?}", report.containers);
     }
@@ -87,10 +88,10 @@ impl Soak {
         for (host, containers) in &self.containers_by_host {
             for (name, kind) in containers {
                 let AttachKind::Published(port) = kind else { continue };
-                let inside = self.lab.open_netns(&format!("{host}-{name}"));
+                let netns = self.lab.open_netns(&format!("{host}-{name}"));
                 // One socket for both families.
                 let server =
-                    inside.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, SERVICE_PORT))).expect_ok("enter").expect_ok("serve");
+                    netns.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, SERVICE_PORT))).expect_ok("enter").expect_ok("serve");
                 server.set_nonblocking(true).expect_ok("a nonblocking server");
                 for (_, address) in self.lab.host(host).layout().addresses.iter() {
                     let to = SocketAddr::new(*address, *port);
@@ -111,24 +112,25 @@ impl Soak {
     /// Checks namespaces, endpoints, ports and leases: no more and no fewer than expected. Hosts that left are as before.
     async fn assert_no_leftovers(&self) {
         let layout = self.lab.layout();
-        let mut wanted: BTreeSet<String> = ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
-        wanted.extend(HOSTS.iter().map(|host| layout.namespace(host)));
+        let mut expected: BTreeSet<String> =
+            ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
+        expected.extend(HOSTS.iter().map(|host| layout.namespace(host)));
         for (host, containers) in &self.containers_by_host {
-            wanted.extend(containers.keys().map(|name| layout.namespace(&format!("{host}-{name}"))));
+            expected.extend(containers.keys().map(|name| layout.namespace(&format!("{host}-{name}"))));
             let endpoints = self.lab.host(host).client().endpoints().await.expect_ok(host).endpoints;
             let names: BTreeSet<String> = endpoints.iter().map(|endpoint| endpoint.name.to_string()).collect();
             assert!(names.iter().eq(containers.keys()), "the endpoints of {host}: {names:?}, not {containers:?}");
             let addresses: BTreeSet<_> =
                 endpoints.iter().flat_map(|e| e.addresses().iter().map(|(_, a)| *a).collect::<Vec<_>>()).collect();
-            let (all, apart) = (2 * self.addressed_containers(host), addresses.len());
-            assert_eq!(apart, all, "each has its own addresses: {addresses:?}");
+            let (all, distinct) = (2 * self.addressed_containers(host), addresses.len());
+            assert_eq!(distinct, all, "each has its own addresses: {addresses:?}");
             let links = kernel::list_json(&self.lab, host, "ip", &["link", "show"]);
             let ports = links.iter().filter(|link| kernel::text(link, "ifname").starts_with("ove")).count();
             assert_eq!(ports, self.addressed_containers(host), "the ports of {host}");
         }
         let found: BTreeSet<String> =
             Netns::list().expect_ok("namespaces").into_iter().filter(|n| n.starts_with(&layout.prefix())).collect();
-        assert_eq!(found, wanted, "namespaces");
+        assert_eq!(found, expected, "namespaces");
         let leases = etcd::leases(&self.lab);
         assert_eq!(leases.len(), self.containers_by_host.len() + self.peers.len(), "leases: {leases:#?}");
         for host in HOSTS.iter().filter(|host| !self.containers_by_host.contains_key(*host)) {
@@ -147,8 +149,8 @@ impl Soak {
             let first = *self.sizes.entry(pid).or_insert_with(|| process_size(pid));
             eventually(&format!("open files and memory of {host}"), CONVERGE_TIMEOUT, || {
                 let now = process_size(pid);
-                let grown = now.files > first.files + MAX_EXTRA_FILES || now.memory_kib > first.memory_kib + MAX_EXTRA_KIB;
-                if grown { Err(format!("{first:?} at the first checkpoint, now {now:?}")) } else { Ok(()) }
+                let has_grown = now.files > first.files + MAX_EXTRA_FILES || now.memory_kib > first.memory_kib + MAX_EXTRA_KIB;
+                if has_grown { Err(format!("{first:?} at the first checkpoint, now {now:?}")) } else { Ok(()) }
             })
             .await;
         }

@@ -80,19 +80,22 @@ fn dhcp_offers(sender: Station, receiver: Station) -> TestFrames {
 fn router_messages(sender: Station, receiver: Station) -> TestFrames {
     let local = link_local(sender.mac);
     let redirect = [&[0; 4], packet_builder::octets(local).as_slice(), &packet_builder::octets(receiver.v6)].concat();
-    let named = |name: &str, frame| (name.to_owned(), frame, Dropped("router"));
+    let router_frame = |name: &str, frame| (name.to_owned(), frame, Dropped("router"));
     vec![
-        named("a router advertisement", router_advertisement(sender.mac, parse("2001:db8:bad::"))),
-        named("a redirect", ip_frame(receiver.mac, sender.mac, &icmpv6(local, link_local(receiver.mac), REDIRECT, &redirect))),
-        named(
+        router_frame("a router advertisement", router_advertisement(sender.mac, parse("2001:db8:bad::"))),
+        router_frame(
+            "a redirect",
+            ip_frame(receiver.mac, sender.mac, &icmpv6(local, link_local(receiver.mac), REDIRECT, &redirect)),
+        ),
+        router_frame(
             "a router solicitation",
             ip_frame(ALL_NODES, sender.mac, &icmpv6(local, parse("ff02::1"), ROUTER_SOLICITATION, &[0; 4])),
         ),
-        named("a router advertisement after a VLAN tag", {
+        router_frame("a router advertisement after a VLAN tag", {
             let plain = router_advertisement(sender.mac, parse("2001:db8:bad::"));
             [&plain[..12], &[0x81, 0, 0, 5], &plain[12..]].concat()
         }),
-        named("a router advertisement after another header", {
+        router_frame("a router advertisement after another header", {
             let message = packet_builder::icmpv6_message(local, parse("ff02::1"), ROUTER_ADVERTISEMENT, &[0; 12]);
             ip_frame(ALL_NODES, sender.mac, &with_destination_options(local, parse("ff02::1"), &message))
         }),
@@ -108,17 +111,17 @@ fn with_destination_options(source: IpAddr, destination: IpAddr, message: &[u8])
 /// Frames that an endpoint may always send: with its own addresses.
 fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
     let local = link_local(sender.mac);
-    let named = |name: &str, frame| (name.to_owned(), frame, Delivered);
+    let delivered = |name: &str, frame| (name.to_owned(), frame, Delivered);
     let solicit =
         |source, target, options: &[u8]| icmpv6(source, receiver.v6, SOLICITATION, &nd_message_body(0, target, options));
     let advertise =
         |target, options: &[u8]| icmpv6(sender.v6, receiver.v6, ADVERTISEMENT, &nd_message_body(0x20, target, options));
     vec![
-        named("own IPv4", udp(receiver.mac, sender.mac, (sender.v4, 9), (receiver.v4, 9))),
-        named("own IPv6", udp(receiver.mac, sender.mac, (sender.v6, 9), (receiver.v6, 9))),
-        named("own link-local address", udp(receiver.mac, sender.mac, (local, 9), (link_local(receiver.mac), 9))),
-        named("a DHCP client", udp(BROADCAST, sender.mac, (sender.v4, 68), (parse("255.255.255.255"), 67))),
-        named(
+        delivered("own IPv4", udp(receiver.mac, sender.mac, (sender.v4, 9), (receiver.v4, 9))),
+        delivered("own IPv6", udp(receiver.mac, sender.mac, (sender.v6, 9), (receiver.v6, 9))),
+        delivered("own link-local address", udp(receiver.mac, sender.mac, (local, 9), (link_local(receiver.mac), 9))),
+        delivered("a DHCP client", udp(BROADCAST, sender.mac, (sender.v4, 68), (parse("255.255.255.255"), 67))),
+        delivered(
             "own ARP request",
             packet_builder::frame(
                 BROADCAST,
@@ -127,7 +130,7 @@ fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
                 &packet_builder::arp(1, (sender.mac, sender.v4), (ZERO_MAC, receiver.v4)),
             ),
         ),
-        named(
+        delivered(
             "own ARP answer",
             packet_builder::frame(
                 receiver.mac,
@@ -136,7 +139,7 @@ fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
                 &packet_builder::arp(2, (sender.mac, sender.v4), (receiver.mac, receiver.v4)),
             ),
         ),
-        named(
+        delivered(
             "own gratuitous ARP",
             packet_builder::frame(
                 BROADCAST,
@@ -145,52 +148,58 @@ fn legitimate_frames(sender: Station, receiver: Station) -> TestFrames {
                 &packet_builder::arp(1, (sender.mac, sender.v4), (ZERO_MAC, sender.v4)),
             ),
         ),
-        named(
+        delivered(
             "own solicitation",
             ip_frame(receiver.mac, sender.mac, &solicit(sender.v6, receiver.v6, &option(SOURCE_MAC, sender.mac))),
         ),
-        named("own solicitation without an option", ip_frame(receiver.mac, sender.mac, &solicit(sender.v6, receiver.v6, &[]))),
-        named("own advertisement", ip_frame(receiver.mac, sender.mac, &advertise(sender.v6, &option(TARGET_MAC, sender.mac)))),
-        named("own advertisement without an option", ip_frame(receiver.mac, sender.mac, &advertise(sender.v6, &[]))),
-        named("own duplicate address detection", {
+        delivered(
+            "own solicitation without an option",
+            ip_frame(receiver.mac, sender.mac, &solicit(sender.v6, receiver.v6, &[])),
+        ),
+        delivered(
+            "own advertisement",
+            ip_frame(receiver.mac, sender.mac, &advertise(sender.v6, &option(TARGET_MAC, sender.mac))),
+        ),
+        delivered("own advertisement without an option", ip_frame(receiver.mac, sender.mac, &advertise(sender.v6, &[]))),
+        delivered("own duplicate address detection", {
             let packet = icmpv6(parse("::"), parse("ff02::1"), SOLICITATION, &nd_message_body(0, sender.v6, &[]));
             ip_frame(ALL_NODES, sender.mac, &packet)
         }),
-        named("an echo request", ip_frame(receiver.mac, sender.mac, &icmpv6(sender.v6, receiver.v6, 128, &[0, 1, 0, 1]))),
+        delivered("an echo request", ip_frame(receiver.mac, sender.mac, &icmpv6(sender.v6, receiver.v6, 128, &[0, 1, 0, 1]))),
     ]
 }
 
 /// Spoofed frames: with foreign addresses and MACs.
-fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Station) -> TestFrames {
+fn forged_frames(sender: Station, receiver: Station, remote: Station, gateway: Station) -> TestFrames {
     let local = link_local(sender.mac);
     let mut all: TestFrames = Vec::new();
     let mut add = |name: String, frame: Vec<u8>| all.push((name, frame, Dropped("source")));
-    for (whose, address) in [
+    for (owner, address) in [
         ("the neighbour", receiver.v4),
-        ("a far container", far.v4),
+        ("a far container", remote.v4),
         ("the gateway", gateway.v4),
         ("the world", parse("192.0.2.1")),
         ("loopback", parse("127.0.0.1")),
         ("the unspecified address", parse("0.0.0.0")),
-        ("a far container in IPv6", far.v6),
+        ("a far container in IPv6", remote.v6),
         ("the gateway in IPv6", gateway.v6),
         ("the world in IPv6", parse("2001:db8::1")),
         ("the neighbour's link-local address", link_local(receiver.mac)),
         ("the unspecified IPv6 address", parse("::")),
     ] {
         let destination = if address.is_ipv4() { receiver.v4 } else { receiver.v6 };
-        add(format!("source of {whose}"), udp(receiver.mac, sender.mac, (address, 9), (destination, 9)));
+        add(format!("source of {owner}"), udp(receiver.mac, sender.mac, (address, 9), (destination, 9)));
     }
-    let stranger = [2, 0, 0, 0, 0, 0x77];
-    for (whose, mac) in [("a stranger", stranger), ("the neighbour", receiver.mac), ("the gateway", gateway.mac)] {
-        add(format!("IPv4 with the MAC of {whose}"), udp(BROADCAST, mac, (sender.v4, 9), (receiver.v4, 9)));
-        add(format!("IPv6 with the MAC of {whose}"), udp(ALL_NODES, mac, (sender.v6, 9), (receiver.v6, 9)));
+    let unknown_mac = [2, 0, 0, 0, 0, 0x77];
+    for (owner, mac) in [("a stranger", unknown_mac), ("the neighbour", receiver.mac), ("the gateway", gateway.mac)] {
+        add(format!("IPv4 with the MAC of {owner}"), udp(BROADCAST, mac, (sender.v4, 9), (receiver.v4, 9)));
+        add(format!("IPv6 with the MAC of {owner}"), udp(ALL_NODES, mac, (sender.v6, 9), (receiver.v6, 9)));
         add(
-            format!("ARP with the MAC of {whose}"),
+            format!("ARP with the MAC of {owner}"),
             packet_builder::frame(BROADCAST, mac, ARP, &packet_builder::arp(1, (mac, sender.v4), (ZERO_MAC, receiver.v4))),
         );
         add(
-            format!("ARP that gives the MAC of {whose}"),
+            format!("ARP that gives the MAC of {owner}"),
             packet_builder::frame(
                 BROADCAST,
                 sender.mac,
@@ -199,18 +208,18 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
             ),
         );
     }
-    for (whose, address) in
-        [("a far container", far.v4), ("the gateway", gateway.v4), ("the unspecified address", parse("0.0.0.0"))]
+    for (owner, address) in
+        [("a far container", remote.v4), ("the gateway", gateway.v4), ("the unspecified address", parse("0.0.0.0"))]
     {
         for (word, operation) in [("request", 1), ("answer", 2)] {
             let output = packet_builder::arp(operation, (sender.mac, address), (receiver.mac, receiver.v4));
-            add(format!("ARP {word} for {whose}"), packet_builder::frame(receiver.mac, sender.mac, ARP, &output));
+            add(format!("ARP {word} for {owner}"), packet_builder::frame(receiver.mac, sender.mac, ARP, &output));
         }
     }
     let mut icmp = |name: &str, source: IpAddr, kind: u8, body: Vec<u8>| {
         add(name.to_owned(), ip_frame(receiver.mac, sender.mac, &icmpv6(source, receiver.v6, kind, &body)));
     };
-    icmp("advertisement of another", sender.v6, ADVERTISEMENT, nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac)));
+    icmp("advertisement of another", sender.v6, ADVERTISEMENT, nd_message_body(0x20, remote.v6, &option(TARGET_MAC, sender.mac)));
     icmp("advertisement of another, bare", sender.v6, ADVERTISEMENT, nd_message_body(0x20, gateway.v6, &[]));
     icmp(
         "advertisement with another MAC",
@@ -218,7 +227,12 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         ADVERTISEMENT,
         nd_message_body(0x20, sender.v6, &option(TARGET_MAC, receiver.mac)),
     );
-    icmp("advertisement from another", far.v6, ADVERTISEMENT, nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac)));
+    icmp(
+        "advertisement from another",
+        remote.v6,
+        ADVERTISEMENT,
+        nd_message_body(0x20, remote.v6, &option(TARGET_MAC, sender.mac)),
+    );
     let two = [option(TARGET_MAC, sender.mac), option(TARGET_MAC, receiver.mac)].concat();
     icmp("advertisement with two options", sender.v6, ADVERTISEMENT, nd_message_body(0x20, sender.v6, &two));
     icmp(
@@ -233,15 +247,15 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         SOLICITATION,
         nd_message_body(0, receiver.v6, &option(SOURCE_MAC, receiver.mac)),
     );
-    icmp("solicitation from another", far.v6, SOLICITATION, nd_message_body(0, receiver.v6, &option(SOURCE_MAC, sender.mac)));
+    icmp("solicitation from another", remote.v6, SOLICITATION, nd_message_body(0, receiver.v6, &option(SOURCE_MAC, sender.mac)));
     icmp("solicitation with two options", local, SOLICITATION, nd_message_body(0, receiver.v6, &two));
-    icmp("duplicate address detection for another", parse("::"), SOLICITATION, nd_message_body(0, far.v6, &[]));
-    icmp("an echo request from another", far.v6, 128, vec![0, 1, 0, 1]);
+    icmp("duplicate address detection for another", parse("::"), SOLICITATION, nd_message_body(0, remote.v6, &[]));
+    icmp("an echo request from another", remote.v6, 128, vec![0, 1, 0, 1]);
     let message = packet_builder::icmpv6_message(
         sender.v6,
         receiver.v6,
         ADVERTISEMENT,
-        &nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac)),
+        &nd_message_body(0x20, remote.v6, &option(TARGET_MAC, sender.mac)),
     );
     add(
         "advertisement after another header".to_owned(),
@@ -252,7 +266,7 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
         "a bridge's own protocol".to_owned(),
         packet_builder::frame([0x01, 0x80, 0xc2, 0, 0, 0], sender.mac, 0x26, &[0x42, 0x42, 3, 0, 0, 0, 0]),
     );
-    let inner = packet_builder::udp(SocketAddr::new(far.v4, 9), SocketAddr::new(receiver.v4, 9), b"made by hand");
+    let inner = packet_builder::udp(SocketAddr::new(remote.v4, 9), SocketAddr::new(receiver.v4, 9), b"made by hand");
     let tagged = [[0, 5, 0x08, 0].as_slice(), &inner].concat();
     add("a forged source after a VLAN tag".to_owned(), packet_builder::frame(receiver.mac, sender.mac, 0x8100, &tagged));
     let twice = [[0, 5, 0x81, 0].as_slice(), &tagged].concat();
@@ -261,10 +275,10 @@ fn forged_frames(sender: Station, receiver: Station, far: Station, gateway: Stat
 }
 
 /// Frames for an endpoint with source check.
-pub fn frames_with_source_check(sender: Station, receiver: Station, far: Station, gateway: Station) -> TestFrames {
+pub fn frames_with_source_check(sender: Station, receiver: Station, remote: Station, gateway: Station) -> TestFrames {
     let parts = [
         legitimate_frames(sender, receiver),
-        forged_frames(sender, receiver, far, gateway),
+        forged_frames(sender, receiver, remote, gateway),
         router_messages(sender, receiver),
         dhcp_offers(sender, receiver),
     ];
@@ -272,27 +286,27 @@ pub fn frames_with_source_check(sender: Station, receiver: Station, far: Station
 }
 
 /// Frames for one without source check. Its addresses and MACs are free; router and DHCP server messages are not.
-pub fn frames_without_source_check(sender: Station, receiver: Station, far: Station) -> TestFrames {
-    let stranger = [2, 0, 0, 0, 0, 0x77];
+pub fn frames_without_source_check(sender: Station, receiver: Station, remote: Station) -> TestFrames {
+    let unknown_mac = [2, 0, 0, 0, 0, 0x77];
     let virtual_mac = [0, 0, 0x5e, 0, 1, 7];
-    let named = |name: &str, frame| (name.to_owned(), frame, Delivered);
+    let delivered = |name: &str, frame| (name.to_owned(), frame, Delivered);
     let passes = vec![
-        named("source of the world", udp(receiver.mac, sender.mac, (parse("192.0.2.1"), 9), (receiver.v4, 9))),
-        named("source of a far container in IPv6", udp(receiver.mac, sender.mac, (far.v6, 9), (receiver.v6, 9))),
-        named("another MAC", udp(receiver.mac, stranger, (sender.v4, 9), (receiver.v4, 9))),
-        named("ARP of a virtual address", {
+        delivered("source of the world", udp(receiver.mac, sender.mac, (parse("192.0.2.1"), 9), (receiver.v4, 9))),
+        delivered("source of a far container in IPv6", udp(receiver.mac, sender.mac, (remote.v6, 9), (receiver.v6, 9))),
+        delivered("another MAC", udp(receiver.mac, unknown_mac, (sender.v4, 9), (receiver.v4, 9))),
+        delivered("ARP of a virtual address", {
             packet_builder::frame(
                 BROADCAST,
                 virtual_mac,
                 ARP,
-                &packet_builder::arp(2, (virtual_mac, far.v4), (BROADCAST, far.v4)),
+                &packet_builder::arp(2, (virtual_mac, remote.v4), (BROADCAST, remote.v4)),
             )
         }),
-        named("advertisement of a virtual address", {
-            let body = nd_message_body(0x20, far.v6, &option(TARGET_MAC, sender.mac));
-            ip_frame(receiver.mac, sender.mac, &icmpv6(far.v6, receiver.v6, ADVERTISEMENT, &body))
+        delivered("advertisement of a virtual address", {
+            let body = nd_message_body(0x20, remote.v6, &option(TARGET_MAC, sender.mac));
+            ip_frame(receiver.mac, sender.mac, &icmpv6(remote.v6, receiver.v6, ADVERTISEMENT, &body))
         }),
-        named("a frame of no known protocol", packet_builder::frame(receiver.mac, sender.mac, 0x88cc, &[0; 50])),
+        delivered("a frame of no known protocol", packet_builder::frame(receiver.mac, sender.mac, 0x88cc, &[0; 50])),
     ];
     [legitimate_frames(sender, receiver), passes, router_messages(sender, receiver), dhcp_offers(sender, receiver)]
         .into_iter()

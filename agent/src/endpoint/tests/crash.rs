@@ -8,14 +8,14 @@ fn kill_during(host: &TestHost, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let endpoints = host.start(DUAL).await;
-        let reached = async {
+        let blocked = async {
             while !host.kernel.is_blocked() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
         tokio::select! {
             () = work(endpoints) => panic!("the work should have blocked"),
-            outcome = tokio::time::timeout(Duration::from_secs(20), reached) => outcome.expect("the block point is reached"),
+            outcome = tokio::time::timeout(Duration::from_secs(20), blocked) => outcome.expect("the block point is reached"),
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -146,6 +146,6 @@ fn detach_without_record_removes_leftover_port() {
         endpoints.attach(name("b"), attach_request_with("/ns/b", &["10.244.1.77", "fd00:10:244:1::77"])).await.unwrap();
         assert_eq!((endpoints.list().len(), host.kernel.port_specs().len()), (1, 2));
         assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
-        assert_eq!(host.kernel.port_specs().values().map(|plug| plug.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
+        assert_eq!(host.kernel.port_specs().values().map(|spec| spec.netns.to_str().unwrap()).collect::<Vec<_>>(), ["/ns/b"]);
     });
 }

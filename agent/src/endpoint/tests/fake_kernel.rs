@@ -44,8 +44,8 @@ fn kernel_error(text: &str) -> OpError {
 
 impl FakeKernel {
     pub(super) fn new(namespaces: &[&str]) -> FakeKernel {
-        let alive = namespaces.iter().map(|s| (*s).to_owned()).collect();
-        FakeKernel(Arc::new(Mutex::new(FakeState { netns_paths: alive, ..FakeState::default() })))
+        let netns_paths = namespaces.iter().map(|s| (*s).to_owned()).collect();
+        FakeKernel(Arc::new(Mutex::new(FakeState { netns_paths, ..FakeState::default() })))
     }
 
     fn with_state<T>(&self, f: impl FnOnce(&mut FakeState) -> T) -> T {
@@ -145,33 +145,33 @@ impl PortDriver for FakeKernel {
         assert!(!self.with_state(|w| std::mem::take(&mut w.panic_on_attach)), "a defect");
         // Lets other tasks run in between, as the kernel's work does.
         tokio::task::yield_now().await;
-        let guard = self.with_state(|w| {
+        let source_filter = self.with_state(|w| {
             if w.failing_attaches > 0 {
                 w.failing_attaches -= 1;
                 return Err(kernel_error("attach failed"));
             }
             match w.ports.get(&spec.host_interface) {
-                Some(there) if there == spec => return Ok(w.source_filter),
+                Some(existing) if existing == spec => return Ok(w.source_filter),
                 Some(_) => return Err(kernel_error("another port of that name exists")),
                 None => {}
             }
-            let taken = w.ports.values().any(|p| {
+            let has_collision = w.ports.values().any(|p| {
                 p.mac == spec.mac
                     || (p.netns == spec.netns && p.interface == spec.interface)
                     || p.addresses.iter().any(|a| spec.addresses.contains(a))
             });
-            assert!(!taken, "{spec:?} collides");
+            assert!(!has_collision, "{spec:?} collides");
             w.ports.insert(spec.host_interface.clone(), spec.clone());
             w.change_count += 1;
             Ok(w.source_filter)
         })?;
         self.wait_at(BlockPoint::AfterAttach).await;
-        Ok(guard)
+        Ok(source_filter)
     }
 
     fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError> {
-        let there = self.port_specs().get(&spec.host_interface) == Some(spec);
-        Ok((!there).then(|| format!("{} is not there", spec.host_interface)))
+        let exists = self.port_specs().get(&spec.host_interface) == Some(spec);
+        Ok((!exists).then(|| format!("{} is not there", spec.host_interface)))
     }
 
     async fn detach_port(&self, host_interface: &str) -> Result<(), OpError> {
@@ -179,7 +179,7 @@ impl PortDriver for FakeKernel {
         self.with_state(|w| {
             match &mut w.allowed_detaches {
                 Some(0) => return Err(kernel_error("detach failed")),
-                Some(left) => *left -= 1,
+                Some(remaining) => *remaining -= 1,
                 None => {}
             }
             w.change_count += usize::from(w.ports.remove(host_interface).is_some());

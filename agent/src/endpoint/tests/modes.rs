@@ -13,12 +13,12 @@ pub(super) fn publish_request(netns: &str, ports: &[&str]) -> AttachRequest {
 
 async fn assert_rejected(
     endpoints: &Endpoints<FakeKernel>,
-    who: &str,
+    endpoint_name: &str,
     request: AttachRequest,
     class: ErrorClass,
     expected: &str,
 ) {
-    let error = endpoints.attach(name(who), request).await.expect_err(expected);
+    let error = endpoints.attach(name(endpoint_name), request).await.expect_err(expected);
     assert!(error.to_string().contains(expected), "{error} lacks {expected}");
     assert_eq!(error.class(), class, "{error}");
 }

@@ -36,10 +36,10 @@ pub(super) fn apply(
     mut reread: impl FnMut(&mut NfnlSocket) -> Result<State, OpError>,
 ) -> Vec<(usize, OpError)> {
     let mut failed = Vec::new();
-    let whole = ops.iter().any(|op| matches!(op, Op::Set(Key::Ruleset(_), _)));
-    let parts = if whole { ops.len().max(1) } else { ELEMENTS_PER_TRANSACTION };
-    for (n, part) in ops.chunks(parts).enumerate() {
-        let first = n * parts;
+    let replaces_table = ops.iter().any(|op| matches!(op, Op::Set(Key::Ruleset(_), _)));
+    let ops_per_part = if replaces_table { ops.len().max(1) } else { ELEMENTS_PER_TRANSACTION };
+    for (n, part) in ops.chunks(ops_per_part).enumerate() {
+        let first = n * ops_per_part;
         failed.extend(apply_part(socket, part, cached, &mut reread).into_iter().map(|(index, error)| (first + index, error)));
     }
     failed.sort_by_key(|(index, _)| *index);
@@ -76,11 +76,11 @@ fn apply_part(
     let mut last = None;
     for _ in 0..MAX_RETRIES {
         let plan = TransactionPlan::new(ops, &failed, cached, elements_per_message);
-        let Err(refused) = plan.commit(socket) else {
+        let Err(failure) = plan.commit(socket) else {
             update_cache(ops, &failed, cached);
             return failed.into_iter().collect();
         };
-        let TransactionError { index, error } = refused;
+        let TransactionError { index, error } = failure;
         if !reread_done && matches!(error.errno, libc::ENOENT | libc::EEXIST | libc::EBUSY | ERESTART | libc::ENOBUFS) {
             // The cache was wrong.
             match reread(socket) {
@@ -167,12 +167,12 @@ impl<'a> TransactionPlan<'a> {
         }
         // Changes by element: the current value, the wanted value, and the op.
         let mut changes: BTreeMap<&Element, ElementChange> = BTreeMap::new();
-        let before = |key: &Key| match cached.get(key) {
+        let cached_value = |key: &Key| match cached.get(key) {
             Some(Value::Element(target)) => Some(target.as_deref().copied()),
             _ => None,
         };
-        let all_known = if replaced.is_empty() { None } else { Some(cached.iter()) };
-        for (key, value) in all_known.into_iter().flatten() {
+        let cached_entries = if replaced.is_empty() { None } else { Some(cached.iter()) };
+        for (key, value) in cached_entries.into_iter().flatten() {
             if let (Key::Element(element), Value::Element(target)) = (key, value)
                 && let Some(ruleset) = replaced.get(&element.set().table())
                 && ruleset.sets.contains(&element.set())
@@ -183,12 +183,12 @@ impl<'a> TransactionPlan<'a> {
         for (index, op) in pending_ops() {
             let Key::Element(element) = op.key() else { continue };
             let table = element.set().table();
-            let fresh = replaced.contains_key(&table) || removed.contains(&table);
+            let is_new_table = replaced.contains_key(&table) || removed.contains(&table);
             let after = match op {
                 Op::Set(_, Value::Element(target)) => Some(target.as_deref().copied()),
                 _ => None,
             };
-            let before = if fresh { None } else { before(op.key()) };
+            let before = if is_new_table { None } else { cached_value(op.key()) };
             changes.insert(element, ElementChange { before, after, op: Some(index) });
         }
         for (message, side) in [(codec::NFT_MSG_DELSETELEM, ChangeSide::Before), (codec::NFT_MSG_NEWSETELEM, ChangeSide::After)] {
@@ -205,8 +205,8 @@ impl<'a> TransactionPlan<'a> {
                     by_set.entry(element.set()).or_default().push((element, target, change.op));
                 }
             }
-            for (set, all) in by_set {
-                for part in all.chunks(elements_per_message) {
+            for (set, set_elements) in by_set {
+                for part in set_elements.chunks(elements_per_message) {
                     let elements = part.iter().map(|(element, target, _)| (*element, *target)).collect();
                     let ops = part.iter().filter_map(|(_, _, op)| *op).collect();
                     commands.push((Command::Elements { message, set, elements }, ops));
@@ -238,13 +238,13 @@ impl<'a> TransactionPlan<'a> {
 
     /// The command of a message in the transaction, and the index of its change in that command.
     fn command_at(&self, index: Option<u32>) -> Option<(&(Command<'a>, Vec<usize>), usize)> {
-        let mut left = usize::try_from(index?).ok()?;
+        let mut remaining = usize::try_from(index?).ok()?;
         for command in &self.commands {
             let changes = command.0.message_count();
-            if left < changes {
-                return Some((command, left));
+            if remaining < changes {
+                return Some((command, remaining));
             }
-            left -= changes;
+            remaining -= changes;
         }
         None
     }

@@ -83,16 +83,20 @@ impl NatMappings {
 
     /// Compares the captured mappings with the rules now in force.
     pub fn stale_filters(self, rules: &State) -> Vec<StaleFilter> {
-        let moved = self.port_targets.into_iter().filter_map(|(element, was)| {
-            let now = target(&element, rules);
+        let changed = self.port_targets.into_iter().filter_map(|(element, old_target)| {
+            let new_target = target(&element, rules);
             // If the port was not published before, only UDP has entries that stay.
             let is_udp = matches!(element, Element::Port(_, Transport::Udp, _) | Element::Bound(_, Transport::Udp, _));
-            (was != now && (was.is_some() || is_udp)).then_some(StaleFilter::Port { element, old_target: was, new_target: now })
+            (old_target != new_target && (old_target.is_some() || is_udp)).then_some(StaleFilter::Port {
+                element,
+                old_target,
+                new_target,
+            })
         });
-        let mut stale: Vec<StaleFilter> = moved.collect();
-        if let Some(before) = self.masqueraded_ranges {
+        let mut stale: Vec<StaleFilter> = changed.collect();
+        if let Some(old_ranges) = self.masqueraded_ranges {
             stale.extend(
-                masqueraded_ranges(rules).into_iter().filter(|range| !before.contains(range)).map(StaleFilter::Masqueraded),
+                masqueraded_ranges(rules).into_iter().filter(|range| !old_ranges.contains(range)).map(StaleFilter::Masqueraded),
             );
         }
         stale
@@ -111,15 +115,15 @@ fn masqueraded_ranges(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
     let Some(Value::Ruleset(ruleset)) = rules.get(&Key::Ruleset(Table::Inet)) else { return Vec::new() };
     let rules = ruleset.chains.iter().flat_map(|chain| &chain.rules);
     let range = |rule: &Rule| {
-        let leaves = |from: &RangeInclusive<IpAddr>| {
-            let elsewhere = |expr: &Expr| matches!(expr, Expr::Range { field: Field::Destination(_), first, last, negate: true } if (*first..=*last) == *from);
-            rule.exprs.iter().any(elsewhere) && rule.exprs.contains(&Expr::Masquerade)
+        let is_masqueraded = |source_range: &RangeInclusive<IpAddr>| {
+            let excludes_range = |expr: &Expr| matches!(expr, Expr::Range { field: Field::Destination(_), first, last, negate: true } if (*first..=*last) == *source_range);
+            rule.exprs.iter().any(excludes_range) && rule.exprs.contains(&Expr::Masquerade)
         };
-        let from = rule.exprs.iter().find_map(|expr| match expr {
+        let source_range = rule.exprs.iter().find_map(|expr| match expr {
             Expr::Range { field: Field::Source(_), first, last, negate: false } => Some(*first..=*last),
             _ => None,
         });
-        from.filter(leaves)
+        source_range.filter(is_masqueraded)
     };
     rules.filter_map(range).collect()
 }
@@ -139,10 +143,10 @@ impl ConntrackCleaner {
     /// The kernel has no ctnetlink, or refused.
     pub fn delete(&self, stale: Vec<StaleFilter>) -> Result<usize, OpError> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).extend(stale);
-        let _turn = self.delete_lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let _guard = self.delete_lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Empty if another caller handled these filters: its dump began after they were queued.
-        let all = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
-        delete_matching(&all)
+        let queued = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
+        delete_matching(&queued)
     }
 }
 
@@ -178,9 +182,9 @@ fn delete_matching(stale: &[StaleFilter]) -> Result<usize, OpError> {
 
 /// The attributes that identify an entry for deletion. Its id prevents deletion of a later entry of the same flow.
 fn identifying_attributes(attributes: &[u8]) -> Vec<(u16, Vec<u8>)> {
-    let named = codec::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
+    let identifying = codec::attributes(attributes).filter(|(kind, _)| matches!(*kind, CTA_TUPLE_ORIG | CTA_ID));
     let nested = |kind| if kind == CTA_TUPLE_ORIG { kind | codec::NLA_F_NESTED } else { kind };
-    named.map(|(kind, value)| (nested(kind), value.to_vec())).collect()
+    identifying.map(|(kind, value)| (nested(kind), value.to_vec())).collect()
 }
 
 /// A conntrack entry, with the tuples of both directions.
@@ -210,13 +214,8 @@ impl ConntrackEntry {
             return None;
         }
         let protocol = codec::attribute(codec::attribute(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?.first()?;
-        let answered = codec::attribute_u32(attributes, CTA_STATUS).is_some_and(|status| status & IPS_SEEN_REPLY != 0);
-        Some(ConntrackEntry {
-            protocol: *protocol,
-            original: Tuple::read(original)?,
-            reply: Tuple::read(reply)?,
-            seen_reply: answered,
-        })
+        let seen_reply = codec::attribute_u32(attributes, CTA_STATUS).is_some_and(|status| status & IPS_SEEN_REPLY != 0);
+        Some(ConntrackEntry { protocol: *protocol, original: Tuple::read(original)?, reply: Tuple::read(reply)?, seen_reply })
     }
 }
 
@@ -239,29 +238,33 @@ impl StaleFilter {
     /// Whether the rules would now translate the entry's first packet differently. `is_local` tells whether an address belongs to
     /// the host.
     fn matches(&self, entry: &ConntrackEntry, is_local: impl Fn(IpAddr) -> bool) -> bool {
-        let ConntrackEntry { protocol, original, reply, seen_reply: answered } = entry;
-        let (to, reached) = (original.destination, reply.source);
+        let ConntrackEntry { protocol, original, reply, seen_reply } = entry;
+        let (destination, reply_source) = (original.destination, reply.source);
         match self {
-            StaleFilter::Port { element, old_target: was, new_target: now } => {
-                let meant = match element {
+            StaleFilter::Port { element, old_target, new_target } => {
+                let matches_port = match element {
                     Element::Port(family, transport, port) => {
-                        Family::of(to.ip()) == *family && transport.number() == *protocol && *port == to.port()
+                        Family::of(destination.ip()) == *family && transport.number() == *protocol && *port == destination.port()
                     }
                     Element::Bound(address, transport, port) => {
-                        SocketAddr::new(*address, *port) == to && transport.number() == *protocol
+                        SocketAddr::new(*address, *port) == destination && transport.number() == *protocol
                     }
                     _ => false,
                 };
                 // A TCP connection that predates the publication belongs to the host and stays. UDP has no new connection: its
                 // datagrams keep the old entry alive.
-                let unpublished = now.is_some() && *protocol == Transport::Udp.number() && reached == to;
-                meant && ((*was == Some(reached) && reached != to) || (unpublished && is_local(to.ip())))
+                let is_untranslated = new_target.is_some() && *protocol == Transport::Udp.number() && reply_source == destination;
+                matches_port
+                    && ((*old_target == Some(reply_source) && reply_source != destination)
+                        || (is_untranslated && is_local(destination.ip())))
             }
-            StaleFilter::Address(address) => original.source.ip() == *address || reached.ip() == *address,
+            StaleFilter::Address(address) => original.source.ip() == *address || reply_source.ip() == *address,
             StaleFilter::Masqueraded(range) => {
-                let leaves = range.contains(&original.source.ip()) && !range.contains(&to.ip()) && !to.ip().is_multicast();
+                let leaves_overlay = range.contains(&original.source.ip())
+                    && !range.contains(&destination.ip())
+                    && !destination.ip().is_multicast();
                 // An answered flow works without translation.
-                leaves && reply.destination == original.source && !answered
+                leaves_overlay && reply.destination == original.source && !seen_reply
             }
         }
     }
@@ -278,12 +281,12 @@ mod tests {
     }
 
     /// A flow from outside to the host's port, translated to `reached`.
-    fn flow(to: &str, reached: &str) -> ConntrackEntry {
+    fn flow(destination: &str, reply_source: &str) -> ConntrackEntry {
         let client = socket_address("192.0.2.9:4000");
         ConntrackEntry {
             protocol: Transport::Udp.number(),
-            original: Tuple { source: client, destination: socket_address(to) },
-            reply: Tuple { source: socket_address(reached), destination: client },
+            original: Tuple { source: client, destination: socket_address(destination) },
+            reply: Tuple { source: socket_address(reply_source), destination: client },
             seen_reply: true,
         }
     }
@@ -305,9 +308,9 @@ mod tests {
     }
 
     #[test]
-    fn flow_to_the_last_target_is_stale() {
-        for now in [Some(SECOND), None] {
-            let stale = port_filter(Some(FIRST), now);
+    fn flow_to_old_target_is_stale() {
+        for new_target in [Some(SECOND), None] {
+            let stale = port_filter(Some(FIRST), new_target);
             assert!(is_stale(&stale, &flow(HOST, FIRST)));
             // Translated by foreign rules, to another port, with another protocol, and directly to the container.
             assert!(!is_stale(&stale, &flow(HOST, "10.0.0.7:53")));
@@ -318,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn untranslated_datagrams_to_a_published_port_are_stale() {
+    fn untranslated_udp_flow_to_published_port_is_stale() {
         let stale = port_filter(None, Some(FIRST));
         assert!(is_stale(&stale, &flow(HOST, HOST)));
         assert!(!is_stale(&stale, &flow("198.51.100.1:53", "198.51.100.1:53")), "forwarded, not to this host");
@@ -343,11 +346,11 @@ mod tests {
     }
 
     #[test]
-    fn flows_of_an_address_are_stale() {
+    fn flow_of_filtered_address_is_stale() {
         let stale = StaleFilter::Address(socket_address(FIRST).ip());
         assert!(is_stale(&stale, &flow(HOST, FIRST)));
-        let out = Tuple { source: socket_address(FIRST), destination: socket_address("198.51.100.1:53") };
-        assert!(is_stale(&stale, &ConntrackEntry { original: out, ..flow(HOST, HOST) }));
+        let outgoing = Tuple { source: socket_address(FIRST), destination: socket_address("198.51.100.1:53") };
+        assert!(is_stale(&stale, &ConntrackEntry { original: outgoing, ..flow(HOST, HOST) }));
         assert!(!is_stale(&stale, &flow(HOST, SECOND)));
     }
 
@@ -355,22 +358,22 @@ mod tests {
     fn unanswered_flow_without_masquerade_is_stale() {
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
         let stale = StaleFilter::Masqueraded(address("10.244.0.0")..=address("10.244.255.255"));
-        let there = |to: &str| ConntrackEntry {
-            original: Tuple { source: socket_address(FIRST), destination: socket_address(to) },
-            reply: Tuple { source: socket_address(to), destination: socket_address(FIRST) },
+        let flow_to = |destination: &str| ConntrackEntry {
+            original: Tuple { source: socket_address(FIRST), destination: socket_address(destination) },
+            reply: Tuple { source: socket_address(destination), destination: socket_address(FIRST) },
             seen_reply: false,
             ..flow(HOST, HOST)
         };
-        assert!(is_stale(&stale, &there("198.51.100.1:53")));
-        assert!(!is_stale(&stale, &ConntrackEntry { seen_reply: true, ..there("198.51.100.1:53") }));
-        assert!(!is_stale(&stale, &there("10.244.9.9:53")), "inside the overlay");
-        assert!(!is_stale(&stale, &there("224.0.0.251:53")), "multicast");
+        assert!(is_stale(&stale, &flow_to("198.51.100.1:53")));
+        assert!(!is_stale(&stale, &ConntrackEntry { seen_reply: true, ..flow_to("198.51.100.1:53") }));
+        assert!(!is_stale(&stale, &flow_to("10.244.9.9:53")), "inside the overlay");
+        assert!(!is_stale(&stale, &flow_to("224.0.0.251:53")), "multicast");
         let masqueraded = Tuple { source: socket_address("198.51.100.1:53"), destination: socket_address("192.0.2.1:9") };
-        assert!(!is_stale(&stale, &ConntrackEntry { reply: masqueraded, ..there("198.51.100.1:53") }));
+        assert!(!is_stale(&stale, &ConntrackEntry { reply: masqueraded, ..flow_to("198.51.100.1:53") }));
     }
 
     #[test]
-    fn masqueraded_addresses_are_read_from_our_rules() {
+    fn masqueraded_ranges_are_read_from_own_rules() {
         let text = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
         let network = NetworkConfig::parse(text).expect("a configuration").config;
         let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
@@ -387,23 +390,27 @@ mod tests {
     #[test]
     fn changed_targets_are_found() {
         let element = |port| Key::Element(Element::Port(Family::V4, Transport::Udp, port));
-        let leads = |to: &str| Value::Element(Some(Box::new(socket_address(to))));
-        let mut rules = State::from([(element(1), leads(FIRST)), (element(2), leads(FIRST)), (element(3), leads(FIRST))]);
+        let element_value = |target: &str| Value::Element(Some(Box::new(socket_address(target))));
+        let mut rules = State::from([
+            (element(1), element_value(FIRST)),
+            (element(2), element_value(FIRST)),
+            (element(3), element_value(FIRST)),
+        ]);
         let ops = [
-            Op::Set(element(1), leads(SECOND)),
-            Op::Delete(element(2), leads(FIRST)),
-            Op::Set(element(3), leads(FIRST)),
-            Op::Set(element(4), leads(SECOND)),
-            Op::Set(Key::Element(Element::Port(Family::V4, Transport::Tcp, 5)), leads(SECOND)),
+            Op::Set(element(1), element_value(SECOND)),
+            Op::Delete(element(2), element_value(FIRST)),
+            Op::Set(element(3), element_value(FIRST)),
+            Op::Set(element(4), element_value(SECOND)),
+            Op::Set(Key::Element(Element::Port(Family::V4, Transport::Tcp, 5)), element_value(SECOND)),
         ];
         let translations = NatMappings::capture(&ops, &rules);
         for op in &ops {
             op.apply_to(&mut rules);
         }
-        let stale = |port, was: Option<&str>, now: Option<&str>| StaleFilter::Port {
+        let stale = |port, old: Option<&str>, new: Option<&str>| StaleFilter::Port {
             element: Element::Port(Family::V4, Transport::Udp, port),
-            old_target: was.map(socket_address),
-            new_target: now.map(socket_address),
+            old_target: old.map(socket_address),
+            new_target: new.map(socket_address),
         };
         let expected = [stale(1, Some(FIRST), Some(SECOND)), stale(2, Some(FIRST), None), stale(4, None, Some(SECOND))];
         assert_eq!(translations.stale_filters(&rules), expected);

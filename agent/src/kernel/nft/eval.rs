@@ -99,13 +99,13 @@ impl RulesetSnapshot {
             chains: Vec::new(),
         };
         let mut evaluator = Evaluator { snapshot: self, packet, result, path: Vec::new() };
-        let sees = |family: u8| match (bridge, packet.family) {
+        let applies_to = |family: u8| match (bridge, packet.family) {
             (true, _) => family == NFPROTO_BRIDGE,
             (false, Family::V4) => matches!(family, NFPROTO_INET | NFPROTO_IPV4),
             (false, Family::V6) => matches!(family, NFPROTO_INET | NFPROTO_IPV6),
         };
         let mut chains: Vec<(i32, &ChainDump)> = Vec::new();
-        for chain in self.chains.iter().filter(|chain| sees(chain.family)) {
+        for chain in self.chains.iter().filter(|chain| applies_to(chain.family)) {
             chains.extend(chain.base.filter(|(number, _)| *number == hook_number(hook)).map(|(_, priority)| (priority, chain)));
         }
         chains.sort_by_key(|(priority, _)| *priority);
@@ -165,7 +165,7 @@ impl Evaluator<'_> {
     fn eval_chain(&mut self, chain: &ChainDump, depth: usize) -> ChainOutcome {
         self.path.push(chain.name.clone());
         // Unknown after a return or goto whose match is uncertain.
-        let mut reached = MatchResult::True;
+        let mut reachable = MatchResult::True;
         for rule in &chain.rules {
             let mut registers = Registers::new(self.packet, self.snapshot, chain, self.result.untracked);
             let (matched, verdict) = self.eval_rule(chain, rule, &mut registers);
@@ -178,13 +178,13 @@ impl Evaluator<'_> {
                 Verdict::Drop => ChainOutcome::Drop(self.rule_ref(chain, Some(rule))),
                 Verdict::Undecided => ChainOutcome::Undecided(self.rule_ref(chain, Some(rule))),
                 Verdict::Return => ChainOutcome::NoVerdict,
-                Verdict::Jump(to) => match self.eval_jump(chain, &to, depth) {
+                Verdict::Jump(target) => match self.eval_jump(chain, &target, depth) {
                     ChainOutcome::NoVerdict => continue,
                     outcome => outcome,
                 },
-                Verdict::Goto(to) => self.eval_jump(chain, &to, depth),
+                Verdict::Goto(target) => self.eval_jump(chain, &target, depth),
             };
-            if matched.and(reached) == MatchResult::True {
+            if matched.and(reachable) == MatchResult::True {
                 return outcome;
             }
             match outcome {
@@ -194,7 +194,7 @@ impl Evaluator<'_> {
                     self.result.possible_accepts.push(rule.clone());
                     self.result.possible_drops.push(rule);
                 }
-                ChainOutcome::NoVerdict => reached = MatchResult::Unknown,
+                ChainOutcome::NoVerdict => reachable = MatchResult::Unknown,
             }
             // The rule matches, so the chain ends here if it is evaluated this far.
             if matched == MatchResult::True {
@@ -212,10 +212,10 @@ impl Evaluator<'_> {
         family == u32::from(own)
     }
 
-    fn eval_jump(&mut self, from: &ChainDump, name: &str, depth: usize) -> ChainOutcome {
+    fn eval_jump(&mut self, caller: &ChainDump, name: &str, depth: usize) -> ChainOutcome {
         let snapshot = self.snapshot;
-        let same = |chain: &&ChainDump| chain.family == from.family && chain.table == from.table && chain.name == name;
-        match snapshot.chains.iter().find(same) {
+        let is_target = |chain: &&ChainDump| chain.family == caller.family && chain.table == caller.table && chain.name == name;
+        match snapshot.chains.iter().find(is_target) {
             Some(chain) if depth < NFT_JUMP_STACK_SIZE => self.eval_chain(chain, depth + 1),
             _ => ChainOutcome::NoVerdict,
         }
@@ -255,9 +255,9 @@ impl Evaluator<'_> {
                 "target" => match codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default() {
                     b"REJECT" => Some(Verdict::Drop),
                     target @ (b"MASQUERADE" | b"DNAT" | b"SNAT" | b"REDIRECT") => {
-                        let how = if target == b"MASQUERADE" { Translation::Masquerade } else { Translation::Unknown };
+                        let translation = if target == b"MASQUERADE" { Translation::Masquerade } else { Translation::Unknown };
                         if matched == MatchResult::True {
-                            self.result.translation = Some((how, self.rule_ref(chain, Some(rule))));
+                            self.result.translation = Some((translation, self.rule_ref(chain, Some(rule))));
                         }
                         Some(Verdict::Accept)
                     }

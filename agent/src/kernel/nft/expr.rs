@@ -85,8 +85,8 @@ fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
             expression(w, "range", |w| {
                 w.u32(NFTA_RANGE_SREG, NFT_REG_1);
                 w.u32(NFTA_RANGE_OP, operation(*negate));
-                for (kind, end) in [(NFTA_RANGE_FROM_DATA, first), (NFTA_RANGE_TO_DATA, last)] {
-                    w.nest(kind, |w| w.bytes(NFTA_DATA_VALUE, &address_bytes(Cidr::host(*end))[..size]));
+                for (kind, bound) in [(NFTA_RANGE_FROM_DATA, first), (NFTA_RANGE_TO_DATA, last)] {
+                    w.nest(kind, |w| w.bytes(NFTA_DATA_VALUE, &address_bytes(Cidr::host(*bound))[..size]));
                 }
             });
         }
@@ -295,9 +295,9 @@ pub(super) fn read(attributes: &[u8], encoding: RuleEncoding) -> Rule {
                 _ => None,
             };
         }
-        let known = expr
+        let supported = expr
             .filter(|expr| encoding == RuleEncoding::Bridge || expr_family(expr).is_none_or(|family| protocol == Some(family)));
-        exprs.push(known.unwrap_or(Expr::Foreign));
+        exprs.push(supported.unwrap_or(Expr::Foreign));
         rest = &rest[used..];
     }
     if protocol_pending {
@@ -319,11 +319,11 @@ pub(super) fn comment_match(attributes: &[u8]) -> Option<&[u8]> {
 
 /// Decodes a match on a CIDR: load, optional mask, comparison. Returns the match and the number of expressions.
 fn read_address(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
-    let network = |what: &RegisterLoad| match what {
+    let network = |register_load: &RegisterLoad| match register_load {
         RegisterLoad::Payload { base: NFT_PAYLOAD_NETWORK_HEADER, offset, length } => Some((*offset, *length)),
         _ => None,
     };
-    let (place, mask, operation, value, used) = match rest {
+    let (location, mask, operation, value, used) = match rest {
         [RawExpr::Load { source, reg32: 0 }, RawExpr::Mask { reg32: 0, mask }, RawExpr::Compare { operation, value }, ..] => {
             (network(source)?, Some(*mask), *operation, *value, 3)
         }
@@ -332,7 +332,7 @@ fn read_address(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Optio
         }
         _ => return None,
     };
-    Some((Some(parse_address_match(protocol?, place, mask, operation, value)?), used))
+    Some((Some(parse_address_match(protocol?, location, mask, operation, value)?), used))
 }
 
 fn parse_address_match(
@@ -349,9 +349,9 @@ fn parse_address_match(
     }
     // As left-aligned numbers: bytes that were not loaded are not compared.
     let number = |bytes: &[u8]| {
-        let mut all = [0; 16];
-        all[..bytes.len()].copy_from_slice(bytes);
-        u128::from_be_bytes(all)
+        let mut padded = [0; 16];
+        padded[..bytes.len()].copy_from_slice(bytes);
+        u128::from_be_bytes(padded)
     };
     let loaded_mask = number(&[0xff; 16][..loaded]);
     let mask = mask.map_or(loaded_mask, |mask| number(mask) & loaded_mask);
@@ -368,8 +368,8 @@ fn parse_address_match(
         _ => return None,
     };
     match offset {
-        at if at == field::address_offset(family, false) => Some(Expr::Source { cidr, negate }),
-        at if at == field::address_offset(family, true) => Some(Expr::Destination { cidr, negate }),
+        offset if offset == field::address_offset(family, false) => Some(Expr::Source { cidr, negate }),
+        offset if offset == field::address_offset(family, true) => Some(Expr::Destination { cidr, negate }),
         _ => None,
     }
 }
@@ -385,17 +385,17 @@ fn read_range(protocol: Option<Family>, rest: &[RawExpr<'_>]) -> Option<(Option<
         return None;
     };
     let family = protocol?;
-    let at = |field: &Field| *offset == field::address_offset(family, *field == Field::Destination(family));
-    let field = [Field::Source(family), Field::Destination(family)].into_iter().find(at)?;
-    let whole = |end: &[u8]| *length == u32::from(field.length()) && end.len() == usize::from(field.length());
-    let address = |end: &[u8]| family.address(end.iter().fold(0, |number, byte| number << 8 | u128::from(*byte)));
+    let is_at_offset = |field: &Field| *offset == field::address_offset(family, *field == Field::Destination(family));
+    let field = [Field::Source(family), Field::Destination(family)].into_iter().find(is_at_offset)?;
+    let is_full_length = |bound: &[u8]| *length == u32::from(field.length()) && bound.len() == usize::from(field.length());
+    let address = |bound: &[u8]| family.address(bound.iter().fold(0, |number, byte| number << 8 | u128::from(*byte)));
     let negate = match *operation {
         NFT_CMP_EQ => false,
         NFT_CMP_NEQ => true,
         _ => return None,
     };
     let expr = Expr::Range { field, first: address(first), last: address(last), negate };
-    (whole(first) && whole(last)).then_some((Some(expr), 2))
+    (is_full_length(first) && is_full_length(last)).then_some((Some(expr), 2))
 }
 
 /// Decodes matches on the destination's address type and the connection's status.

@@ -44,8 +44,8 @@ impl ForwardChain {
             Some(Expr::Source { cidr, .. } | Expr::Destination { cidr, .. }) => Some(*cidr),
             _ => None,
         };
-        let damaged = Cidr::host(family.unspecified());
-        Some(cidr.filter(|cidr| self.has_accept_rules(*cidr)).unwrap_or(damaged))
+        let invalid = Cidr::host(family.unspecified());
+        Some(cidr.filter(|cidr| self.has_accept_rules(*cidr)).unwrap_or(invalid))
     }
 
     fn has_accept_rules(&self, cidr: Cidr) -> bool {
@@ -77,11 +77,11 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
     let mut rules = Vec::new();
     let of_chain = |w: &mut Writer| write_rule_chain(w);
     socket.dump(codec::NFT_MSG_GETRULE, number, of_chain, |object| {
-        let here = attribute_equals(object.attributes, codec::NFTA_RULE_TABLE, TABLE)
+        let in_chain = attribute_equals(object.attributes, codec::NFTA_RULE_TABLE, TABLE)
             && attribute_equals(object.attributes, codec::NFTA_RULE_CHAIN, CHAIN);
         let ours = is_ours(object.attributes);
         let handle = codec::attribute(object.attributes, codec::NFTA_RULE_HANDLE).and_then(codec::be64);
-        if let (true, true, Some(handle)) = (here, ours, handle) {
+        if let (true, true, Some(handle)) = (in_chain, ours, handle) {
             rules.push((handle, expr::read(object.attributes, RuleEncoding::Iptables(family))));
         }
     })?;
@@ -95,11 +95,11 @@ pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>
     let mut last = None;
     for _ in 0..MAX_RETRIES {
         let (present, generation) = socket.read_consistent(|socket| read(socket, family))?;
-        let done = match network {
+        let in_sync = match network {
             Some(cidr) => present.has_accept_rules(cidr),
             None => present.rules.is_empty(),
         };
-        if done {
+        if in_sync {
             return Ok(());
         }
         let new = network.map(accept_rules);
@@ -189,19 +189,19 @@ mod tests {
     }
 
     #[test]
-    fn incomplete_accept_rules_read_as_damaged() {
+    fn incomplete_accept_rules_read_as_invalid() {
         let cidr: Cidr = "10.244.0.0/16".parse().expect("cidr");
         let [from, to] = accept_rules(cidr);
         let accepted = |rules: &[&Rule]| {
             let rules = rules.iter().zip(1..).map(|(rule, handle)| (handle, (*rule).clone())).collect();
             ForwardChain { policy_drop: true, rules }.accepted_network(Family::V4)
         };
-        let damaged = Some(Cidr::host(Family::V4.unspecified()));
+        let invalid = Some(Cidr::host(Family::V4.unspecified()));
         assert_eq!(accepted(&[]), None);
         assert_eq!(accepted(&[&from, &to]), Some(cidr));
-        assert_eq!(accepted(&[&from]), damaged);
-        assert_eq!(accepted(&[&from, &from]), damaged);
-        assert_eq!(accepted(&[&from, &to, &to]), damaged);
-        assert_eq!(accepted(&[&Rule { exprs: vec![Expr::Foreign] }, &to]), damaged);
+        assert_eq!(accepted(&[&from]), invalid);
+        assert_eq!(accepted(&[&from, &from]), invalid);
+        assert_eq!(accepted(&[&from, &to, &to]), invalid);
+        assert_eq!(accepted(&[&Rule { exprs: vec![Expr::Foreign] }, &to]), invalid);
     }
 }

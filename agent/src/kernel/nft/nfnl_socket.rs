@@ -135,10 +135,10 @@ impl NfnlSocket {
                 // A dump resumes by position in a list. A transaction in preparation already has its rules in that list, before
                 // its generation has a number. A dump can therefore return an object twice (`__nf_tables_dump_rules` in
                 // net/netfilter/nf_tables_api.c).
-                let same = self.wait_for_generation(generation)?;
+                let is_unchanged = self.wait_for_generation(generation)?;
                 match outcome {
                     // The objects may have changed or disappeared meanwhile.
-                    _ if !same => {}
+                    _ if !is_unchanged => {}
                     Ok(value) => return Ok((value, generation)),
                     Err(error) if matches!(error.errno, libc::EINTR | libc::ENOBUFS) => {}
                     Err(error) => return Err(error),
@@ -198,7 +198,7 @@ impl NfnlSocket {
         debug_assert_eq!(count, total, "the announced number of changes");
         end_batch(&mut writer, begin.wrapping_add(1).wrapping_add(count));
 
-        let mut refused: Option<TransactionError> = None;
+        let mut failure: Option<TransactionError> = None;
         let outcome = self.send(&writer).and_then(|()| {
             self.receive(|received| {
                 let index = received.sequence.wrapping_sub(begin);
@@ -207,8 +207,8 @@ impl NfnlSocket {
                     // An answer to an earlier transaction.
                     return ReadControl::Continue;
                 }
-                if errno != 0 && refused.is_none() {
-                    refused = Some(TransactionError {
+                if errno != 0 && failure.is_none() {
+                    failure = Some(TransactionError {
                         index: index.checked_sub(1),
                         error: kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text),
                     });
@@ -217,9 +217,9 @@ impl NfnlSocket {
                 if index == 0 || index == count { ReadControl::Stop } else { ReadControl::Continue }
             })
         });
-        match (outcome, refused) {
+        match (outcome, failure) {
             (Err(error), _) => Err(TransactionError { index: None, error }),
-            (Ok(()), Some(refused)) => Err(refused),
+            (Ok(()), Some(failure)) => Err(failure),
             (Ok(()), None) => {
                 self.commits = self.commits.wrapping_add(1);
                 Ok(())
@@ -320,11 +320,11 @@ impl NfnlSocket {
                 }
                 Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
             }
-            let mut end = false;
+            let mut stopped = false;
             for received in codec::messages(&self.buffer) {
-                end |= matches!(handle(received), ReadControl::Stop);
+                stopped |= matches!(handle(received), ReadControl::Stop);
             }
-            if end {
+            if stopped {
                 return Ok(());
             }
         }

@@ -123,8 +123,8 @@ impl<'a> Registers<'a> {
             "fib" => {
                 let kind = number(NFTA_FIB_RESULT) == Some(NFT_FIB_RESULT_ADDRTYPE);
                 let destination = number(NFTA_FIB_FLAGS) == Some(NFTA_FIB_F_DADDR);
-                let known = self.packet.destination_is_local.filter(|_| kind && destination);
-                let value = known.map(|local| if local { RTN_LOCAL } else { RTN_UNICAST }.to_ne_bytes().to_vec());
+                let is_local = self.packet.destination_is_local.filter(|_| kind && destination);
+                let value = is_local.map(|local| if local { RTN_LOCAL } else { RTN_UNICAST }.to_ne_bytes().to_vec());
                 number(NFTA_FIB_DREG).map_or(MatchResult::Unknown, |register| self.load(register, 16, value))
             }
             "immediate" => {
@@ -238,12 +238,12 @@ impl<'a> Registers<'a> {
         let masked = match (number(NFTA_BITWISE_OP).unwrap_or(0), bytes(NFTA_BITWISE_MASK), bytes(NFTA_BITWISE_XOR)) {
             (0, Some(mask), Some(xor)) => {
                 let start = register_offset(source);
-                let part = |at: usize| {
-                    let (mask, xor) = (*mask.get(at)?, *xor.get(at)?);
+                let masked_byte = |index: usize| {
+                    let (mask, xor) = (*mask.get(index)?, *xor.get(index)?);
                     // A byte that is masked out may be unknown.
-                    if mask == 0 { Some(xor) } else { Some((*self.bytes.get(start + at)?)? & mask ^ xor) }
+                    if mask == 0 { Some(xor) } else { Some((*self.bytes.get(start + index)?)? & mask ^ xor) }
                 };
-                (0..length).map(part).collect()
+                (0..length).map(masked_byte).collect()
             }
             _ => None,
         };
@@ -293,8 +293,8 @@ impl<'a> Registers<'a> {
             return MatchResult::Unknown;
         };
         let Some(value) = self.value(register, from.len()) else { return MatchResult::Unknown };
-        let inside = MatchResult::from_bool(from <= value.as_slice() && value.as_slice() <= to);
-        if codec::attribute_u32(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { inside.not() } else { inside }
+        let in_range = MatchResult::from_bool(from <= value.as_slice() && value.as_slice() <= to);
+        if codec::attribute_u32(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { in_range.not() } else { in_range }
     }
 
     /// Looks up the register's value in a set. Returns the match, and the data attributes of a map element.
@@ -344,20 +344,20 @@ fn find_element<'s>(set: &'s SetDump, value: &[u8]) -> Option<&'s ElementDump> {
         return elements.find(|element| element.key == value);
     }
     if set.flags & NFT_SET_CONCAT != 0 {
-        let inside = |element: &&ElementDump| {
+        let contains_value = |element: &&ElementDump| {
             let end = element.key_end.as_ref().unwrap_or(&element.key);
             // Field lengths are unknown here, so the value is compared in words of four bytes. That is exact for fields of up to
             // four bytes. Consecutive words of a longer field are compared as one number.
             let words = value.chunks(4).zip(element.key.chunks(4)).zip(end.chunks(4));
             let mut open = (false, false);
             words.into_iter().all(|((value, low), high)| {
-                let same = low == high;
-                let fits = (open.0 || low <= value) && (open.1 || value <= high);
-                open = if same { (false, false) } else { (open.0 || low < value, open.1 || value < high) };
-                fits
+                let is_equal = low == high;
+                let in_range = (open.0 || low <= value) && (open.1 || value <= high);
+                open = if is_equal { (false, false) } else { (open.0 || low < value, open.1 || value < high) };
+                in_range
             })
         };
-        return elements.find(inside);
+        return elements.find(contains_value);
     }
     // Each element is the start of an interval, or the first value after one.
     let below = elements.filter(|element| element.key.as_slice() <= value);

@@ -131,8 +131,8 @@ impl RulesetSnapshot {
     /// A set; `None` if it cannot be read.
     pub(super) fn set(&self, family: u8, table: &str, name: &str) -> Option<Rc<SetDump>> {
         let key = (family, table.to_owned(), name.to_owned());
-        if let Some(known) = self.sets.borrow().get(&key) {
-            return known.clone();
+        if let Some(cached) = self.sets.borrow().get(&key) {
+            return cached.clone();
         }
         let found = read_set(&mut self.socket.borrow_mut(), family, table, name).ok().flatten().map(Rc::new);
         self.sets.borrow_mut().insert(key, found.clone());

@@ -62,8 +62,8 @@ pub(super) fn update<'a>(found: &'a Ruleset, wanted: &'a Ruleset) -> Vec<TableCh
     let mut changes = vec![TableChange::DeleteRules];
     changes.extend(found.chains.iter().filter(|chain| !has_chain(wanted, chain)).map(TableChange::DeleteChain));
     changes.extend(found.sets.iter().filter(|set| !wanted.sets.contains(set)).map(|set| TableChange::DeleteSet(*set)));
-    let gone = found.counters.iter().filter(|counter| !wanted.counters.contains(counter));
-    changes.extend(gone.map(|counter| TableChange::DeleteCounter(*counter)));
+    let removed = found.counters.iter().filter(|counter| !wanted.counters.contains(counter));
+    changes.extend(removed.map(|counter| TableChange::DeleteCounter(*counter)));
     push_additions(&mut changes, found, wanted);
     changes
 }
@@ -89,7 +89,7 @@ impl TableChange<'_> {
     /// Writes the change. A new counter starts with its previous value.
     pub(super) fn write(&self, transaction: &mut Transaction, table: Table, counter_values: &BTreeMap<Counter, CounterValue>) {
         let family = table_family(table);
-        let named = |transaction: &mut Transaction, message, table_attribute, name_attribute, name: &str| {
+        let delete_named = |transaction: &mut Transaction, message, table_attribute, name_attribute, name: &str| {
             transaction.push_message(message, 0, family, |w| {
                 w.text(table_attribute, TABLE);
                 w.text(name_attribute, name);
@@ -104,10 +104,10 @@ impl TableChange<'_> {
                 transaction.push_message(codec::NFT_MSG_DELRULE, 0, family, |w| w.text(codec::NFTA_RULE_TABLE, TABLE))
             }
             TableChange::DeleteChain(chain) => {
-                named(transaction, codec::NFT_MSG_DELCHAIN, codec::NFTA_CHAIN_TABLE, codec::NFTA_CHAIN_NAME, &chain.name);
+                delete_named(transaction, codec::NFT_MSG_DELCHAIN, codec::NFTA_CHAIN_TABLE, codec::NFTA_CHAIN_NAME, &chain.name);
             }
             TableChange::DeleteSet(set) => {
-                named(transaction, codec::NFT_MSG_DELSET, set::NFTA_SET_TABLE, set::NFTA_SET_NAME, set.name());
+                delete_named(transaction, codec::NFT_MSG_DELSET, set::NFTA_SET_TABLE, set::NFTA_SET_NAME, set.name());
             }
             TableChange::DeleteCounter(counter) => transaction.push_message(codec::NFT_MSG_DELOBJ, 0, family, |w| {
                 w.text(NFTA_OBJ_TABLE, TABLE);
@@ -146,8 +146,8 @@ impl TableChange<'_> {
 pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Ruleset>, OpError> {
     let family = table_family(table);
     let flags = |object: Object<'_>| codec::attribute_u32(object.attributes, codec::NFTA_TABLE_FLAGS).unwrap_or(0);
-    let named = |w: &mut Writer| w.text(codec::NFTA_TABLE_NAME, TABLE);
-    let Some(flags) = socket.get(codec::NFT_MSG_GETTABLE, family, named, flags)? else { return Ok(None) };
+    let table_name = |w: &mut Writer| w.text(codec::NFTA_TABLE_NAME, TABLE);
+    let Some(flags) = socket.get(codec::NFT_MSG_GETTABLE, family, table_name, flags)? else { return Ok(None) };
 
     let mut ruleset = Ruleset { table, ..Ruleset::default() };
     if flags != 0 {
@@ -162,7 +162,7 @@ pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Rules
             if attribute_equals(object.attributes, codec::NFTA_CHAIN_TABLE, TABLE) {
                 match read_chain(object.attributes) {
                     Ok(chain) => ruleset.chains.push(chain),
-                    Err(words) => ruleset.foreign.push(words),
+                    Err(description) => ruleset.foreign.push(description),
                 }
             }
         },
@@ -179,7 +179,7 @@ pub(super) fn read(socket: &mut NfnlSocket, table: Table) -> Result<Option<Rules
     ruleset.counters.sort();
     // The kernel lists them in creation order.
     ruleset.chains.sort_by(|a, b| a.name.cmp(&b.name));
-    socket.dump(codec::NFT_MSG_GETFLOWTABLE, family, named, |object| {
+    socket.dump(codec::NFT_MSG_GETFLOWTABLE, family, table_name, |object| {
         if attribute_equals(object.attributes, NFTA_FLOWTABLE_TABLE, TABLE) {
             let name = codec::attribute(object.attributes, NFTA_FLOWTABLE_NAME).map(codec::strip_nul).unwrap_or_default();
             ruleset.foreign.push(format!("flowtable {}", String::from_utf8_lossy(name)));
@@ -218,8 +218,8 @@ fn read_objects(socket: &mut NfnlSocket, table: Table) -> Result<Vec<(String, Op
         }
         let name = codec::attribute(object.attributes, NFTA_OBJ_NAME).map(codec::strip_nul).unwrap_or_default();
         let is_counter = codec::attribute_u32(object.attributes, NFTA_OBJ_TYPE) == Some(codec::NFT_OBJECT_COUNTER);
-        let named = |counter: &Counter| counter.table() == table && counter.name().as_bytes() == name;
-        let counter = Counter::ALL.into_iter().find(named).filter(|_| is_counter);
+        let is_named = |counter: &Counter| counter.table() == table && counter.name().as_bytes() == name;
+        let counter = Counter::ALL.into_iter().find(is_named).filter(|_| is_counter);
         let data = codec::attribute(object.attributes, NFTA_OBJ_DATA).unwrap_or_default();
         let number = |kind| codec::attribute(data, kind).and_then(codec::be64).unwrap_or(0);
         let counted = CounterValue { packets: number(NFTA_COUNTER_PACKETS), bytes: number(NFTA_COUNTER_BYTES) };
@@ -313,9 +313,9 @@ const fn chain_type_name(kind: ChainKind) -> &'static str {
 /// Rejects values that cannot be encoded, before anything is sent.
 pub(super) fn validate(ruleset: &Ruleset) -> Result<(), OpError> {
     let refuse = |message: String| Err(OpError { errno: libc::EINVAL, message });
-    if let Some(thing) = ruleset.foreign.first() {
+    if let Some(object) = ruleset.foreign.first() {
         let table = ruleset.table;
-        return refuse(format!("table {table} {TABLE} cannot be written: `{thing}` is not ours and can only be read"));
+        return refuse(format!("table {table} {TABLE} cannot be written: `{object}` is not ours and can only be read"));
     }
     for chain in &ruleset.chains {
         for (index, rule) in chain.rules.iter().enumerate() {

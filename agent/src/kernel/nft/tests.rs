@@ -39,9 +39,9 @@ fn run_command(program: &str, arguments: &[&str], input: &str) -> String {
             panic!("{program}: {error}: `apt-get install nftables iptables` installs the tools for these tests")
         });
     child.stdin.take().expect("piped").write_all(input.as_bytes()).expect("the command reads its input");
-    let done = child.wait_with_output().expect("the command ends");
-    assert!(done.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
-    String::from_utf8(done.stdout).expect("text")
+    let output = child.wait_with_output().expect("the command ends");
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
 }
 
 /// Runs `nft` with a script.

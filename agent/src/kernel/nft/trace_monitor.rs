@@ -139,10 +139,10 @@ impl TraceMonitor {
                 }
             }
         });
-        outcome.map_err(|refused| {
-            let older = if refused.error.errno == libc::EOPNOTSUPP { "; tracing needs Linux 5.12" } else { "" };
-            let message = format!("cannot create the trace tables {table}: {}{older}", refused.error.message);
-            OpError { errno: refused.error.errno, message }
+        outcome.map_err(|failure| {
+            let hint = if failure.error.errno == libc::EOPNOTSUPP { "; tracing needs Linux 5.12" } else { "" };
+            let message = format!("cannot create the trace tables {table}: {}{hint}", failure.error.message);
+            OpError { errno: failure.error.errno, message }
         })?;
         Ok(TraceMonitor { _owner: owner, socket, table, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN) })
     }
@@ -166,7 +166,7 @@ impl TraceMonitor {
             if let Payload::Object(object) = received.payload
                 && object.kind == NFT_MSG_TRACE
             {
-                events.extend(read_trace_event(object).filter(|sight| sight.table != self.table));
+                events.extend(read_trace_event(object).filter(|event| event.table != self.table));
             }
         }
         Ok(TraceRead::Events(events))
@@ -211,11 +211,11 @@ fn write_nftrace_match(w: &mut Writer, (source, destination): (IpAddr, IpAddr), 
         w.u32(NFTA_META_KEY, key);
     });
     compare(w, &protocol);
-    let (at, length) = match family {
+    let (source_offset, length) = match family {
         Family::V4 => (12, 4),
         Family::V6 => (8, 16),
     };
-    for (offset, address) in [(at, source), (at + length, destination)] {
+    for (offset, address) in [(source_offset, source), (source_offset + length, destination)] {
         expression(w, "payload", &|w| {
             w.u32(NFTA_PAYLOAD_DREG, NFT_REG_1);
             w.u32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
@@ -247,8 +247,8 @@ fn read_trace_event(object: Object<'_>) -> Option<TraceEvent> {
     let verdict = match kind {
         NFT_TRACETYPE_POLICY => codec::attribute_u32(attributes, NFTA_TRACE_POLICY).map(|code| verdict_name(code, "")),
         NFT_TRACETYPE_RULE => codec::attribute(attributes, NFTA_TRACE_VERDICT).and_then(|verdict| {
-            let to = codec::attribute(verdict, NFTA_VERDICT_CHAIN).map(codec::strip_nul).unwrap_or_default();
-            Some(verdict_name(codec::attribute_u32(verdict, NFTA_VERDICT_CODE)?, &String::from_utf8_lossy(to)))
+            let chain = codec::attribute(verdict, NFTA_VERDICT_CHAIN).map(codec::strip_nul).unwrap_or_default();
+            Some(verdict_name(codec::attribute_u32(verdict, NFTA_VERDICT_CODE)?, &String::from_utf8_lossy(chain)))
         }),
         _ => Some("return".to_owned()),
     };

@@ -76,12 +76,12 @@ impl Info<'_> {
     /// The port ranges of `struct xt_tcp` and `struct xt_udp`; the inversion flags are at `invert`.
     fn ports(&self, packet: &Packet, protocol: u8, invert: usize) -> Option<bool> {
         let invert = self.byte(invert)?;
-        let within =
+        let in_range =
             |port: usize, first: usize| Some((self.u16(first)?..=self.u16(first + 2)?).contains(&port_at(packet, port)?));
         if packet.protocol != protocol {
             return Some(false);
         }
-        Some((within(0, 0)? != (invert & 1 != 0)) && (within(2, 4)? != (invert & 2 != 0)))
+        Some((in_range(0, 0)? != (invert & 1 != 0)) && (in_range(2, 4)? != (invert & 2 != 0)))
     }
 
     fn tcp(&self, packet: &Packet) -> Option<bool> {
@@ -89,8 +89,8 @@ impl Info<'_> {
         if !self.ports(packet, TCP, 11)? {
             return Some(false);
         }
-        let same = packet.transport.get(13)? & mask == flags;
-        if same == (invert & 4 != 0) {
+        let flags_match = packet.transport.get(13)? & mask == flags;
+        if flags_match == (invert & 4 != 0) {
             return Some(false);
         }
         // TCP options are not predicted.
@@ -101,17 +101,17 @@ impl Info<'_> {
     fn multiport(&self, packet: &Packet) -> Option<bool> {
         let (side, count) = (self.byte(0)?, usize::from(self.byte(1)?));
         let (source, destination) = (port_at(packet, 0)?, port_at(packet, 2)?);
-        let fits = |first: u16, last: u16| {
+        let port_matches = |first: u16, last: u16| {
             let range = first..=last;
             (side != 1 && range.contains(&source)) || (side != 0 && range.contains(&destination))
         };
-        let (mut at, mut found) = (0, false);
-        while at < count.min(XT_MULTI_PORTS) {
-            let first = self.u16(2 + 2 * at)?;
+        let (mut index, mut found) = (0, false);
+        while index < count.min(XT_MULTI_PORTS) {
+            let first = self.u16(2 + 2 * index)?;
             // A flag marks the first port of a range.
-            at += usize::from(self.byte(2 + 2 * XT_MULTI_PORTS + at)? != 0);
-            found |= fits(first, self.u16(2 + 2 * at)?);
-            at += 1;
+            index += usize::from(self.byte(2 + 2 * XT_MULTI_PORTS + index)? != 0);
+            found |= port_matches(first, self.u16(2 + 2 * index)?);
+            index += 1;
         }
         Some(found != (self.byte(2 + 3 * XT_MULTI_PORTS)? != 0))
     }
@@ -131,12 +131,12 @@ impl Info<'_> {
             Family::V6 => (8, 16),
         };
         let flags = self.byte(64)?;
-        let within = |address: usize, first: usize| {
+        let in_range = |address: usize, first: usize| {
             let address = packet.network.get(address..address + length)?;
             Some(self.0.get(first..first + length)? <= address && address <= self.0.get(first + 16..first + 16 + length)?)
         };
-        let source = flags & 1 == 0 || within(source_at, 0)? != (flags & 0x10 != 0);
-        let destination = flags & 2 == 0 || within(source_at + length, 32)? != (flags & 0x20 != 0);
+        let source = flags & 1 == 0 || in_range(source_at, 0)? != (flags & 0x10 != 0);
+        let destination = flags & 2 == 0 || in_range(source_at + length, 32)? != (flags & 0x20 != 0);
         Some(source && destination)
     }
 }

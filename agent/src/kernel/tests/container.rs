@@ -178,11 +178,11 @@ fn failed_attach_leaves_nothing() {
         assert_eq!(run("ip -o link"), outside);
         host.expect_no_events().await;
 
-        let mut gone = port_spec(&container);
-        gone.netns = "/run/netns/ovt-none".into();
-        let error = port_manager.attach_port(&gone).await.expect_err("no such namespace");
+        let mut missing_spec = port_spec(&container);
+        missing_spec.netns = "/run/netns/ovt-none".into();
+        let error = port_manager.attach_port(&missing_spec).await.expect_err("no such namespace");
         assert!(error.message.contains("there is no network namespace"), "{error}");
-        assert!(!port_manager.netns_exists(&gone.netns) && port_manager.netns_exists(&port_spec(&container).netns));
+        assert!(!port_manager.netns_exists(&missing_spec.netns) && port_manager.netns_exists(&port_spec(&container).netns));
         run("ip link add ove1 type bridge");
         let error = port_manager.attach_port(&port_spec(&container)).await.expect_err("a foreign interface");
         assert!(error.message.contains("is not managed by overlayd"), "{error}");
@@ -220,13 +220,13 @@ fn attach_with_new_mac_updates_neighbours() {
     on_host("plugmac", KernelOptions::default(), async |host| {
         host.create_devices().await;
         let port_manager = host.kernel.port_manager();
-        let near = PortSpec {
+        let neighbour_spec = PortSpec {
             host_interface: "ove2".to_owned(),
             mac: Mac([2, 0, 0, 0, 2, 9]),
             addresses: vec!["10.244.0.9/24".parse().expect("address"), "fd00:244::9/64".parse().expect("address")],
             ..port_spec(&neighbour)
         };
-        port_manager.attach_port(&near).await.expect("attached");
+        port_manager.attach_port(&neighbour_spec).await.expect("attached");
         port_manager.attach_port(&port_spec(&first)).await.expect("attached");
         let ping = || ["10.244.0.2", "fd00:244::2"].map(|address| run(&format!("ping -c 1 -W 2 {address}")));
         let neighbours = || ["-4", "-6"].map(|family| run(&format!("ip {family} neigh show"))).concat();
@@ -235,7 +235,7 @@ fn attach_with_new_mac_updates_neighbours() {
 
         port_manager.detach_port("ove1").await.expect("detached");
         port_manager.attach_port(&PortSpec { mac: Mac([2, 0, 0, 0, 2, 3]), ..port_spec(&second) }).await.expect("attached");
-        let end = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
         loop {
             let tables = [neighbours(), neighbour.netns.run(neighbours).expect("inside")];
             let is_new = |line: &&str| line.contains("lladdr 02:00:00:00:02:03");
@@ -245,7 +245,7 @@ fn attach_with_new_mac_updates_neighbours() {
             if tables.iter().all(|text| of_address(text, "10.244.0.2") && of_address(text, "fd00:244::2")) {
                 break;
             }
-            assert!(std::time::Instant::now() < end, "an old MAC stays:\n{}", tables.join("--\n"));
+            assert!(std::time::Instant::now() < deadline, "an old MAC stays:\n{}", tables.join("--\n"));
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     });

@@ -20,8 +20,8 @@ fn setting_devices_is_idempotent() {
             for (key, value) in state_of(&batch) {
                 assert_eq!(state.get(&key), Some(&value), "{key}");
             }
-            let others = state.keys().filter(|key| !matches!(key, Key::Sysctl(_))).count();
-            assert_eq!(others, batch.len(), "{state:#?}");
+            let entry_count = state.keys().filter(|key| !matches!(key, Key::Sysctl(_))).count();
+            assert_eq!(entry_count, batch.len(), "{state:#?}");
             for device in [bridge(), vxlan(Family::V4), vxlan(Family::V6)] {
                 let key = Key::Sysctl(sysctl::accept_ra(&device.name()).into());
                 assert_eq!(state.get(&key), Some(&Value::Sysctl("0".into())), "{key}");
@@ -74,25 +74,25 @@ fn foreign_link_with_own_name_is_refused() {
         run("ip link add ovx.1 type bridge");
         run("ip link add ovb.1 type veth peer name other");
         let state = host.dump().await;
-        let stranger = link_of(state.get(&Key::Link("ovx.1".into())));
-        assert_eq!(stranger.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
+        let foreign_link = link_of(state.get(&Key::Link("ovx.1".into())));
+        assert_eq!(foreign_link.kind, LinkKind::Foreign { kind: "bridge".to_owned() });
         let unmarked = link_of(state.get(&Key::Link("ovb.1".into())));
         assert_eq!(unmarked.kind, LinkKind::Foreign { kind: "veth".to_owned() });
         let before = run("ip -d link");
         let mut batch = devices(host.underlay);
         batch.extend(deletions(&batch));
         let report = host.kernel.apply(&batch).await;
-        let of = |name: &str, n: usize| {
+        let error_message = |name: &str, n: usize| {
             let named = report.failed.iter().filter(|(i, _)| batch[*i].key() == &Key::Link(name.into()));
             named.map(|(_, e)| e.message.clone()).nth(n).expect("refused")
         };
-        let message = of("ovx.1", 0);
+        let message = error_message("ovx.1", 0);
         assert_eq!(
             message,
             "interface ovx.1 exists and is not managed by overlayd (kind bridge, no alias `overlayd`): remove or rename it: ip link delete ovx.1"
         );
-        assert_eq!(of("ovx.1", 1), message, "nor is it deleted");
-        assert!(of("ovb.1", 0).contains("kind veth"));
+        assert_eq!(error_message("ovx.1", 1), message, "nor is it deleted");
+        assert!(error_message("ovb.1", 0).contains("kind veth"));
         assert_eq!(before, run("ip -d link"), "untouched");
         assert!(report.failed.is_sorted_by_key(|(i, _)| *i));
     });
@@ -116,11 +116,11 @@ fn vxlan_conflict_error_names_the_cause() {
         assert_eq!(error.errno, libc::EEXIST);
         assert!(error.message.contains("VNI 1 on UDP port 8472 is in use by interface flannel.1"), "{error}");
         run("ip link delete flannel.1");
-        let taken = std::net::UdpSocket::bind("0.0.0.0:8472").expect("bind");
+        let socket = std::net::UdpSocket::bind("0.0.0.0:8472").expect("bind");
         let report = host.kernel.apply(&vec![set_link(vxlan(Family::V4), vxlan_link(Family::V4, host.underlay))]).await;
         let (_, error) = report.failed.first().expect("refused");
         assert!(error.message.contains("UDP port 8472 is taken by another program"), "{error}");
-        drop(taken);
+        drop(socket);
         host.create_devices().await;
         let mut large = vxlan_link(Family::V4, host.underlay);
         large.mtu = 70_000;

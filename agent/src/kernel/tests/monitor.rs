@@ -42,9 +42,9 @@ fn external_entry_changes_are_reported() {
             host.apply(&batch).await;
             host.expect_no_events().await;
 
-            let elsewhere = if family == Family::V4 { "10.99.66.6" } else { "fd99::6666" };
-            run(&format!("bridge fdb replace {mac} dev {device} dst {elsewhere} self permanent"));
-            assert_eq!(host.wait_for_change(fdb).await, Some(Value::Fdb(ip(elsewhere))));
+            let other_vtep = if family == Family::V4 { "10.99.66.6" } else { "fd99::6666" };
+            run(&format!("bridge fdb replace {mac} dev {device} dst {other_vtep} self permanent"));
+            assert_eq!(host.wait_for_change(fdb).await, Some(Value::Fdb(ip(other_vtep))));
             run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud permanent"));
             assert_eq!(host.wait_for_change(neigh).await, Some(Value::Neigh("02:66:66:66:66:66".parse().expect("mac"))));
             run(&format!("ip neigh replace {base} dev {device} lladdr 02:66:66:66:66:66 nud reachable"));
@@ -105,8 +105,8 @@ fn removing_most_peers_pauses_entry_events() {
         host.expect_no_events().await;
         host.apply(&deletions(&peers(Family::V4, 550..1150, true))).await;
         host.wait_for_resync("most peers were removed").await;
-        let left = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
-        assert_eq!(left, 50);
+        let remaining = host.dump().await.keys().filter(|key| matches!(key, Key::Neigh(..))).count();
+        assert_eq!(remaining, 50);
         // Only routes and next hops are deleted explicitly; the other entries go with their device.
         let batch = peers(Family::V4, 0..600, true);
         host.apply(&batch).await;
@@ -139,11 +139,11 @@ fn fdb_changes_during_pause_are_found() {
         }
         host.expect_no_events().await;
         drop(pause_guard);
-        let stranger = Key::Fdb(*device, "02:66:66:66:66:66".parse().expect("mac"));
+        let foreign_entry = Key::Fdb(*device, "02:66:66:66:66:66".parse().expect("mac"));
         let mut wanted = vec![
             (fdb[0].clone(), None),
             (fdb[1].clone(), Some(Value::Fdb(ip("10.99.66.6")))),
-            (stranger.clone(), Some(Value::Fdb(ip("10.99.66.7")))),
+            (foreign_entry.clone(), Some(Value::Fdb(ip("10.99.66.7")))),
         ];
         wanted.sort_by(|(a, _), (b, _)| a.cmp(b));
         match host.events.recv().await.expect("an event") {
@@ -152,7 +152,7 @@ fn fdb_changes_during_pause_are_found() {
         }
         // Later FDB events arrive again.
         run("bridge fdb del 02:66:66:66:66:66 dev ovx.1");
-        assert_eq!(host.wait_for_change(&stranger).await, None);
+        assert_eq!(host.wait_for_change(&foreign_entry).await, None);
     });
 }
 
@@ -213,8 +213,8 @@ fn external_link_and_address_changes_are_reported() {
         run("ip address add 10.244.0.1/24 dev ovb.1");
         assert_eq!(host.wait_for_change(&address).await, Some(Value::Address));
         run("ip address add fd00:66::1/64 dev ovb.1");
-        let stranger = Key::Address(bridge(), "fd00:66::1/64".parse().expect("address"));
-        assert_eq!(host.wait_for_change(&stranger).await, Some(Value::Address));
+        let foreign_address = Key::Address(bridge(), "fd00:66::1/64".parse().expect("address"));
+        assert_eq!(host.wait_for_change(&foreign_address).await, Some(Value::Address));
         host.drain_events().await;
 
         run("ip link delete ovb.1");
@@ -263,7 +263,7 @@ fn external_interface_sysctl_changes_are_reported() {
         host.create_devices().await;
         host.drain_events().await;
         let of = |interface: &str, family, setting: &str| sysctls::interface_path(interface, family, setting);
-        for (path, right, wrong) in [
+        for (path, expected, wrong) in [
             (of("ovb.1", Family::V4, "forwarding"), "1", "0"),
             (of("ovx.1", Family::V4, "rp_filter"), "2", "1"),
             (of("ovb.1", Family::V4, "proxy_arp"), "0", "1"),
@@ -271,7 +271,7 @@ fn external_interface_sysctl_changes_are_reported() {
             (of("ovb.1", Family::V6, "forwarding"), "1", "0"),
         ] {
             let key = Key::Sysctl(path.clone().into());
-            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl(right.into()))]).await;
+            host.apply(&vec![Op::Set(key.clone(), Value::Sysctl(expected.into()))]).await;
             host.expect_no_events().await;
             std::fs::write(format!("/proc/sys/net/{path}"), wrong).expect("written");
             assert_eq!(host.wait_for_change(&key).await, Some(Value::Sysctl(wrong.into())), "{path}");

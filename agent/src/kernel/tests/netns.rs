@@ -36,8 +36,8 @@ fn namespace_is_created_entered_and_deleted() {
 #[test]
 fn non_namespace_path_is_refused() {
     for path in ["/etc/passwd", "/run", "/dev/null", "/proc/self/ns/uts", "/proc/self/ns/mnt"] {
-        let refused = Netns::open(path).expect_err(path);
-        assert!(matches!(refused, NetnsError::NotNetns { .. }), "{path}: {refused}");
+        let error = Netns::open(path).expect_err(path);
+        assert!(matches!(error, NetnsError::NotNetns { .. }), "{path}: {error}");
     }
     for name in ["", ".", "..", "a/b", "../x"] {
         assert!(matches!(named_path(name), Err(NetnsError::InvalidName { .. })), "{name}");
@@ -59,9 +59,9 @@ fn half_created_namespace_can_be_deleted() {
 fn panic_inside_namespace_reaches_caller() {
     let scratch = TestNetns::new("panic");
     let before = Netns::current().expect("own");
-    let caught = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
-    assert!(caught(&|| scratch.netns.run(|| panic!("inside")).expect("entered")));
-    assert!(caught(&|| scratch.netns.run_in_place(|| panic!("inside")).expect("entered")));
+    let panics = |work: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err();
+    assert!(panics(&|| scratch.netns.run(|| panic!("inside")).expect("entered")));
+    assert!(panics(&|| scratch.netns.run_in_place(|| panic!("inside")).expect("entered")));
     assert!(before.is_same(&Netns::current().expect("own")).expect("same"), "the thread has returned");
 }
 

@@ -21,7 +21,7 @@ fn set_and_delete_peers(what: &str, options: KernelOptions, count: u32) {
     on_host(what, options, async |host| {
         host.create_devices().await;
         let nexthops = host.kernel.nexthop_objects();
-        let many = usize::try_from(count).is_ok_and(|count| count >= PAUSE_EVENTS_ABOVE);
+        let is_bulk = usize::try_from(count).is_ok_and(|count| count >= PAUSE_EVENTS_ABOVE);
         for family in Family::ALL {
             let batch = peers(family, 0..count, nexthops);
             for _ in 0..2 {
@@ -32,14 +32,14 @@ fn set_and_delete_peers(what: &str, options: KernelOptions, count: u32) {
                 assert!(is == wanted, "{family}: read and set entries are equal");
             }
             host.expect_no_events().await;
-            let gone = deletions(&batch);
-            host.apply(&gone).await;
+            let delete_ops = deletions(&batch);
+            host.apply(&delete_ops).await;
             assert_eq!(peer_entries(host.dump().await), State::new());
-            if many {
+            if is_bulk {
                 host.wait_for_resync("most peers were removed").await;
             }
-            host.apply(&gone).await;
-            if many {
+            host.apply(&delete_ops).await;
+            if is_bulk {
                 host.wait_for_resync("most peers were removed").await;
                 host.drain_events().await;
             }
@@ -49,12 +49,12 @@ fn set_and_delete_peers(what: &str, options: KernelOptions, count: u32) {
 }
 
 #[test]
-fn a_thousand_peers_with_nexthop_objects() {
+fn thousand_peers_with_nexthop_objects_are_applied() {
     set_and_delete_peers("thousand", KernelOptions::default(), 1000);
 }
 
 #[test]
-fn peers_with_classic_routes() {
+fn peers_with_classic_routes_are_applied() {
     set_and_delete_peers("classic", CLASSIC_ROUTES(), 300);
 }
 

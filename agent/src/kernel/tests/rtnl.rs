@@ -42,8 +42,8 @@ fn kernel_error_carries_ext_ack_message() {
     TestNetns::new("words").block_on(async || {
         let rtnl = Rtnl::open().expect("a connection");
         let destination = "10.9.0.0/16".parse().expect("cidr");
-        let nowhere = route(Some(destination), Some(ip("10.8.0.1")), None, RouteProtocol::Static);
-        let error = rtnl.replace_route(nowhere).await.expect_err("the gateway is unreachable");
+        let unreachable = route(Some(destination), Some(ip("10.8.0.1")), None, RouteProtocol::Static);
+        let error = rtnl.replace_route(unreachable).await.expect_err("the gateway is unreachable");
         assert_eq!((error.errno, error.detail.as_str()), (libc::ENETUNREACH, "Nexthop has invalid gateway"));
     });
 }

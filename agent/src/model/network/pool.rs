@@ -55,10 +55,10 @@ impl Pool {
 
     /// The smallest CIDR that covers all leasable addresses.
     pub fn span(&self) -> Cidr {
-        let holds = |cidr: &Cidr| cidr.contains(self.max.last());
+        let contains_max = |cidr: &Cidr| cidr.contains(self.max.last());
         let mut spans =
             (self.network.length()..=self.subnet_length).rev().filter_map(|length| Cidr::containing(self.min.base(), length));
-        spans.find(holds).unwrap_or(self.network)
+        spans.find(contains_max).unwrap_or(self.network)
     }
 
     /// The minimal list of CIDRs that cover exactly the leasable addresses, ascending. It has one element if `min` and `max` are
@@ -70,11 +70,13 @@ impl Pool {
         let mut next = Some(self.value(self.min));
         while let Some(base) = next.filter(|base| *base <= last) {
             // The shortest prefix that begins at `base` and does not extend beyond `last`.
-            let fits = |length: &u8| {
+            let range_of_length = |length: &u8| {
                 Cidr::containing(family.address(base), *length)
                     .filter(|cidr| self.value(*cidr) == base && address_value(cidr.last()) <= last)
             };
-            let Some(range) = (self.network.length()..=self.subnet_length).find_map(|length| fits(&length)) else { break };
+            let Some(range) = (self.network.length()..=self.subnet_length).find_map(|length| range_of_length(&length)) else {
+                break;
+            };
             next = address_value(range.last()).checked_add(1);
             ranges.push(range);
         }

@@ -81,8 +81,8 @@ pub fn accept_ra_interfaces(
             inventory.default_routes.iter().any(|route| route.interface == link.index && route.from_router_advertisement);
         let inner = link.is_port || link.loopback || INNER_KINDS.contains(&link.kind.as_str());
         let may_have_routers = link.index == external || has_ra_default_route || !inner;
-        let takes = !ipv6.forwarding || enabled_by_agent || has_ra_default_route;
-        changed(&link.name) || (ipv6.accept_ra == 1 && may_have_routers && takes)
+        let accepts_ra = !ipv6.forwarding || enabled_by_agent || has_ra_default_route;
+        changed(&link.name) || (ipv6.accept_ra == 1 && may_have_routers && accepts_ra)
     };
     inventory.links.iter().filter(is_kept).map(|link| link.name.clone()).collect()
 }

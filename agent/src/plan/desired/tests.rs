@@ -58,15 +58,15 @@ const DUAL: &str = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network"
 const DUAL_KEY: &str = "10.244.7.0-24&fd00:10:244:7::-64";
 
 fn peer() -> Peer {
-    let reach = |subnet: &str, public_ip: &str, last: u8| RemoteSubnet {
+    let remote = |subnet: &str, public_ip: &str, last: u8| RemoteSubnet {
         subnet: cidr(subnet),
         public_ip: address(public_ip),
         vtep: Mac([2, 0, 0, 0, 9, last]),
     };
     Peer {
         remote_subnets: PerFamily {
-            v4: Some(reach("10.244.9.0/24", "192.0.2.9", 4)),
-            v6: Some(reach("fd00:10:244:9::/64", "2001:db8::9", 6)),
+            v4: Some(remote("10.244.9.0/24", "192.0.2.9", 4)),
+            v6: Some(remote("fd00:10:244:9::/64", "2001:db8::9", 6)),
         },
     }
 }
@@ -184,21 +184,21 @@ fn changed_entries_omit_unchanged_endpoints() {
     let (a, b, c) = (named("a", 1, &[]), named("b", 2, &[]), named("c", 3, &["80:80"]));
     let other_b = named("b", 4, &[]);
     let hosts = [with(&[]), with(&[&a]), with(&[&a, &b]), with(&[&a, &other_b]), with(&[&c]), with(&[&a, &b, &c])];
-    let moved = HostSpec { masquerade: false, ..with(&[&a, &b]) };
-    for from in hosts.iter().chain([&moved]) {
-        for to in hosts.iter().chain([&moved]) {
-            let (was, now) = from.changed_entries(to);
+    let unmasqueraded = HostSpec { masquerade: false, ..with(&[&a, &b]) };
+    for from in hosts.iter().chain([&unmasqueraded]) {
+        for to in hosts.iter().chain([&unmasqueraded]) {
+            let (removed, added) = from.changed_entries(to);
             // All entries of `from`, minus the old changed entries, plus the new ones, are all entries of `to`.
             let mut state = from.entries();
-            state.retain(|key, _| !was.contains_key(key));
-            state.extend(now);
+            state.retain(|key, _| !removed.contains_key(key));
+            state.extend(added);
             assert_eq!(state, to.entries(), "{:?} to {:?}", from.ports, to.ports);
         }
     }
-    let (was, now) = with(&[&a, &b]).changed_entries(&with(&[&a, &other_b]));
+    let (removed, added) = with(&[&a, &b]).changed_entries(&with(&[&a, &other_b]));
     let interfaces = |state: &State| lines(state).iter().filter(|line| line.starts_with("link")).count();
-    assert_eq!((interfaces(&was), interfaces(&now)), (1, 1));
-    assert!(lines(&was).iter().chain(&lines(&now)).all(|line| !line.contains("veth1")));
+    assert_eq!((interfaces(&removed), interfaces(&added)), (1, 1));
+    assert!(lines(&removed).iter().chain(&lines(&added)).all(|line| !line.contains("veth1")));
 }
 
 /// The elements of a host's sets, without those of its peers.
@@ -255,7 +255,7 @@ fn peer_tunnel_elements_cover_its_subnet() {
     let of = |host: &HostSpec, subnet: &str| {
         let mut peer = peer();
         peer.remote_subnets.v6 = None;
-        peer.remote_subnets.v4 = peer.remote_subnets.v4.map(|reach| RemoteSubnet { subnet: cidr(subnet), ..reach });
+        peer.remote_subnets.v4 = peer.remote_subnets.v4.map(|remote| RemoteSubnet { subnet: cidr(subnet), ..remote });
         let entries = host.peer_entries(&peer);
         let elements = entries.into_iter().filter(|(key, _)| matches!(key, Key::Element(_)));
         elements.map(|(key, _)| key.to_string()).collect::<Vec<_>>()

@@ -34,7 +34,7 @@ fn record(key: &str, revision: i64, ip: u8, mac: u8) -> StoreEntry {
 }
 
 fn subnet(peer: &Peer) -> Subnet {
-    Subnet::new(peer.remote_subnets.map(|_, reach| reach.subnet)).expect("a family")
+    Subnet::new(peer.remote_subnets.map(|_, remote| remote.subnet)).expect("a family")
 }
 
 fn local_host() -> LocalHost {
@@ -45,12 +45,12 @@ fn local_host() -> LocalHost {
     }
 }
 
-fn status_word(roster: &LeaseTable, key: &str) -> &'static str {
-    match roster.classify(key, &network(), Some(&local_host())) {
+fn status_word(table: &LeaseTable, key: &str) -> &'static str {
+    match table.classify(key, &network(), Some(&local_host())) {
         None => "absent",
         Some(Classification::Own) => "own",
         Some(Classification::Accepted(_)) => "peer",
-        Some(Classification::Rejected(refusal)) => refusal.kind.as_str(),
+        Some(Classification::Rejected(rejected)) => rejected.kind.as_str(),
     }
 }
 
@@ -67,17 +67,17 @@ fn record_at(key: &str, revision: i64, public_ip: &str) -> StoreEntry {
     entry
 }
 
-fn status_word_in_wide_network(roster: &LeaseTable, key: &str) -> &'static str {
-    match roster.classify(key, &wide_network(), None) {
+fn status_word_in_wide_network(table: &LeaseTable, key: &str) -> &'static str {
+    match table.classify(key, &wide_network(), None) {
         Some(Classification::Accepted(_)) => "peer",
-        Some(Classification::Rejected(refusal)) => refusal.kind.as_str(),
+        Some(Classification::Rejected(rejected)) => rejected.kind.as_str(),
         other => panic!("{key}: {other:?}"),
     }
 }
 
 #[test]
 fn public_ip_is_checked_against_leasable_range() {
-    let mut roster = LeaseTable::default();
+    let mut table = LeaseTable::default();
     for (revision, public_ip, wanted) in [
         (1, "10.200.0.1", "peer"),
         (2, "10.9.255.255", "peer"),
@@ -87,12 +87,12 @@ fn public_ip_is_checked_against_leasable_range() {
         (6, "192.0.2.6", "peer"),
     ] {
         let key = format!("10.20.{revision}.0-24");
-        roster.upsert(record_at(&key, revision, public_ip));
-        assert_eq!(status_word_in_wide_network(&roster, &key), wanted, "{public_ip}");
+        table.upsert(record_at(&key, revision, public_ip));
+        assert_eq!(status_word_in_wide_network(&table, &key), wanted, "{public_ip}");
     }
-    roster.upsert(record_at("10.200.7.0-24", 7, "10.200.7.9"));
+    table.upsert(record_at("10.200.7.0-24", 7, "10.200.7.9"));
     assert_eq!(
-        status_word_in_wide_network(&roster, "10.200.7.0-24"),
+        status_word_in_wide_network(&table, "10.200.7.0-24"),
         "field",
         "its own subnet, which the pool does not lease any more"
     );
@@ -101,29 +101,26 @@ fn public_ip_is_checked_against_leasable_range() {
 #[test]
 fn lease_covering_host_address_is_rejected() {
     let (stale, host) = ("10.200.7.0-24", "10.20.1.0-24");
-    let mut roster = LeaseTable::default();
-    roster.upsert(record_at(stale, 1, "192.0.2.1"));
-    assert_eq!(status_word_in_wide_network(&roster, stale), "peer");
-    let affected = roster.upsert(record_at(host, 2, "10.200.7.1"));
+    let mut table = LeaseTable::default();
+    table.upsert(record_at(stale, 1, "192.0.2.1"));
+    assert_eq!(status_word_in_wide_network(&table, stale), "peer");
+    let affected = table.upsert(record_at(host, 2, "10.200.7.1"));
     assert!(affected.contains(stale), "classified again: {affected:?}");
-    assert_eq!(
-        (status_word_in_wide_network(&roster, stale), status_word_in_wide_network(&roster, host)),
-        ("covers-host", "peer")
-    );
-    let affected = roster.upsert(record_at(host, 2, "192.0.2.2"));
+    assert_eq!((status_word_in_wide_network(&table, stale), status_word_in_wide_network(&table, host)), ("covers-host", "peer"));
+    let affected = table.upsert(record_at(host, 2, "192.0.2.2"));
     assert!(affected.contains(stale), "{affected:?}");
-    assert_eq!(status_word_in_wide_network(&roster, stale), "peer");
-    roster.upsert(record_at(host, 2, "10.200.7.1"));
-    assert!(roster.remove(host).contains(stale));
-    assert_eq!(status_word_in_wide_network(&roster, stale), "peer");
+    assert_eq!(status_word_in_wide_network(&table, stale), "peer");
+    table.upsert(record_at(host, 2, "10.200.7.1"));
+    assert!(table.remove(host).contains(stale));
+    assert_eq!(status_word_in_wide_network(&table, stale), "peer");
     let own = LocalHost { public_ip: PerFamily { v4: "10.200.7.1".parse().ok(), v6: None }, ..local_host() };
-    let refused = matches!(roster.classify(stale, &wide_network(), Some(&own)), Some(Classification::Rejected(r)) if r.kind.as_str() == "covers-host");
-    assert!(refused, "this host's own address counts too");
+    let is_rejected = matches!(table.classify(stale, &wide_network(), Some(&own)), Some(Classification::Rejected(r)) if r.kind.as_str() == "covers-host");
+    assert!(is_rejected, "this host's own address counts too");
 }
 
 #[test]
 fn leases_are_classified() {
-    let mut roster = LeaseTable::default();
+    let mut table = LeaseTable::default();
     for (key, revision, ip, mac, wanted) in [
         ("10.244.1.0-24", 10, 1, 1, "peer"),
         ("10.244.9.0-24", 11, 9, 9, "own"),
@@ -139,30 +136,30 @@ fn leases_are_classified() {
         ("fd00:10:244:5::-64", 17, 12, 12, "peer"),
         ("10.244.6.0-24&fd00:10:244:5::-64", 18, 13, 13, "overlap"),
     ] {
-        roster.upsert(record(key, revision, ip, mac));
-        assert_eq!(status_word(&roster, key), wanted, "{key}");
+        table.upsert(record(key, revision, ip, mac));
+        assert_eq!(status_word(&table, key), wanted, "{key}");
     }
-    assert_eq!(status_word(&roster, "10.244.1.0-24"), "peer", "the valid peer stays");
+    assert_eq!(status_word(&table, "10.244.1.0-24"), "peer", "the valid peer stays");
 }
 
 #[test]
 fn stale_lease_of_same_host_does_not_conflict() {
-    let mut roster = LeaseTable::default();
-    roster.upsert(record("10.244.1.0-24", 1, 1, 1));
-    roster.upsert(record("10.244.2.0-24", 2, 1, 1));
-    assert_eq!((status_word(&roster, "10.244.1.0-24"), status_word(&roster, "10.244.2.0-24")), ("peer", "peer"));
+    let mut table = LeaseTable::default();
+    table.upsert(record("10.244.1.0-24", 1, 1, 1));
+    table.upsert(record("10.244.2.0-24", 2, 1, 1));
+    assert_eq!((status_word(&table, "10.244.1.0-24"), status_word(&table, "10.244.2.0-24")), ("peer", "peer"));
 }
 
 #[test]
 fn renewal_affects_no_lease() {
-    let mut roster = LeaseTable::default();
-    roster.upsert(record("10.244.1.0-24", 1, 1, 1));
+    let mut table = LeaseTable::default();
+    table.upsert(record("10.244.1.0-24", 1, 1, 1));
     let mut renewed = record("10.244.1.0-24", 1, 1, 1);
     if let Ok(record) = &mut renewed.value {
         record.changed = StorePosition(99);
     }
-    assert!(roster.upsert(renewed).is_empty());
-    assert_eq!(roster.upsert(record("10.244.1.0-24", 1, 2, 1)).len(), 1);
+    assert!(table.upsert(renewed).is_empty());
+    assert_eq!(table.upsert(record("10.244.1.0-24", 1, 2, 1)).len(), 1);
 }
 
 fn any_entry() -> impl Strategy<Value = StoreEntry> {

@@ -158,25 +158,25 @@ impl InetTableSpec {
         if families.contains(&Family::V4) {
             let cidr = loopback(Family::V4);
             rules.push(rule([interface_is_not(Field::InputInterface, &self.bridge_name()), Expr::Accept]));
-            let ends = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
-            rules.extend(ends.map(|end| rule([end, Expr::Count(Counter::Loopback), Expr::Drop])));
+            let matches = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
+            rules.extend(matches.map(|expr| rule([expr, Expr::Count(Counter::Loopback), Expr::Drop])));
         }
         base_chain("incoming", Hook::Prerouting, ChainKind::Filter, NF_IP_PRI_RAW, rules)
     }
 
     fn encapsulated_chain(&self, families: &[Family]) -> Chain {
         let mut rules = vec![rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
-        let here = families.iter().filter_map(|family| self.local.get(*family));
-        let here = here.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
-        rules.extend(here.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
+        let local_addresses = families.iter().filter_map(|family| self.local.get(*family));
+        let destinations = local_addresses.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
+        rules.extend(destinations.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
         Chain { name: "encapsulated".to_owned(), base: None, rules }
     }
 
     fn overlay_chain(&self) -> Chain {
-        let ends = |family| [Field::Source(family), Field::Destination(family)];
-        let ends =
-            self.network.pools.iter().flat_map(|(family, pool)| ends(family).map(|field| in_leased_range(field, pool, false)));
-        Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: ends.map(|end| rule([end, Expr::Accept])).collect() }
+        let fields = |family| [Field::Source(family), Field::Destination(family)];
+        let exprs =
+            self.network.pools.iter().flat_map(|(family, pool)| fields(family).map(|field| in_leased_range(field, pool, false)));
+        Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: exprs.map(|expr| rule([expr, Expr::Accept])).collect() }
     }
 
     /// Ports bound to one address come before ports of any address. A loopback address cannot be reached from outside: ports
@@ -202,8 +202,8 @@ impl InetTableSpec {
         if self.publishes {
             let sources = families.iter().flat_map(|family| [self.subnet.get(*family), Some(loopback(*family))]).flatten();
             for cidr in sources {
-                let from = Expr::Source { cidr, negate: false };
-                rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, from, Expr::Masquerade]));
+                let source = Expr::Source { cidr, negate: false };
+                rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, source, Expr::Masquerade]));
             }
         }
         if self.masquerade {

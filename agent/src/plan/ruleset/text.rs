@@ -17,8 +17,8 @@ impl fmt::Display for Table {
 impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "table {} {TABLE} {{", self.table)?;
-        for thing in &self.foreign {
-            writeln!(f, "\t# not ours: {thing}")?;
+        for object in &self.foreign {
+            writeln!(f, "\t# not ours: {object}")?;
         }
         let counters = self.counters.iter().map(|counter| format!("\tcounter {} {{\n\t}}\n", counter.name()));
         let sets = self.sets.iter().map(|set| set_text(*set));
@@ -35,9 +35,10 @@ impl fmt::Display for Ruleset {
 
 fn set_text(set: SetName) -> String {
     let types = |types: Vec<SetFieldType>| types.iter().map(ToString::to_string).collect::<Vec<_>>().join(" . ");
-    let (kind, leads) = if set.data().is_empty() { ("set", String::new()) } else { ("map", format!(" : {}", types(set.data()))) };
+    let (kind, data_type) =
+        if set.data().is_empty() { ("set", String::new()) } else { ("map", format!(" : {}", types(set.data()))) };
     let flags = if set.has_ranges() { "\t\tflags interval\n" } else { "" };
-    format!("\t{kind} {} {{\n\t\ttype {}{leads}\n{flags}\t}}\n", set.name(), types(set.key()))
+    format!("\t{kind} {} {{\n\t\ttype {}{data_type}\n{flags}\t}}\n", set.name(), types(set.key()))
 }
 
 impl fmt::Display for SetFieldType {
@@ -238,11 +239,11 @@ impl fmt::Display for Priority {
             Table::Inet => NAMES.as_slice(),
             Table::Bridge => BRIDGE.as_slice(),
         };
-        let near = names
+        let nearest = names
             .iter()
             .filter(|(_, _, hook)| hook.is_none_or(|hook| hook == self.hook))
             .find(|(_, value, _)| self.value.abs_diff(*value) <= 10);
-        match near {
+        match nearest {
             Some((name, value, _)) if self.value == *value => f.write_str(name),
             Some((name, value, _)) if self.value > *value => write!(f, "{name} + {}", self.value.abs_diff(*value)),
             Some((name, value, _)) => write!(f, "{name} - {}", self.value.abs_diff(*value)),

@@ -58,8 +58,8 @@ fn inventory() -> HostInventory {
     }
 }
 
-fn choose(selection: &UnderlaySelector, families: &[Family], reach: Option<u32>) -> Result<Underlay, String> {
-    let choice = selection.choose(&inventory(), &pools(families), reach, &CurrentUnderlay::default());
+fn choose(selection: &UnderlaySelector, families: &[Family], reachable_link: Option<u32>) -> Result<Underlay, String> {
+    let choice = selection.choose(&inventory(), &pools(families), reachable_link, &CurrentUnderlay::default());
     choice.map(|choice| choice.underlay).map_err(|e| e.to_string())
 }
 
@@ -76,8 +76,8 @@ fn interface_is_selected_by_each_criterion() {
     let regex = |text| UnderlaySelector { regex: Regex::new(text).ok(), ..UnderlaySelector::default() };
     assert_eq!(choose(&regex("^eth1$"), &v4, None).expect("by name").name, "eth1");
     assert_eq!(choose(&regex(r"^192\.0\.2\.8$"), &v4, None).expect("by address").local.v4, "192.0.2.8".parse().ok());
-    let reach = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
-    assert_eq!(choose(&reach, &v4, Some(2)).expect("by route").name, "eth0");
+    let selector = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
+    assert_eq!(choose(&selector, &v4, Some(2)).expect("by route").name, "eth0");
     assert_eq!(choose(&UnderlaySelector::default(), &v4, None).expect("default route").name, "eth1");
 }
 
@@ -119,11 +119,11 @@ fn interface_without_ipv6_serves_ipv4_alone() {
 fn errors_name_the_candidates() {
     let candidates = "candidates: eth0 (192.0.2.7, 192.0.2.8, 2001:db8::7), eth1 (198.51.100.7)";
     let regex = UnderlaySelector { regex: Regex::new("^wlan").ok(), ..UnderlaySelector::default() };
-    let reach = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
+    let selector = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
     for (result, wanted) in [
         (choose(&by_interface(&["eth7", "lo"]), &[Family::V4], None), "no interface eth7 or lo"),
         (choose(&regex, &[Family::V4], None), "`^wlan` matches no interface"),
-        (choose(&reach, &[Family::V4], None), "no route to 203.0.113.1"),
+        (choose(&selector, &[Family::V4], None), "no route to 203.0.113.1"),
         (choose(&UnderlaySelector::default(), &[Family::V6], None), "no IPv6 default route"),
         (choose(&by_interface(&["eth1"]), &Family::ALL, None), "eth1 has no IPv6 address"),
     ] {
@@ -263,10 +263,10 @@ fn current_interface_stays_when_configured_one_missing() {
     host.default_routes.clear();
     let local = PerFamily { v4: "192.0.2.9".parse().ok(), v6: "2001:db8::9".parse().ok() };
     let in_use = CurrentUnderlay { link: Some(2), local, ..CurrentUnderlay::default() };
-    let reach = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
+    let selector = UnderlaySelector { can_reach: "203.0.113.1".parse().ok(), ..UnderlaySelector::default() };
     for (selection, wanted, v4) in [
         (UnderlaySelector::default(), "no IPv4 default route", "192.0.2.7"),
-        (reach, "no route to 203.0.113.1", "192.0.2.7"),
+        (selector, "no route to 203.0.113.1", "192.0.2.7"),
         (by_interface(&["eth9"]), "no interface eth9", "192.0.2.7"),
         (by_interface(&["192.0.2.9"]), "no interface 192.0.2.9", "192.0.2.9"),
     ] {

@@ -51,9 +51,9 @@ impl FakeKernel {
 
 impl DataPath for FakeKernel {
     async fn dump(&mut self) -> Result<State, OpError> {
-        let mut world = self.lock();
-        world.dump_count += 1;
-        Ok(world.state.clone())
+        let mut kernel = self.lock();
+        kernel.dump_count += 1;
+        Ok(kernel.state.clone())
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -61,22 +61,22 @@ impl DataPath for FakeKernel {
         if stuck {
             std::future::pending::<()>().await;
         }
-        let mut world = self.lock();
+        let mut kernel = self.lock();
         let mut report = ApplyReport::default();
         for (index, op) in batch.iter().enumerate() {
-            if world.failing_keys.contains(op.key()) {
+            if kernel.failing_keys.contains(op.key()) {
                 report.failed.push((index, OpError { errno: 12, message: "cannot allocate memory".to_owned() }));
             } else {
-                op.apply_to(&mut world.state);
-                world.applied_ops.push(op.clone());
+                op.apply_to(&mut kernel.state);
+                kernel.applied_ops.push(op.clone());
             }
         }
         report
     }
 
     async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
-        let world = self.lock();
-        let found = |path: String| world.state.get_key_value(&Key::Sysctl(path.into()));
+        let kernel = self.lock();
+        let found = |path: String| kernel.state.get_key_value(&Key::Sysctl(path.into()));
         Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
     }
 

@@ -123,12 +123,12 @@ impl Etcd {
     }
 
     /// Removes its data.
-    pub(super) fn wipe(&self) {
+    pub(super) fn delete_data(&self) {
         std::fs::remove_dir_all(self.directory.path().join("data")).unwrap();
     }
 
     /// Suspends the process like a hung machine, or resumes it.
-    pub(super) fn freeze(&self, frozen: bool) {
+    pub(super) fn set_suspended(&self, frozen: bool) {
         use nix::sys::signal::{Signal, kill};
         let pid = nix::unistd::Pid::from_raw(self.child.as_ref().unwrap().id().try_into().unwrap());
         kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).unwrap();
@@ -262,17 +262,17 @@ impl Agent {
     /// Waits for the first event that `f` maps to a value; skips other events.
     pub(super) async fn find<T>(&mut self, mut f: impl FnMut(&StoreEvent) -> Option<T>) -> T {
         let deadline = Instant::now() + TEST_TIMEOUT;
-        let mut passed = Vec::new();
+        let mut skipped = Vec::new();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let Ok(event) = tokio::time::timeout(left, self.events.recv()).await else {
-                panic!("timeout; skipped events: {passed:#?}")
+            let remaining = deadline.saturating_duration_since(Instant::now());
+            let Ok(event) = tokio::time::timeout(remaining, self.events.recv()).await else {
+                panic!("timeout; skipped events: {skipped:#?}")
             };
-            let event = event.unwrap_or_else(|| panic!("the store has ended; skipped events: {passed:#?}"));
+            let event = event.unwrap_or_else(|| panic!("the store has ended; skipped events: {skipped:#?}"));
             if let Some(found) = f(&event) {
                 return found;
             }
-            passed.push(event);
+            skipped.push(event);
         }
     }
 
@@ -299,8 +299,8 @@ impl Agent {
         self.shutdown.cancel();
         let task = self.task.take().unwrap();
         let drain = async { while self.events.recv().await.is_some() {} };
-        let (ended, ()) = tokio::time::timeout(TEST_TIMEOUT, async { tokio::join!(task, drain) }).await.expect("ends in time");
-        ended.unwrap().unwrap();
+        let (outcome, ()) = tokio::time::timeout(TEST_TIMEOUT, async { tokio::join!(task, drain) }).await.expect("ends in time");
+        outcome.unwrap().unwrap();
     }
 }
 
@@ -320,6 +320,6 @@ pub(super) fn subnet(key: &str) -> Subnet {
 pub(super) fn run_command(directory: &Path, command: &str, arguments: &[&str]) {
     let output = Command::new(command).args(arguments).current_dir(directory).output();
     let output = output.unwrap_or_else(|e| panic!("cannot start {command} ({e}): run `apt-get install {command}`"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{command} {arguments:?}: {said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command} {arguments:?}: {stderr}");
 }

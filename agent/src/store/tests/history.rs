@@ -86,8 +86,8 @@ async fn run_with_faults(network: &str) {
     let mut counts = FaultCounts::new();
     let mut failed_member: Option<(usize, bool, Instant)> = None;
     let seconds = std::env::var(SECONDS_ENV).map_or(FAULT_SECONDS, |text| text.parse().expect("seconds"));
-    let end = Instant::now() + Duration::from_secs(seconds);
-    while Instant::now() < end {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while Instant::now() < deadline {
         // Only one member at a time is killed or suspended, so that a majority remains.
         if let Some((member, killed, since)) = failed_member
             && since.elapsed() > Duration::from_secs(2)
@@ -95,7 +95,7 @@ async fn run_with_faults(network: &str) {
             if killed {
                 assert!(members[member].run().await, "the member starts again")
             } else {
-                members[member].freeze(false)
+                members[member].set_suspended(false)
             };
             failed_member = None;
         }
@@ -107,7 +107,7 @@ async fn run_with_faults(network: &str) {
             if kill {
                 members[member].kill()
             } else {
-                members[member].freeze(true)
+                members[member].set_suspended(true)
             };
             *counts.entry(if kill { "a member is killed" } else { "a member is stopped" }).or_default() += 1;
             failed_member = Some((member, kill, Instant::now()));
@@ -122,7 +122,7 @@ async fn run_with_faults(network: &str) {
         if killed {
             assert!(members[member].run().await, "the member starts again")
         } else {
-            members[member].freeze(false)
+            members[member].set_suspended(false)
         };
     }
     for host in &mut hosts {

@@ -52,74 +52,76 @@ fn empty_store_acquires_with_key_precondition_only() {
     };
     assert!(lease_request(NETWORK).network.allows_subnet(&subnet) && !compare_all);
     // The same host chooses the same subnet; another attempt chooses another one.
-    let again = decide(&snapshot(&[]), &lease_request(NETWORK), &HolderState::default());
-    assert_eq!(again, Action::Acquire { subnet, compare_all });
+    let repeated = decide(&snapshot(&[]), &lease_request(NETWORK), &HolderState::default());
+    assert_eq!(repeated, Action::Acquire { subnet, compare_all });
     let other = decide(&snapshot(&[]), &lease_request(NETWORK), &HolderState { attempt: 1, ..HolderState::default() });
-    assert_ne!(other, again);
+    assert_ne!(other, repeated);
 }
 
 #[test]
 fn host_without_ipv6_address_leases_ipv4_only() {
     let dual = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
-    let mut look = snapshot(&[]);
-    look.config = Some(RawConfig { text: dual.to_owned(), mod_revision: 2 });
-    let Action::Acquire { subnet, .. } = decide(&look, &lease_request(dual), &HolderState::default()) else { panic!("acquire") };
+    let mut current = snapshot(&[]);
+    current.config = Some(RawConfig { text: dual.to_owned(), mod_revision: 2 });
+    let Action::Acquire { subnet, .. } = decide(&current, &lease_request(dual), &HolderState::default()) else {
+        panic!("acquire")
+    };
     assert!(lease_request(NETWORK).network.allows_subnet(&subnet), "{subnet}");
 }
 
 #[test]
 fn unusual_entries_require_whole_range_precondition() {
-    let whole = |entry: (&str, String)| match decide(
+    let compares_all = |entry: (&str, String)| match decide(
         &snapshot(&[(entry.0, entry.1, Some(1))]),
         &lease_request(NETWORK),
         &HolderState::default(),
     ) {
-        Action::Acquire { compare_all: whole, .. } => whole,
+        Action::Acquire { compare_all, .. } => compare_all,
         other => panic!("{other:?}"),
     };
     let other = value("x", "192.168.0.9");
-    assert!(!whole((A, other.clone())));
-    assert!(whole(("10.244.5.0-25", other.clone())), "another length");
-    assert!(whole(("10.244.5.0-24&fd00::-64", other.clone())), "another family");
-    assert!(whole(("nonsense", other)), "no subnet");
-    assert!(whole((A, r#"{"PublicIP":"192.168.0.9","BackendType":"vxlan"}"#.to_owned())), "a flannel host");
+    assert!(!compares_all((A, other.clone())));
+    assert!(compares_all(("10.244.5.0-25", other.clone())), "another length");
+    assert!(compares_all(("10.244.5.0-24&fd00::-64", other.clone())), "another family");
+    assert!(compares_all(("nonsense", other)), "no subnet");
+    assert!(compares_all((A, r#"{"PublicIP":"192.168.0.9","BackendType":"vxlan"}"#.to_owned())), "a flannel host");
 }
 
 #[test]
 fn last_held_subnet_precedes_preferred_one() {
     let mut request = lease_request(NETWORK);
-    let subnet = |step: Action| match step {
+    let subnet = |action: Action| match action {
         Action::Acquire { subnet, .. } => subnet.to_key(),
         other => panic!("{other:?}"),
     };
     request.preferred = Some(Subnet::from_key(A).unwrap());
-    let mut memory = HolderState::default();
-    assert_eq!(subnet(decide(&snapshot(&[]), &request, &memory)), A);
-    memory.last_subnet = Some(Subnet::from_key(B).unwrap());
-    assert_eq!(subnet(decide(&snapshot(&[]), &request, &memory)), B);
-    memory.attempt = 3;
+    let mut state = HolderState::default();
+    assert_eq!(subnet(decide(&snapshot(&[]), &request, &state)), A);
+    state.last_subnet = Some(Subnet::from_key(B).unwrap());
+    assert_eq!(subnet(decide(&snapshot(&[]), &request, &state)), B);
+    state.attempt = 3;
     assert_eq!(
-        subnet(decide(&snapshot(&[]), &request, &memory)),
+        subnet(decide(&snapshot(&[]), &request, &state)),
         B,
         "the preferred subnet is kept after a lost race while it is free"
     );
-    let taken = snapshot(&[(B, value("x", "192.168.0.9"), Some(1))]);
-    assert_eq!(subnet(decide(&taken, &request, &memory)), A);
+    let occupied = snapshot(&[(B, value("x", "192.168.0.9"), Some(1))]);
+    assert_eq!(subnet(decide(&occupied, &request, &state)), A);
     request.preferred = Some(Subnet::from_key("10.9.0.0-24").unwrap());
-    memory.last_subnet = None;
-    assert_ne!(subnet(decide(&snapshot(&[]), &request, &memory)), "10.9.0.0-24", "the subnet is outside the network");
+    state.last_subnet = None;
+    assert_ne!(subnet(decide(&snapshot(&[]), &request, &state)), "10.9.0.0-24", "the subnet is outside the network");
 }
 
 #[test]
 fn own_entry_is_kept_or_rewritten() {
-    let right = snapshot(&[(A, value("id7", IP), Some(5))]);
+    let matching = snapshot(&[(A, value("id7", IP), Some(5))]);
     assert_eq!(
-        decide(&right, &lease_request(NETWORK), &HolderState::default()),
+        decide(&matching, &lease_request(NETWORK), &HolderState::default()),
         Action::Keep(held_entry(A, 10, Some(5), LeaseOrigin::Reused))
     );
-    let spaced = snapshot(&[(A, value("id7", IP).replace(',', " , "), None)]);
+    let reformatted = snapshot(&[(A, value("id7", IP).replace(',', " , "), None)]);
     assert_eq!(
-        decide(&spaced, &lease_request(NETWORK), &HolderState::default()),
+        decide(&reformatted, &lease_request(NETWORK), &HolderState::default()),
         Action::Keep(held_entry(A, 10, None, LeaseOrigin::Reused))
     );
     let altered = snapshot(&[(A, value("id7", IP).replace("\"VNI\":1", "\"VNI\":3"), Some(5))]);
@@ -127,9 +129,9 @@ fn own_entry_is_kept_or_rewritten() {
         decide(&altered, &lease_request(NETWORK), &HolderState::default()),
         Action::Write(held_entry(A, 10, Some(5), LeaseOrigin::Reused))
     );
-    let bare = snapshot(&[(A, r#"{"Node":{"Name":"h","Id":"id7"}}"#.to_owned(), None)]);
+    let without_address = snapshot(&[(A, r#"{"Node":{"Name":"h","Id":"id7"}}"#.to_owned(), None)]);
     assert_eq!(
-        decide(&bare, &lease_request(NETWORK), &HolderState::default()),
+        decide(&without_address, &lease_request(NETWORK), &HolderState::default()),
         Action::Write(held_entry(A, 10, None, LeaseOrigin::Reused))
     );
 }
@@ -143,36 +145,33 @@ fn best_of_several_own_entries_is_kept() {
         panic!("the reservation is not kept")
     };
     assert_eq!(key, A);
-    let fits = snapshot(&[("10.9.0.0-24", value("id7", IP), Some(5)), (B, value("id7", IP), Some(6))]);
+    let one_outside_network = snapshot(&[("10.9.0.0-24", value("id7", IP), Some(5)), (B, value("id7", IP), Some(6))]);
     assert!(
-        matches!(decide(&fits, &lease_request(NETWORK), &HolderState::default()), Action::Release { key, .. } if key == "10.9.0.0-24")
+        matches!(decide(&one_outside_network, &lease_request(NETWORK), &HolderState::default()), Action::Release { key, .. } if key == "10.9.0.0-24")
     );
 }
 
 #[test]
 fn own_entry_with_foreign_address_needs_liveness_check() {
     let entries = snapshot(&[(A, value("id7", "192.168.0.99"), Some(5))]);
-    let mut memory = HolderState::default();
+    let mut state = HolderState::default();
     let Action::VerifyLiveness { key, mod_revision: 10, etcd_lease: 5, reason } =
-        decide(&entries, &lease_request(NETWORK), &memory)
+        decide(&entries, &lease_request(NETWORK), &state)
     else {
         panic!("no liveness check")
     };
     assert!(key == A && reason.contains("h7") && reason.contains("192.168.0.99") && reason.contains("node-id"), "{reason}");
-    memory.dead_entry = Some((A.to_owned(), 9));
+    state.dead_entry = Some((A.to_owned(), 9));
     assert!(
-        matches!(decide(&entries, &lease_request(NETWORK), &memory), Action::VerifyLiveness { .. }),
+        matches!(decide(&entries, &lease_request(NETWORK), &state), Action::VerifyLiveness { .. }),
         "the liveness check was of another revision"
     );
-    memory.dead_entry = Some((A.to_owned(), 10));
-    assert_eq!(
-        decide(&entries, &lease_request(NETWORK), &memory),
-        Action::Write(held_entry(A, 10, Some(5), LeaseOrigin::Reused))
-    );
+    state.dead_entry = Some((A.to_owned(), 10));
+    assert_eq!(decide(&entries, &lease_request(NETWORK), &state), Action::Write(held_entry(A, 10, Some(5), LeaseOrigin::Reused)));
     // An entry that this process wrote needs no liveness check: only its own address has changed.
-    let memory = HolderState { held: Some(held_entry(A, 10, Some(5), LeaseOrigin::Acquired)), ..HolderState::default() };
+    let state = HolderState { held: Some(held_entry(A, 10, Some(5), LeaseOrigin::Acquired)), ..HolderState::default() };
     assert_eq!(
-        decide(&entries, &lease_request(NETWORK), &memory),
+        decide(&entries, &lease_request(NETWORK), &state),
         Action::Write(held_entry(A, 10, Some(5), LeaseOrigin::Acquired))
     );
 }
@@ -189,9 +188,9 @@ fn entry_with_own_address_is_taken_over_or_checked() {
         decide(&other, &lease_request(NETWORK), &HolderState::default()),
         Action::VerifyLiveness { etcd_lease: 5, .. }
     ));
-    let memory = HolderState { dead_entry: Some((A.to_owned(), 10)), ..HolderState::default() };
+    let state = HolderState { dead_entry: Some((A.to_owned(), 10)), ..HolderState::default() };
     assert_eq!(
-        decide(&other, &lease_request(NETWORK), &memory),
+        decide(&other, &lease_request(NETWORK), &state),
         Action::TakeOver(held_entry(A, 10, Some(5), LeaseOrigin::TakenOver))
     );
     let reserved = snapshot(&[(A, value("x", IP), None)]);
@@ -199,32 +198,32 @@ fn entry_with_own_address_is_taken_over_or_checked() {
         decide(&reserved, &lease_request(NETWORK), &HolderState::default()),
         Action::TakeOver(held_entry(A, 10, None, LeaseOrigin::TakenOver))
     );
-    let misfit = snapshot(&[("10.9.0.0-24", value("x", IP), None)]);
-    assert!(matches!(decide(&misfit, &lease_request(NETWORK), &HolderState::default()), Action::Acquire { .. }));
+    let outside_network = snapshot(&[("10.9.0.0-24", value("x", IP), None)]);
+    assert!(matches!(decide(&outside_network, &lease_request(NETWORK), &HolderState::default()), Action::Acquire { .. }));
 }
 
 #[test]
 fn lease_loss_is_detected_with_reason() {
-    let notice = |entries: &[(&str, String, Option<i64>)]| {
-        let mut memory = HolderState { held: Some(held_entry(A, 3, Some(5), LeaseOrigin::Acquired)), ..HolderState::default() };
-        let loss = memory.detect_loss(&snapshot(entries), &lease_request(NETWORK));
-        assert_eq!(loss.is_none(), memory.held.is_some());
-        assert_eq!(loss.is_some(), memory.last_subnet.is_some());
-        loss.map(|(_, reason)| (reason, memory))
+    let detect = |entries: &[(&str, String, Option<i64>)]| {
+        let mut state = HolderState { held: Some(held_entry(A, 3, Some(5), LeaseOrigin::Acquired)), ..HolderState::default() };
+        let loss = state.detect_loss(&snapshot(entries), &lease_request(NETWORK));
+        assert_eq!(loss.is_none(), state.held.is_some());
+        assert_eq!(loss.is_some(), state.last_subnet.is_some());
+        loss.map(|(_, reason)| (reason, state))
     };
-    assert!(notice(&[]).unwrap().0.contains("deleted or has expired"));
+    assert!(detect(&[]).unwrap().0.contains("deleted or has expired"));
     assert!(
-        notice(&[(A, value("x", "192.168.0.9"), Some(6))])
+        detect(&[(A, value("x", "192.168.0.9"), Some(6))])
             .unwrap()
             .0
             .contains("overwritten by host h7 (identity x, public IP 192.168.0.9)")
     );
-    assert!(notice(&[(A, "rubbish".to_owned(), None)]).unwrap().0.contains("overwritten by a flannel host (no public IP)"));
-    assert!(notice(&[(A, value("id7", IP), Some(6))]).is_none());
+    assert!(detect(&[(A, "rubbish".to_owned(), None)]).unwrap().0.contains("overwritten by a flannel host (no public IP)"));
+    assert!(detect(&[(A, value("id7", IP), Some(6))]).is_none());
     // A copy of this host took the entry: it is not overwritten, and a reservation is not used.
-    let (_, memory) = notice(&[(A, value("id7", "192.168.0.99"), None)]).unwrap();
+    let (_, state) = detect(&[(A, value("id7", "192.168.0.99"), None)]).unwrap();
     assert!(matches!(
-        decide(&snapshot(&[(A, value("id7", "192.168.0.99"), None)]), &lease_request(NETWORK), &memory),
+        decide(&snapshot(&[(A, value("id7", "192.168.0.99"), None)]), &lease_request(NETWORK), &state),
         Action::RetryLater { .. }
     ));
 }
@@ -234,9 +233,9 @@ fn outdated_request_is_ignored() {
     let request = lease_request(r#"{"Network":"10.99.0.0/16"}"#);
     assert_eq!(decide(&snapshot(&[]), &request, &HolderState::default()), Action::Idle);
     // With a broken or missing configuration the last valid one stays in use.
-    let mut look = snapshot(&[]);
-    look.config = Some(RawConfig { text: "{".to_owned(), mod_revision: 50 });
-    assert!(matches!(decide(&look, &request, &HolderState::default()), Action::Acquire { compare_all: false, .. }));
-    look.config = None;
-    assert!(matches!(decide(&look, &request, &HolderState::default()), Action::Acquire { compare_all: true, .. }));
+    let mut current = snapshot(&[]);
+    current.config = Some(RawConfig { text: "{".to_owned(), mod_revision: 50 });
+    assert!(matches!(decide(&current, &request, &HolderState::default()), Action::Acquire { compare_all: false, .. }));
+    current.config = None;
+    assert!(matches!(decide(&current, &request, &HolderState::default()), Action::Acquire { compare_all: true, .. }));
 }

@@ -221,7 +221,11 @@ async fn own_flannel_lease_is_taken_over() {
 }
 
 /// Starts a second host with the same identity or public IP, and asserts that it waits.
-async fn assert_duplicate_host_waits(second: impl Fn(&mut crate::model::event::LeaseRequest), words: &str, origin: LeaseOrigin) {
+async fn assert_duplicate_host_waits(
+    second: impl Fn(&mut crate::model::event::LeaseRequest),
+    expected_text: &str,
+    origin: LeaseOrigin,
+) {
     let etcd = start_etcd(NETWORK).await;
     let mut config = etcd.config();
     config.keep_alive = Duration::from_secs(1);
@@ -229,17 +233,17 @@ async fn assert_duplicate_host_waits(second: impl Fn(&mut crate::model::event::L
     let held = first.next_held().await;
     let mut copy = lease_request(NETWORK, 8);
     second(&mut copy);
-    let mut double = Agent::start(config, Some(copy));
-    let reason = double.next_not_held().await;
-    assert!(reason.contains(words) && reason.contains("host7"), "{reason}");
+    let mut duplicate = Agent::start(config, Some(copy));
+    let reason = duplicate.next_not_held().await;
+    assert!(reason.contains(expected_text) && reason.contains("host7"), "{reason}");
     // The second report comes once the liveness is certain. The first host keeps its lease.
-    let certain = double.next_not_held().await;
-    assert!(certain.contains(words) && !certain.contains("checking"), "{certain}");
+    let second_reason = duplicate.next_not_held().await;
+    assert!(second_reason.contains(expected_text) && !second_reason.contains("checking"), "{second_reason}");
     assert_eq!(etcd.subnets().await.0.len(), 1);
     first.stop().await;
-    let taken = double.next_held().await;
-    assert_eq!((taken.subnet, taken.origin), (held.subnet, origin));
-    double.stop().await;
+    let acquired = duplicate.next_held().await;
+    assert_eq!((acquired.subnet, acquired.origin), (held.subnet, origin));
+    duplicate.stop().await;
     assert_eq!(etcd.subnets().await.0.len(), 1);
 }
 

@@ -52,64 +52,64 @@ fn explore(start: ModelState) -> SearchResult {
     let mut numbers: HashMap<u64, u32> = HashMap::new();
     // For each state: the first predecessor with its step, and all predecessors without a fault.
     let mut predecessors: Vec<(u32, String)> = vec![(0, "start".to_owned())];
-    let mut before: Vec<Vec<u32>> = vec![Vec::new()];
-    let mut resting: Vec<u32> = Vec::new();
+    let mut fault_free_predecessors: Vec<Vec<u32>> = vec![Vec::new()];
+    let mut quiescent: Vec<u32> = Vec::new();
     let mut queue = VecDeque::from([(0u32, start.canonical())]);
     numbers.insert(start.canonical().fingerprint(), 0);
     let mut found = SearchResult { states: 1, steps: 0, quiescent: 0, violation: None };
-    let way = |ways: &[(u32, String)], mut at: u32| {
+    let path_to = |predecessors: &[(u32, String)], mut current: u32| {
         let mut steps = Vec::new();
-        while at != 0 {
-            let (from, label) = &ways[usize::try_from(at).unwrap()];
+        while current != 0 {
+            let (from, label) = &predecessors[usize::try_from(current).unwrap()];
             steps.push(label.clone());
-            at = *from;
+            current = *from;
         }
         steps.reverse();
         steps.join("\n  ")
     };
-    while let Some((number, world)) = queue.pop_front() {
-        let mut rests = true;
-        for step in world.transitions() {
+    while let Some((number, state)) = queue.pop_front() {
+        let mut is_quiescent = true;
+        for step in state.transitions() {
             found.steps += 1;
             let next = match step.outcome {
                 Ok(next) => next.canonical(),
                 Err(violation) => {
-                    found.violation = Some(format!("{violation}:\n  {}\n  {}", way(&predecessors, number), step.label));
+                    found.violation = Some(format!("{violation}:\n  {}\n  {}", path_to(&predecessors, number), step.label));
                     return found;
                 }
             };
-            let fresh = u32::try_from(predecessors.len()).unwrap();
-            let target = *numbers.entry(next.fingerprint()).or_insert(fresh);
-            rests &= step.fault || target == number;
-            if target == fresh {
+            let next_number = u32::try_from(predecessors.len()).unwrap();
+            let target = *numbers.entry(next.fingerprint()).or_insert(next_number);
+            is_quiescent &= step.fault || target == number;
+            if target == next_number {
                 predecessors.push((number, step.label));
-                before.push(Vec::new());
-                queue.push_back((fresh, next));
+                fault_free_predecessors.push(Vec::new());
+                queue.push_back((next_number, next));
                 assert!(predecessors.len() < MAX_STATES, "the scenario has more than {MAX_STATES} states");
             }
             // Faults are not guaranteed to occur: settling may only depend on steps without a fault.
             if !step.fault && target != number {
-                before[usize::try_from(target).unwrap()].push(number);
+                fault_free_predecessors[usize::try_from(target).unwrap()].push(number);
             }
         }
-        if rests {
-            if let Some(fault) = world.quiescence_violation() {
-                found.violation = Some(format!("settled, but {fault}:\n  {}\n{world:#?}", way(&predecessors, number)));
+        if is_quiescent {
+            if let Some(violation) = state.quiescence_violation() {
+                found.violation = Some(format!("settled, but {violation}:\n  {}\n{state:#?}", path_to(&predecessors, number)));
                 return found;
             }
-            resting.push(number);
+            quiescent.push(number);
         }
     }
-    (found.states, found.quiescent) = (predecessors.len(), resting.len());
-    let mut reaches = vec![false; predecessors.len()];
-    while let Some(number) = resting.pop() {
+    (found.states, found.quiescent) = (predecessors.len(), quiescent.len());
+    let mut settles = vec![false; predecessors.len()];
+    while let Some(number) = quiescent.pop() {
         let index = usize::try_from(number).unwrap();
-        if !std::mem::replace(&mut reaches[index], true) {
-            resting.extend(&before[index]);
+        if !std::mem::replace(&mut settles[index], true) {
+            quiescent.extend(&fault_free_predecessors[index]);
         }
     }
-    if let Some(stuck) = reaches.iter().position(|reaches| !reaches) {
-        found.violation = Some(format!("never settles:\n  {}", way(&predecessors, u32::try_from(stuck).unwrap())));
+    if let Some(stuck) = settles.iter().position(|settles| !settles) {
+        found.violation = Some(format!("never settles:\n  {}", path_to(&predecessors, u32::try_from(stuck).unwrap())));
     }
     found
 }

@@ -28,15 +28,15 @@ impl PausableProxy {
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             for target in targets.iter().cycle() {
-                let Ok((near, _)) = listener.accept().await else { return };
-                let (target, holds) = (*target, paused_rx.clone());
+                let Ok((client, _)) = listener.accept().await else { return };
+                let (target, paused_rx) = (*target, paused_rx.clone());
                 connections.spawn(async move {
-                    let Ok(far) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
-                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                    let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
+                    let ((client_read, client_write), (server_read, server_write)) = (client.into_split(), server.into_split());
                     // The end of one direction ends both.
                     tokio::select! {
-                        () = copy_stream(near_in, far_out, holds.clone()) => {}
-                        () = copy_stream(far_in, near_out, holds) => {}
+                        () = copy_stream(client_read, server_write, paused_rx.clone()) => {}
+                        () = copy_stream(server_read, client_write, paused_rx) => {}
                     }
                 });
                 while connections.try_join_next().is_some() {}
@@ -69,7 +69,7 @@ async fn copy_stream(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut paused
     let mut buffer = vec![0; 16 << 10];
     loop {
         let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
-        if paused.wait_for(|held| !held).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+        if paused.wait_for(|is_paused| !is_paused).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
             return;
         }
     }

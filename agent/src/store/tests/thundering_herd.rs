@@ -25,7 +25,7 @@ const MAX_PER_BUCKET: usize = 100;
 
 /// The gate that agents connect to.
 struct ConnectionGate {
-    at: SocketAddr,
+    address: SocketAddr,
     target: SocketAddr,
     arrivals: Arc<Mutex<Vec<Instant>>>,
     task: Option<JoinHandle<()>>,
@@ -33,17 +33,17 @@ struct ConnectionGate {
 
 impl ConnectionGate {
     async fn open(&mut self) {
-        let listener = TcpListener::bind(self.at).await.unwrap();
-        self.at = listener.local_addr().unwrap();
+        let listener = TcpListener::bind(self.address).await.unwrap();
+        self.address = listener.local_addr().unwrap();
         let (target, arrivals) = (self.target, Arc::clone(&self.arrivals));
         self.task = Some(tokio::spawn(async move {
             let mut connections = JoinSet::new();
-            while let Ok((mut near, _)) = listener.accept().await {
+            while let Ok((mut client, _)) = listener.accept().await {
                 arrivals.lock().unwrap().push(Instant::now());
                 connections.spawn(async move {
-                    if let Ok(mut far) = TcpStream::connect(target).await {
+                    if let Ok(mut server) = TcpStream::connect(target).await {
                         // The result does not matter: the agent reconnects.
-                        let _ended = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                        let _ended = tokio::io::copy_bidirectional(&mut client, &mut server).await;
                     }
                 });
             }
@@ -65,9 +65,9 @@ async fn reconnects_are_spread_after_outage() {
     let etcd = Etcd::start().await;
     etcd.put_config(NETWORK).await;
     let target = etcd.endpoint().trim_start_matches("http://").parse().unwrap();
-    let mut gate = ConnectionGate { at: (Ipv4Addr::LOCALHOST, 0).into(), target, arrivals: Arc::default(), task: None };
+    let mut gate = ConnectionGate { address: (Ipv4Addr::LOCALHOST, 0).into(), target, arrivals: Arc::default(), task: None };
     gate.open().await;
-    let config = StoreConfig { endpoints: vec![format!("http://{}", gate.at)], ..StoreConfig::default() };
+    let config = StoreConfig { endpoints: vec![format!("http://{}", gate.address)], ..StoreConfig::default() };
     let mut agents: Vec<Agent> = (1..=AGENTS).map(|n| Agent::start(config.clone(), Some(lease_request(NETWORK, n)))).collect();
     for agent in &mut agents {
         agent.next_held().await;

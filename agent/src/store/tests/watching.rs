@@ -110,7 +110,7 @@ async fn replaced_etcd_data_triggers_new_snapshot() {
     let mut agent = Agent::start(etcd.config(), None);
     assert_eq!(agent.find(snapshot_keys).await.len(), 4);
     etcd.kill();
-    etcd.wipe();
+    etcd.delete_data();
     assert!(etcd.run().await);
     etcd.put_subnet("10.244.9.0-24", VALUE, None).await;
     // Depending on timing, the entry is part of the snapshot or follows it.
@@ -230,12 +230,12 @@ async fn hanging_server_is_detected() {
     agent.find(snapshot_keys).await;
     // Once the watch is established, only the ping can detect the failure.
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    etcd.freeze(true);
+    etcd.set_suspended(true);
     let begun = Instant::now();
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
     println!("hung server detected after {:?}", begun.elapsed());
     assert!(begun.elapsed().as_secs() < 15, "{:?}", begun.elapsed());
-    etcd.freeze(false);
+    etcd.set_suspended(false);
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Up { .. })).then_some(())).await;
     agent.stop().await;
 }

@@ -12,18 +12,18 @@ fn interface(index: u32, name: &str) -> Option<Interface> {
 fn tunnel() -> Probe {
     let [source, destination] = ["10.99.1.2", "10.99.1.1"].map(|text| text.parse().expect("an address"));
     let flow = Flow { source, destination, protocol: UDP, port: 8472 };
-    Probe { what: "tunnel".to_owned(), required: true, hook: Hook::Input, flow, input: interface(2, "eth0"), output: None }
+    Probe { description: "tunnel".to_owned(), required: true, hook: Hook::Input, flow, input: interface(2, "eth0"), output: None }
 }
 
 fn forwarded() -> Probe {
     let [source, destination] = ["10.244.1.2", "10.244.2.2"].map(|text| text.parse().expect("an address"));
     let flow = Flow { source, destination, protocol: TCP, port: ANY_PORT };
     let (input, output) = (interface(3, "ovb.1"), interface(4, "ovx.1"));
-    Probe { what: "containers".to_owned(), required: true, hook: Hook::Forward, flow, input, output }
+    Probe { description: "containers".to_owned(), required: true, hook: Hook::Forward, flow, input, output }
 }
 
 /// Runs a program with an input in a new network namespace; then `body` in the same.
-fn after<T: Send>(program: &[&str], input: &str, body: impl FnOnce() -> T + Send) -> T {
+fn in_netns_after<T: Send>(program: &[&str], input: &str, body: impl FnOnce() -> T + Send) -> T {
     let run = || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("a network namespace: run the tests as root");
         let mut child = Command::new(program[0]).args(&program[1..]).stdin(Stdio::piped()).spawn().expect("a program");
@@ -39,7 +39,7 @@ fn after<T: Send>(program: &[&str], input: &str, body: impl FnOnce() -> T + Send
 
 /// What drops a probe in a rule set.
 fn dropped_by(rules: &str, probe: Probe) -> Option<DropVerdict> {
-    let drops = after(&["nft", "-f", "-"], rules, || evaluate(vec![probe])).expect("the rules");
+    let drops = in_netns_after(&["nft", "-f", "-"], rules, || evaluate(vec![probe])).expect("the rules");
     drops.into_iter().next().map(|(_, drop)| drop)
 }
 
@@ -52,7 +52,7 @@ fn input(rules: &str) -> Option<DropVerdict> {
 }
 
 #[test]
-fn rules_that_drop_the_tunnel() {
+fn tunnel_dropping_rules_are_found() {
     for rule in [
         "udp dport 8472 drop",
         "iifname \"eth0\" ip saddr 10.0.0.0/8 udp dport 8472 counter packets 0 bytes 0 reject",
@@ -77,7 +77,7 @@ fn rules_that_drop_the_tunnel() {
 }
 
 #[test]
-fn rules_that_pass_the_tunnel() {
+fn tunnel_passing_rules_yield_no_drop() {
     for rule in [
         "udp dport 4789 drop",
         "tcp dport 8472 drop",
@@ -123,7 +123,7 @@ fn certain_drop_is_preferred_to_uncertain_one() {
 }
 
 #[test]
-fn packet_that_rules_exempt_from_conntrack_stays_untracked() {
+fn notrack_rule_keeps_packet_untracked() {
     let rules = |raw: &str| {
         format!(
             "table ip t {{ chain p {{ type filter hook prerouting priority raw; {raw}; }}; chain f {{ type filter hook forward priority 0; \
@@ -135,7 +135,7 @@ fn packet_that_rules_exempt_from_conntrack_stays_untracked() {
 }
 
 #[test]
-fn forwarding_by_policy_and_through_chains_of_others() {
+fn drop_policy_and_foreign_chains_are_evaluated() {
     let docker = |accept: &str| {
         format!(
             "table ip filter {{\n chain DOCKER-USER {{\n counter packets 0 bytes 0 return\n }}\n chain DOCKER {{\n drop\n }}\n chain FORWARD {{\n type \
@@ -147,8 +147,8 @@ fn forwarding_by_policy_and_through_chains_of_others() {
     assert!(dropped.certain && dropped.rule.handle.is_none() && is_iptables(&dropped.rule, "FORWARD"), "{dropped:?}");
     assert_eq!(dropped.rule.path, ["FORWARD", "DOCKER-USER"]);
     assert!(remedy(&dropped.rule, &forwarded()).contains("iptables -I DOCKER-USER -o ovb.1 -j ACCEPT"));
-    let ours = "ip saddr 10.244.0.0/16 counter packets 0 bytes 0 accept comment \"overlayd\"";
-    assert_eq!(dropped_by(&docker(ours), forwarded()), None);
+    let accept_rule = "ip saddr 10.244.0.0/16 counter packets 0 bytes 0 accept comment \"overlayd\"";
+    assert_eq!(dropped_by(&docker(accept_rule), forwarded()), None);
     let firewalld = "table inet firewalld {\n chain filter_FORWARD {\n type filter hook forward priority filter + 10; policy accept;\n ct state { \
                      established, related } accept\n iifname \"lo\" accept\n reject with icmpx admin-prohibited\n }\n}\n";
     let dropped = dropped_by(firewalld, forwarded()).expect("dropped");
@@ -157,7 +157,7 @@ fn forwarding_by_policy_and_through_chains_of_others() {
 }
 
 #[tokio::test]
-async fn rule_that_nft_does_not_list_is_named_by_its_location() {
+async fn unlisted_rule_is_named_by_its_location() {
     let absent = "table inet absent-here { chain i { type filter hook input priority 0; udp dport 8472 drop; }; }";
     let dropped = dropped_by(absent, tunnel()).expect("dropped");
     let handle = dropped.rule.handle.expect("a rule");

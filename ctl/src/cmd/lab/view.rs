@@ -64,11 +64,11 @@ fn agent(host: &HostStatus) -> comfy_table::Cell {
 
 /// Lists one container per line.
 fn containers(host: &HostStatus, wide: bool) -> String {
-    let shown = if wide { usize::MAX } else { MAX_CONTAINERS_SHOWN };
-    let one = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
-    let mut lines: Vec<String> = host.containers.iter().take(shown).map(one).collect();
-    if host.containers.len() > shown {
-        lines.push(format!("and {} more: -o wide", host.containers.len() - shown));
+    let limit = if wide { usize::MAX } else { MAX_CONTAINERS_SHOWN };
+    let describe = |e: &ContainerStatus| format!("{} {}", e.name, joined(e.addresses.iter().map(|(_, a)| a)));
+    let mut lines: Vec<String> = host.containers.iter().take(limit).map(describe).collect();
+    if host.containers.len() > limit {
+        lines.push(format!("and {} more: -o wide", host.containers.len() - limit));
     }
     if lines.is_empty() { "-".to_owned() } else { lines.join("\n") }
 }
@@ -143,17 +143,17 @@ fn matrix(report: &Report, style: Style) -> String {
     table.text()
 }
 
-fn summary(calls: &[Probe], style: Style, what: &str, good: &str) -> String {
-    let well = calls.iter().filter(|c| c.error.is_none()).count();
+fn summary(calls: &[Probe], style: Style, label: &str, ok_note: &str) -> String {
+    let ok_count = calls.iter().filter(|c| c.error.is_none()).count();
     let mut times: Vec<u64> = calls.iter().filter_map(|c| c.micros).collect();
     times.sort_unstable();
     let median =
         times.get(times.len() / 2).map_or_else(String::new, |us| format!(", median {}.{:02} ms", us / 1000, us % 1000 / 10));
-    let all = well == calls.len();
-    let count = format!("{well} of {}", calls.len());
+    let all = ok_count == calls.len();
+    let count = format!("{ok_count} of {}", calls.len());
     let count = style.paint(if all { Tone::Good } else { Tone::Bad }, &count);
-    let meaning = if all { format!("; {good}") } else { String::new() };
-    format!("{what:<8} {count} calls ok{median}{meaning}")
+    let note = if all { format!("; {ok_note}") } else { String::new() };
+    format!("{label:<8} {count} calls ok{median}{note}")
 }
 
 #[cfg(test)]

@@ -54,8 +54,8 @@ impl Writer {
 
     /// Writes text; escapes a leading `.` or `'`, which roff would read as a request.
     fn text(&mut self, text: &str) {
-        let guard = if text.starts_with(['.', '\'']) { "\\&" } else { "" };
-        self.line(&format!("{guard}{text}"));
+        let prefix = if text.starts_with(['.', '\'']) { "\\&" } else { "" };
+        self.line(&format!("{prefix}{text}"));
     }
 
     fn convert(&mut self, line: &str) {
@@ -90,9 +90,9 @@ impl Writer {
 
     /// Writes a table row: the first cell as a term, the last as its description, the cells between with their column headers.
     fn row(&mut self, row: &str) {
-        let marked = row.replace("\\|", "\u{1}");
+        let unescaped = row.replace("\\|", "\u{1}");
         let cells: Vec<String> =
-            marked.trim_end().trim_end_matches('|').split(" |").map(|cell| cell.trim().replace('\u{1}', "|")).collect();
+            unescaped.trim_end().trim_end_matches('|').split(" |").map(|cell| cell.trim().replace('\u{1}', "|")).collect();
         let Some(header) = &self.header else {
             self.header = Some(cells);
             return;
@@ -101,22 +101,22 @@ impl Writer {
             return;
         }
         let last = cells.len().saturating_sub(1);
-        let mut words = String::new();
+        let mut description = String::new();
         for (number, cell) in cells.iter().enumerate().skip(1).filter(|(_, cell)| !cell.is_empty()) {
             let head = header.get(number).filter(|head| number < last && !head.is_empty());
-            words +=
+            description +=
                 &head.map_or_else(|| render_inline(cell), |head| format!("{}: {}. ", render_inline(head), render_inline(cell)));
         }
         let term = render_inline(cells.first().map_or("", String::as_str));
         self.line(&format!(".TP\n\\fB{}\\fR", term.replace("\\fB", "").replace("\\fR", "")));
-        self.text(words.trim_end());
+        self.text(description.trim_end());
         self.paragraph = true;
     }
 }
 
 fn list_item(line: &str) -> Option<(&str, &str)> {
-    let (number, words) = line.split_once(". ")?;
-    number.chars().all(|c| c.is_ascii_digit()).then_some((&line[..=number.len()], words))
+    let (number, text) = line.split_once(". ")?;
+    number.chars().all(|c| c.is_ascii_digit()).then_some((&line[..=number.len()], text))
 }
 
 /// Escapes roff's special characters. A hyphen stays an ASCII hyphen, so that flags can be copied.
@@ -144,12 +144,12 @@ fn render_inline(text: &str) -> String {
 fn strip_links(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
-    while let Some((before, words, after)) = rest.split_once("](").and_then(|(left, right)| {
-        let (before, words) = left.rsplit_once('[')?;
-        Some((before, words, right.split_once(')')?.1))
+    while let Some((before, label, after)) = rest.split_once("](").and_then(|(left, right)| {
+        let (before, label) = left.rsplit_once('[')?;
+        Some((before, label, right.split_once(')')?.1))
     }) {
         out += before;
-        out += words;
+        out += label;
         rest = after;
     }
     out + rest

@@ -20,8 +20,8 @@ impl Setting<'_> {
         let script = if enable { self.with } else { self.without };
         for host in hosts {
             // /sys shows the devices of the namespace in which it was mounted.
-            let whole = format!("mount -t sysfs none /sys && {{ {script}; }}");
-            let run = || Command::new("unshare").args(["-m", "sh", "-ec", &whole]).output();
+            let command = format!("mount -t sysfs none /sys && {{ {script}; }}");
+            let run = || Command::new("unshare").args(["-m", "sh", "-ec", &command]).output();
             let output = host.run(run)?.context("`unshare` is needed: apt-get install util-linux")?;
             ensure!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr).trim());
         }

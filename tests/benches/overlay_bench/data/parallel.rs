@@ -50,11 +50,11 @@ fn streams(path: &TrafficPath, count: usize, time: Duration) -> anyhow::Result<T
     let received = AtomicU64::new(0);
     let ends: Vec<&TcpStream> = pairs.iter().flat_map(|(near, far)| [near, far]).collect();
     // A single stream is pinned, so that turns do not differ in its placement; several streams spread by themselves.
-    let chosen = count == 1;
+    let pinned = count == 1;
     thread::scope(|scope| {
         for (near, far) in &pairs {
             scope.spawn(move || -> anyhow::Result<()> {
-                if chosen {
+                if pinned {
                     pin_to_cpu(false)?;
                 }
                 let (mut near, block) = (near, vec![0x5a; WRITE_SIZE]);
@@ -63,7 +63,7 @@ fn streams(path: &TrafficPath, count: usize, time: Duration) -> anyhow::Result<T
             });
             let received = &received;
             scope.spawn(move || -> anyhow::Result<()> {
-                if chosen {
+                if pinned {
                     pin_to_cpu(true)?;
                 }
                 let (mut far, mut block) = (far, vec![0; WRITE_SIZE]);
@@ -73,11 +73,11 @@ fn streams(path: &TrafficPath, count: usize, time: Duration) -> anyhow::Result<T
                 Ok(())
             });
         }
-        let passed = measure_rate(&received, time);
+        let throughput = measure_rate(&received, time);
         for end in ends {
-            let _gone = end.shutdown(Shutdown::Both);
+            let _ignored = end.shutdown(Shutdown::Both);
         }
-        passed
+        throughput
     })
 }
 
@@ -99,11 +99,11 @@ fn requests(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
             while far.read_exact(&mut byte).is_ok() && far.write_all(&byte).is_ok() {}
             Ok(())
         });
-        let passed = measure_rate(&answered, time);
+        let throughput = measure_rate(&answered, time);
         for end in [&near, &far] {
-            let _gone = end.shutdown(Shutdown::Both);
+            let _ignored = end.shutdown(Shutdown::Both);
         }
-        passed
+        throughput
     })
 }
 
@@ -111,43 +111,43 @@ fn packets(path: &TrafficPath, time: Duration) -> anyhow::Result<Throughput> {
     let (near, far) = path.datagrams()?;
     far.set_read_timeout(Some(Duration::from_millis(100)))?;
     let (received, stop) = (AtomicU64::new(0), AtomicBool::new(false));
-    let going = || !stop.load(Ordering::Relaxed);
+    let is_running = || !stop.load(Ordering::Relaxed);
     thread::scope(|scope| {
         scope.spawn(|| -> anyhow::Result<()> {
             pin_to_cpu(false)?;
-            while going() {
+            while is_running() {
                 // A full queue loses the packet: it does not arrive and is not counted.
-                let _lost = near.send(&[0x5a; UDP_PAYLOAD_LEN]);
+                let _ignored = near.send(&[0x5a; UDP_PAYLOAD_LEN]);
             }
             Ok(())
         });
         scope.spawn(|| -> anyhow::Result<()> {
             pin_to_cpu(true)?;
             let mut packet = [0; UDP_PAYLOAD_LEN];
-            while going() {
+            while is_running() {
                 if far.recv(&mut packet).is_ok() {
                     received.fetch_add(1, Ordering::Relaxed);
                 }
             }
             Ok(())
         });
-        let passed = measure_rate(&received, time);
+        let throughput = measure_rate(&received, time);
         stop.store(true, Ordering::Relaxed);
-        passed
+        throughput
     })
 }
 
 /// Waits briefly, and then measures the growth rate of a count and the CPU time of the machine.
 fn measure_rate(count: &AtomicU64, time: Duration) -> anyhow::Result<Throughput> {
     thread::sleep(time / 5);
-    let (begin, idle, before) = (Instant::now(), idle_seconds()?, count.load(Ordering::Relaxed));
+    let (start, idle, before) = (Instant::now(), idle_seconds()?, count.load(Ordering::Relaxed));
     thread::sleep(time);
-    let (seconds, grown) = (begin.elapsed().as_secs_f64(), count.load(Ordering::Relaxed) - before);
+    let (seconds, increase) = (start.elapsed().as_secs_f64(), count.load(Ordering::Relaxed) - before);
     let idle = self::idle_seconds()? - idle;
-    ensure!(grown > 0, "nothing arrives");
+    ensure!(increase > 0, "nothing arrives");
     let processors = u32::try_from(thread::available_parallelism().map_or(1, usize::from))?;
     // A count of this size is exact in a double.
-    let each_second = u32::try_from(grown >> 16).map(f64::from)? * 65536.0 + f64::from(u16::try_from(grown & 0xffff)?);
+    let each_second = u32::try_from(increase >> 16).map(f64::from)? * 65536.0 + f64::from(u16::try_from(increase & 0xffff)?);
     Ok(Throughput { per_second: each_second / seconds, processor: (f64::from(processors) - idle / seconds).max(0.0) })
 }
 

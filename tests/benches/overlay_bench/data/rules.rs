@@ -94,9 +94,9 @@ impl Rules {
                 let mut ruleset = ruleset.clone();
                 let overlay = ruleset.chains.iter().find(|chain| chain.name == OVERLAY_CHAIN);
                 let overlay = overlay.map(|chain| chain.rules.iter().flat_map(|rule| rule.exprs.clone())).into_iter().flatten();
-                let inside = overlay.filter(|expr| !matches!(expr, Expr::Accept)).chain([Expr::Untrack]).collect();
+                let exprs = overlay.filter(|expr| !matches!(expr, Expr::Accept)).chain([Expr::Untrack]).collect();
                 if let Some(chain) = ruleset.chains.iter_mut().find(|chain| chain.name == "incoming") {
-                    chain.rules.insert(1, Rule { exprs: inside });
+                    chain.rules.insert(1, Rule { exprs });
                 }
                 Some(ruleset)
             }
@@ -119,23 +119,30 @@ impl RulesetSwitch {
     /// Reads a host's rules, which must be both tables.
     pub fn new(netns: &Netns) -> anyhow::Result<RulesetSwitch> {
         let mut nft = netns.run(Nft::open)??;
-        let made = nft.dump()?.rules;
+        let agent_rules = nft.dump()?.rules;
         for table in Table::ALL {
-            ensure!(made.contains_key(&Key::Ruleset(table)), "there is no table {table} overlayd to be measured");
+            ensure!(agent_rules.contains_key(&Key::Ruleset(table)), "there is no table {table} overlayd to be measured");
         }
-        Ok(RulesetSwitch { netns: netns.clone(), nft, current: made.clone(), original: made, foreign_firewall: false })
+        Ok(RulesetSwitch {
+            netns: netns.clone(),
+            nft,
+            current: agent_rules.clone(),
+            original: agent_rules,
+            foreign_firewall: false,
+        })
     }
 
     /// Loads exactly these rules.
     pub fn set(&mut self, rules: Rules) -> anyhow::Result<()> {
-        let gone: Vec<Op> = self.current.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete_op).collect();
+        let deletions: Vec<Op> = self.current.iter().filter(|(key, _)| matches!(key, Key::Ruleset(_))).map(delete_op).collect();
         let tables: Vec<Ruleset> =
             self.original.values().filter_map(|value| as_ruleset(value).and_then(|r| rules.select(r))).collect();
-        let held = |key: &Key| matches!(key, Key::Element(e) if tables.iter().any(|t| t.sets.contains(&e.set()) && t.table == e.set().table()));
-        let elements = self.original.iter().filter(|(key, _)| held(key)).map(|(key, value)| Op::Set(key.clone(), value.clone()));
+        let is_selected = |key: &Key| matches!(key, Key::Element(e) if tables.iter().any(|t| t.sets.contains(&e.set()) && t.table == e.set().table()));
+        let elements =
+            self.original.iter().filter(|(key, _)| is_selected(key)).map(|(key, value)| Op::Set(key.clone(), value.clone()));
         let tables = tables.iter().map(|r| Op::Set(Key::Ruleset(r.table), Value::Ruleset(Box::new(r.clone()))));
-        let come: Vec<Op> = tables.chain(elements).collect();
-        for ops in [gone, come].iter().filter(|ops| !ops.is_empty()) {
+        let additions: Vec<Op> = tables.chain(elements).collect();
+        for ops in [deletions, additions].iter().filter(|ops| !ops.is_empty()) {
             first_error(self.nft.apply(ops, &mut self.current))?;
         }
         if rules.has_foreign_firewall() != self.foreign_firewall {

@@ -56,18 +56,18 @@ impl FlowEnds {
 
     /// Sends for some time. Returns the microseconds of one operation.
     pub fn cost(&mut self, kind: Operation, time: Duration) -> anyhow::Result<f64> {
-        let begin = Instant::now();
-        let mut done = 0.0;
+        let start = Instant::now();
+        let mut operations = 0.0;
         loop {
-            done += match kind {
+            operations += match kind {
                 Operation::Packet => self.packets(),
                 Operation::Request => self.requests(),
                 Operation::Megabyte => self.block(),
             }
             .context("what was sent does not arrive")?;
-            let passed = begin.elapsed();
-            if passed >= time {
-                return Ok(passed.as_secs_f64() * 1e6 / done);
+            let elapsed = start.elapsed();
+            if elapsed >= time {
+                return Ok(elapsed.as_secs_f64() * 1e6 / operations);
             }
         }
     }

@@ -51,13 +51,13 @@ impl OverlayHosts {
         };
         let options = LabOptions { hosts: 2, containers: 2, families, ..LabOptions::new(LabName::unique()) };
         let lab = Lab::up(&LabsDir::for_user(), &options, Progress::silent()).await?.guarded();
-        let mut held = Vec::new();
+        let mut paused = Vec::new();
         for host in lab.hosts() {
             let status = host.wait_ready(READY_TIMEOUT).await?;
             ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
-            held.push(PausedAgent::new(host.agent().context("the agent has ended")?)?);
+            paused.push(PausedAgent::new(host.agent().context("the agent has ended")?)?);
         }
-        Ok(OverlayHosts { _paused: held, lab, family })
+        Ok(OverlayHosts { _paused: paused, lab, family })
     }
 
     /// The hosts' namespaces.
@@ -95,7 +95,7 @@ impl OverlayHosts {
 
 /// Two containers on a bridge without rules, with the overlay's MTU.
 pub struct PlainBridge {
-    ends: Vec<Netns>,
+    containers: Vec<Netns>,
     names: Vec<String>,
     // The bridge is dropped last.
     _netns_guard: NetnsGuard,
@@ -104,30 +104,30 @@ pub struct PlainBridge {
 impl PlainBridge {
     /// Creates it.
     pub async fn new(family: Family, mtu: u32) -> anyhow::Result<PlainBridge> {
-        let space = NetnsGuard::new().await?;
-        let host = NetnsBuilder::open(space.netns())?;
-        let mut plain = PlainBridge { ends: Vec::new(), names: Vec::new(), _netns_guard: space };
+        let netns_guard = NetnsGuard::new().await?;
+        let host = NetnsBuilder::open(netns_guard.netns())?;
+        let mut bridge = PlainBridge { containers: Vec::new(), names: Vec::new(), _netns_guard: netns_guard };
         for number in 2..4 {
             let name = format!("ovbench-{}-plain{number}", std::process::id());
-            let end = Netns::create(&name)?;
-            plain.names.push(name);
+            let container = Netns::create(&name)?;
+            bridge.names.push(name);
             let port = format!("port{number}");
-            host.add_veth(&port, "eth0", &end).await?;
+            host.add_veth(&port, "eth0", &container).await?;
             host.set_master(&port, UNDERLAY).await?;
             host.set_mtu(&port, mtu).await?;
             host.set_up(&port).await?;
-            let inside = NetnsBuilder::open(&end)?;
-            inside.set_mtu("eth0", mtu).await?;
-            inside.add_address("eth0", address(family, number, true).parse()?).await?;
-            inside.set_up("eth0").await?;
-            plain.ends.push(end);
+            let container_links = NetnsBuilder::open(&container)?;
+            container_links.set_mtu("eth0", mtu).await?;
+            container_links.add_address("eth0", address(family, number, true).parse()?).await?;
+            container_links.set_up("eth0").await?;
+            bridge.containers.push(container);
         }
-        Ok(plain)
+        Ok(bridge)
     }
 
     /// The path from one container to the other.
     pub fn path(&self, family: Family) -> anyhow::Result<TrafficPath> {
-        let [from, to] = self.ends.as_slice() else { anyhow::bail!("there are no two containers") };
+        let [from, to] = self.containers.as_slice() else { anyhow::bail!("there are no two containers") };
         Ok(TrafficPath { from: from.clone(), to: to.clone(), address: address(family, 3, false).parse()? })
     }
 }

@@ -83,17 +83,17 @@ pub(super) fn read(raw: &[RawExpr<'_>], table: Table) -> Option<(Option<Expr>, u
     let mut fields = Vec::new();
     let mut next_reg32 = 0;
     let mut rest = raw;
-    while let [RawExpr::Load { source, reg32 }, behind @ ..] = rest {
+    while let [RawExpr::Load { source, reg32 }, tail @ ..] = rest {
         if *reg32 != next_reg32 {
             return None;
         }
-        rest = behind;
+        rest = tail;
         let mut field = field_for_load(*source)?;
-        if let (Field::Transport { length, prefix, .. }, [RawExpr::Mask { reg32, mask }, behind @ ..]) = (&mut field, rest)
+        if let (Field::Transport { length, prefix, .. }, [RawExpr::Mask { reg32, mask }, tail @ ..]) = (&mut field, rest)
             && *reg32 == next_reg32
         {
             *prefix = (0..*length * 8).find(|bits| mask_bytes(*bits)[..usize::from(*length)] == **mask)?;
-            rest = behind;
+            rest = tail;
         }
         next_reg32 += reg32_count(field);
         fields.push(field);
@@ -123,15 +123,15 @@ pub(super) fn read(raw: &[RawExpr<'_>], table: Table) -> Option<(Option<Expr>, u
 
 /// Decodes the comparison of one field.
 fn read_comparison(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
-    let whole = value.len() == usize::from(field.length());
+    let is_full_length = value.len() == usize::from(field.length());
     let name = || {
         let name = crate::kernel::nft::codec::strip_nul(value);
         let padded = value.contains(&0) && value[name.len()..].iter().all(|byte| *byte == 0);
         std::str::from_utf8(name).ok().filter(|text| padded && !text.is_empty()).map(str::to_owned)
     };
     match field {
-        Field::InputInterface if whole && !negate => name().map(Expr::InputInterface),
-        Field::OutputInterface if whole && !negate => name().map(Expr::OutputInterface),
+        Field::InputInterface if is_full_length && !negate => name().map(Expr::InputInterface),
+        Field::OutputInterface if is_full_length && !negate => name().map(Expr::OutputInterface),
         // A shorter value is a prefix match (a wildcard at the end).
         Field::InputInterface | Field::OutputInterface if !value.is_empty() => {
             Some(Expr::Field { field, negate, value: value.to_vec() })
@@ -139,7 +139,7 @@ fn read_comparison(field: Field, negate: bool, value: &[u8]) -> Option<Expr> {
         // Address comparisons are decoded as CIDRs elsewhere.
         Field::Source(_) | Field::Destination(_) => None,
         Field::Transport { length, prefix, .. } if prefix < length * 8 => None,
-        _ => whole.then(|| Expr::Field { field, negate, value: value.to_vec() }),
+        _ => is_full_length.then(|| Expr::Field { field, negate, value: value.to_vec() }),
     }
 }
 

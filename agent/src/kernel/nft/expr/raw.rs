@@ -73,7 +73,7 @@ impl RawExpr<'_> {
         let number = |kind| codec::attribute_u32(data, kind);
         let value = |kind| codec::attribute(data, kind).and_then(|nested| codec::attribute(nested, NFTA_DATA_VALUE));
         let reg32_from = |kind| number(kind).and_then(reg32_index);
-        let first = |kind| reg32_from(kind).filter(|place| *place == 0);
+        let first = |kind| reg32_from(kind).filter(|reg32| *reg32 == 0);
         match name {
             b"meta" => {
                 Some(RawExpr::Load { source: RegisterLoad::Meta(number(NFTA_META_KEY)?), reg32: reg32_from(NFTA_META_DREG)? })

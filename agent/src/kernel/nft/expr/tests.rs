@@ -35,21 +35,21 @@ fn any_expr() -> impl Strategy<Value = Expr> {
 fn any_range() -> impl Strategy<Value = Expr> {
     (any::<(u128, u128, bool, bool)>(), proptest::sample::select(Family::ALL.to_vec())).prop_map(
         |((first, last, destination, negate), family)| {
-            let end = |value: u128| family.address(value >> (128 - u32::from(family.bits())));
+            let bound = |value: u128| family.address(value >> (128 - u32::from(family.bits())));
             let field = if destination { Field::Destination(family) } else { Field::Source(family) };
-            Expr::Range { field, first: end(first), last: end(last), negate }
+            Expr::Range { field, first: bound(first), last: bound(last), negate }
         },
     )
 }
 
 fn any_transport() -> impl Strategy<Value = Field> {
-    let places = (any::<u8>(), 1u8..17, any::<u8>()).prop_map(|(offset, length, prefix)| Field::Transport {
+    let transport_fields = (any::<u8>(), 1u8..17, any::<u8>()).prop_map(|(offset, length, prefix)| Field::Transport {
         offset,
         length,
         prefix: prefix % (length * 8) + 1,
     });
     // The destination port has a field of its own.
-    places.prop_filter("an unnamed offset", |field| !matches!(field, Field::Transport { offset: 2, length: 2, .. }))
+    transport_fields.prop_filter("an unnamed offset", |field| !matches!(field, Field::Transport { offset: 2, length: 2, .. }))
 }
 
 fn any_field() -> impl Strategy<Value = Field> {
@@ -72,14 +72,14 @@ fn any_field() -> impl Strategy<Value = Field> {
 
 /// Comparisons of whole fields that have no expression of their own.
 fn any_comparison() -> impl Strategy<Value = Expr> {
-    let bare = any_field().prop_filter_map("a field compared as is", |field| match field {
+    let plain_fields = any_field().prop_filter_map("a field compared as is", |field| match field {
         Field::Source(_) | Field::Destination(_) | Field::InputInterface | Field::OutputInterface => None,
         // Their offsets are those of IPv6 addresses in a rule on IPv6.
         Field::ArpSenderMac | Field::ArpSenderAddress => None,
         Field::Transport { offset, length, .. } => Some(Field::transport(offset, length)),
         field => Some(field),
     });
-    (bare, any::<bool>(), any::<u8>()).prop_map(|(field, negate, byte)| Expr::Field {
+    (plain_fields, any::<bool>(), any::<u8>()).prop_map(|(field, negate, byte)| Expr::Field {
         field,
         negate,
         value: vec![byte; usize::from(field.length())],

@@ -87,8 +87,9 @@ fn deleting_tables_deletes_their_elements() {
         tables.apply(&[both_tables(), one_of_each()].concat());
         let mut elements = tables.nft.dump().expect("dump").rules;
         elements.retain(|key, _| matches!(key, Key::Element(_)));
-        let gone = elements.into_iter().map(|(key, value)| Op::Delete(key, value));
-        let all: Vec<Op> = gone.chain(Table::ALL.map(|t| Op::Delete(Key::Ruleset(t), Value::Ruleset(Box::default())))).collect();
+        let deletions = elements.into_iter().map(|(key, value)| Op::Delete(key, value));
+        let all: Vec<Op> =
+            deletions.chain(Table::ALL.map(|t| Op::Delete(Key::Ruleset(t), Value::Ruleset(Box::default())))).collect();
         tables.apply(&all);
         assert_eq!((tables.cached.len(), tables.nft.dump().expect("dump").rules.len()), (0, 0));
         // Deleting also succeeds after another process removed the tables.
@@ -178,17 +179,17 @@ fn stale_cache_is_reread_and_retried() {
 fn refused_element_does_not_block_others() {
     in_netns(|| {
         let mut tables = Tables::open();
-        let bad = set(Element::Host(ip("192.0.2.1")), None);
+        let invalid = set(Element::Host(ip("192.0.2.1")), None);
         // The hosts sets do not exist when containers' packets are masqueraded.
         let mut ops = vec![set_table(rules()), set_table(source_filter())];
         ops.extend(one_of_each().into_iter().filter(|op| !matches!(op.key(), Key::Element(Element::Host(_)))));
-        let good = ops.len();
-        ops.insert(5, bad);
+        let valid_count = ops.len();
+        ops.insert(5, invalid);
         let failed = tables.nft.apply(&ops, &mut tables.cached);
         assert_eq!(failed.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [5], "{failed:?}");
         let message = &failed[0].1.message;
         assert!(message.starts_with("table inet overlayd, element of hosts4: 192.0.2.1 . 192.0.2.1: "), "{message}");
-        assert_eq!(tables.cached.len(), good);
+        assert_eq!(tables.cached.len(), valid_count);
         assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
         // The kernel refuses a range that overlaps another one of the same peer.
         let range = |last| set(Element::Range(Box::new((ip("192.0.2.9"), ip("10.244.9.9"), ip(last)))), None);
@@ -222,8 +223,8 @@ fn ten_thousand_peers_are_applied() {
         let mut found = State::new();
         timed("all read", &mut || found = tables.nft.dump().expect("dump").rules);
         assert_eq!(found, tables.cached);
-        let none: Vec<Op> = (0..10_000).map(|n| delete(peer(n))).collect();
-        timed("10,000 elements removed", &mut || tables.apply(&none));
+        let deletions: Vec<Op> = (0..10_000).map(|n| delete(peer(n))).collect();
+        timed("10,000 elements removed", &mut || tables.apply(&deletions));
         assert_eq!(tables.nft.dump().expect("dump").rules.len(), 2);
     });
 }

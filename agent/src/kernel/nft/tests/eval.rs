@@ -232,9 +232,9 @@ fn iptables_rules_and_nat_are_evaluated() {
             "table ip n { chain p { type nat hook prerouting priority -100; fib daddr type local tcp dport 80 dnat to 10.9.9.9:8080; }; \
              chain s { type nat hook postrouting priority 100; ip saddr 10.0.0.0/8 masquerade; }; }",
         );
-        let (how, rule) = evaluate_at(Hook::Prerouting).translation.expect("translated");
+        let (translation, rule) = evaluate_at(Hook::Prerouting).translation.expect("translated");
         let wanted = Translation::Destination { address: Some("10.9.9.9".parse().expect("ip")), port: Some(8080) };
-        assert_eq!((how, rule.chain.as_str()), (wanted, "p"));
+        assert_eq!((translation, rule.chain.as_str()), (wanted, "p"));
         assert_eq!(evaluate_at(Hook::Postrouting).translation.expect("translated").0, Translation::Masquerade);
     });
 }

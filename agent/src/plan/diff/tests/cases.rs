@@ -215,9 +215,9 @@ fn empty_desired_removes_everything() {
     let actual = host(DUAL).desired(&mut NexthopIds::default());
     assert!(actual.keys().any(|key| matches!(key, Key::Element(_))));
     let batch = diff(&State::new(), &actual);
-    let alone = |op: &Op| !matches!(op.key(), Key::Element(_) | Key::Fdb(..) | Key::Neigh(..) | Key::Address(..));
-    assert!(batch.iter().all(alone), "{}", to_text(&batch));
-    let mut left = actual;
-    batch.iter().for_each(|op| op.apply_to(&mut left));
-    assert!(left.keys().all(|key| matches!(key, Key::Sysctl(_))), "{}", to_json(&left));
+    let is_independent = |op: &Op| !matches!(op.key(), Key::Element(_) | Key::Fdb(..) | Key::Neigh(..) | Key::Address(..));
+    assert!(batch.iter().all(is_independent), "{}", to_text(&batch));
+    let mut remaining = actual;
+    batch.iter().for_each(|op| op.apply_to(&mut remaining));
+    assert!(remaining.keys().all(|key| matches!(key, Key::Sysctl(_))), "{}", to_json(&remaining));
 }

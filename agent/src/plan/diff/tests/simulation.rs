@@ -209,7 +209,7 @@ impl Setup {
         let mut state = self.entries();
         for (i, peer) in (10u8..).zip(&self.peers) {
             let Some((address, mac, families)) = *peer else { continue };
-            let reach: PerFamily<RemoteSubnet> = peer_families(families, self)
+            let remote_subnets: PerFamily<RemoteSubnet> = peer_families(families, self)
                 .map(|family| {
                     let mac = Mac([2, 0, 0, 0, i, mac]);
                     (
@@ -222,8 +222,8 @@ impl Setup {
                     )
                 })
                 .collect();
-            if !reach.is_empty() {
-                let entries = host.peer_entries(&Peer { remote_subnets: reach });
+            if !remote_subnets.is_empty() {
+                let entries = host.peer_entries(&Peer { remote_subnets });
                 state.extend(if self.flags[3] { ids.resolve(entries) } else { entries });
             }
         }

@@ -12,9 +12,9 @@ use crate::store::write::Precondition;
 impl ModelState {
     /// The equivalent state with the smallest numbers.
     pub(super) fn canonical(&self) -> ModelState {
-        let mut world = self.clone();
+        let mut state = self.clone();
         let (mut revisions, mut leases) = (BTreeSet::from([0]), BTreeSet::new());
-        world.visit_numbers(
+        state.visit_numbers(
             &mut |revision| {
                 revisions.insert(*revision);
             },
@@ -24,10 +24,10 @@ impl ModelState {
         );
         let rank = |all: &BTreeSet<i64>| all.iter().copied().zip(0..).collect::<BTreeMap<i64, i64>>();
         let (revisions, leases) = (rank(&revisions), rank(&leases));
-        world.visit_numbers(&mut |revision| *revision = revisions[revision], &mut |id| *id = leases[id]);
-        world.live_leases = world.live_leases.iter().filter_map(|id| leases.get(id).copied()).collect();
-        world.last_lease_id = i64::try_from(leases.len()).unwrap();
-        world
+        state.visit_numbers(&mut |revision| *revision = revisions[revision], &mut |id| *id = leases[id]);
+        state.live_leases = state.live_leases.iter().filter_map(|id| leases.get(id).copied()).collect();
+        state.last_lease_id = i64::try_from(leases.len()).unwrap();
+        state
     }
 
     /// Visits all revisions and etcd lease IDs.
@@ -50,9 +50,9 @@ impl ModelState {
             match &mut host.stage {
                 Stage::Write(request) => visit_request(request, revision, lease),
                 Stage::Grant(PlannedWrite::TakeOver(held)) => visit_held(held, revision, lease),
-                Stage::Grant(PlannedWrite::Create { config, max_create_revision: whole, .. }) => {
+                Stage::Grant(PlannedWrite::Create { config, max_create_revision, .. }) => {
                     revision(config);
-                    whole.iter_mut().for_each(&mut *revision);
+                    max_create_revision.iter_mut().for_each(&mut *revision);
                 }
                 Stage::Decide | Stage::Hold => {}
             }
@@ -81,8 +81,8 @@ fn visit_held(held: &mut HeldEntry, revision: &mut dyn FnMut(&mut i64), lease: &
 }
 
 fn visit_request(request: &mut TxnRequest, revision: &mut dyn FnMut(&mut i64), lease: &mut dyn FnMut(&mut i64)) {
-    for guard in &mut request.preconditions {
-        match guard {
+    for precondition in &mut request.preconditions {
+        match precondition {
             Precondition::Unchanged { revision: number, .. } | Precondition::NoneCreated { after_revision: number, .. } => {
                 revision(number)
             }
@@ -104,13 +104,13 @@ impl fmt::Debug for ModelState {
             revision,
             config,
             entries,
-            live_leases: alive,
+            live_leases,
             last_lease_id: _,
             hosts,
-            delayed_writes: late,
-            remaining_faults: faults,
+            delayed_writes,
+            remaining_faults,
         } = self;
-        write!(f, "{revision} {config:?} {alive:?} {faults} ")?;
-        f.debug_struct("World").field("entries", entries).field("hosts", hosts).field("late", late).finish()
+        write!(f, "{revision} {config:?} {live_leases:?} {remaining_faults} ")?;
+        f.debug_struct("World").field("entries", entries).field("hosts", hosts).field("late", delayed_writes).finish()
     }
 }

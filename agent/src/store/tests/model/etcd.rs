@@ -86,21 +86,21 @@ impl ModelState {
 
     /// Executes a transaction like etcd: compares and writes atomically.
     pub(super) fn commit(&mut self, number: usize, request: &TxnRequest) -> Result<TxnResult, String> {
-        if !request.preconditions.iter().all(|guard| self.satisfies(guard)) {
+        if !request.preconditions.iter().all(|precondition| self.satisfies(precondition)) {
             return Ok(TxnResult::PreconditionFailed);
         }
-        let before = self.entries.get(&request.key).cloned();
-        let victim = before.as_ref().filter(|stored| stored.writer != number && self.is_held(&request.key, stored));
-        let taken = victim.map(|stored| format!("h{number} takes {}, which h{} holds", request.key, stored.writer));
+        let previous = self.entries.get(&request.key).cloned();
+        let victim = previous.as_ref().filter(|stored| stored.writer != number && self.is_held(&request.key, stored));
+        let takeover = victim.map(|stored| format!("h{number} takes {}, which h{} holds", request.key, stored.writer));
         match &request.operation {
             Operation::Put { binding: Some(id), .. } if !self.live_leases.contains(id) => return Ok(TxnResult::LeaseNotFound),
             Operation::Put { value, binding, .. } => {
-                let Some(etcd_lease) = binding.map(Some).or(before.as_ref().map(|stored| stored.etcd_lease)) else {
+                let Some(etcd_lease) = binding.map(Some).or(previous.as_ref().map(|stored| stored.etcd_lease)) else {
                     // etcd rejects keeping the lease of a key that does not exist.
                     return Ok(TxnResult::PreconditionFailed);
                 };
                 self.revision += 1;
-                let created = before.map_or(self.revision, |stored| stored.create_revision);
+                let created = previous.map_or(self.revision, |stored| stored.create_revision);
                 let stored = StoredEntry {
                     writer: number,
                     value: Rc::clone(value),
@@ -110,7 +110,7 @@ impl ModelState {
                 };
                 self.entries.insert(request.key.clone(), stored);
             }
-            Operation::Remove { .. } if before.is_none() => return Ok(TxnResult::PreconditionFailed),
+            Operation::Remove { .. } if previous.is_none() => return Ok(TxnResult::PreconditionFailed),
             Operation::Remove { etcd_lease } => {
                 self.revision += 1;
                 self.entries.remove(&request.key);
@@ -119,7 +119,7 @@ impl ModelState {
                 }
             }
         }
-        match taken.or_else(|| self.overlap(number, &request.key)) {
+        match takeover.or_else(|| self.overlap(number, &request.key)) {
             Some(violation) => Err(violation),
             None => Ok(TxnResult::Written(self.revision)),
         }
@@ -133,31 +133,33 @@ impl ModelState {
                 let stored = self.entries.iter().find(|(last, _)| keys.subnet(last) == *key);
                 stored.map_or(0, |(_, stored)| stored.mod_revision) == *revision
             }
-            Precondition::NoneCreated { from, to, after_revision: behind } => self
+            Precondition::NoneCreated { from, to, after_revision } => self
                 .entries
                 .iter()
                 .filter(|(last, _)| (from..to).contains(&&keys.subnet(last)))
-                .all(|(_, stored)| stored.create_revision <= *behind),
+                .all(|(_, stored)| stored.create_revision <= *after_revision),
         }
     }
 
     /// Describes an overlap between the entry just written and another host's entry.
     fn overlap(&self, number: usize, key: &str) -> Option<String> {
         let ranges = claimed_ranges(key);
-        let others = self.entries.iter().filter(|(_, stored)| stored.writer != number);
-        let bad = others.filter(|(other, _)| claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r))));
+        let other_entries = self.entries.iter().filter(|(_, stored)| stored.writer != number);
+        let overlapping =
+            other_entries.filter(|(other, _)| claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r))));
         let present = self.entries.contains_key(key);
-        let named = |writer: usize| if writer == NO_HOST { "nobody".to_owned() } else { format!("h{writer}") };
-        bad.map(|(other, stored)| format!("h{number} has {key} while {} has {other}", named(stored.writer)))
+        let host_name = |writer: usize| if writer == NO_HOST { "nobody".to_owned() } else { format!("h{writer}") };
+        overlapping
+            .map(|(other, stored)| format!("h{number} has {key} while {} has {other}", host_name(stored.writer)))
             .next()
             .filter(|_| present)
     }
 
     pub(super) fn revoke_lease(&mut self, id: i64) {
         self.live_leases.remove(&id);
-        let before = self.entries.len();
+        let previous_count = self.entries.len();
         self.entries.retain(|_, stored| stored.etcd_lease != Some(id));
-        self.revision += i64::from(self.entries.len() != before);
+        self.revision += i64::from(self.entries.len() != previous_count);
     }
 
     /// Whether the writer of an entry is up, connected and holds it.

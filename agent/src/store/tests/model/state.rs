@@ -7,11 +7,10 @@ use super::super::harness::{PREFIX, lease_request};
 use super::etcd::{NO_HOST, Operation, StoredEntry, StoredValue, TxnRequest, TxnResult};
 use crate::model::event::{LeaseOrigin, LeaseRequest};
 use crate::model::{Cidr, NetworkConfig, Subnet};
-use crate::store::codec;
 use crate::store::keys::{Keys, claimed_ranges};
 use crate::store::lease::{Action, HeldEntry, HeldLease, HolderState, LeaseSnapshot, decide, lease_value};
-use crate::store::pick::pick;
 use crate::store::write::{Precondition, change_preconditions, create_preconditions};
+use crate::store::{codec, pick::pick};
 
 /// Number of lost races after which a host's choice repeats. It bounds the search; the protocol has no such limit.
 const MAX_ATTEMPTS: u32 = 4;
@@ -106,8 +105,8 @@ impl ModelState {
         let ranges: Vec<Cidr> = reserved.iter().flat_map(|key| claimed_ranges(key)).collect();
         let choice = |id: &str| pick(&configs[0].1, &ranges, id, 0).unwrap();
         let wanted = choice("h0");
-        let near = |subnet: &Subnet| subnet.iter().next() == wanted.iter().next();
-        let ids = (0..500).map(|n| format!("h{n}")).filter(|id| near(&choice(id)));
+        let shares_first_subnet = |subnet: &Subnet| subnet.iter().next() == wanted.iter().next();
+        let ids = (0..500).map(|n| format!("h{n}")).filter(|id| shares_first_subnet(&choice(id)));
         let (mut same, mut other): (Vec<String>, Vec<String>) = ids.partition(|id| choice(id) == wanted);
         let mut next = |n: usize| if n % 2 == 1 && !other.is_empty() { other.remove(0) } else { same.remove(0) };
         let identities = (0..hosts).map(|host| (0..3).map(|_| next(host)).collect()).collect();
@@ -173,45 +172,45 @@ impl ModelState {
             self.host_transitions(number, &mut all);
         }
         let mut add = |label: String, fault: bool, change: &dyn Fn(&mut ModelState) -> Result<(), String>| {
-            let mut world = self.clone();
-            let outcome = change(&mut world).map(|()| world);
+            let mut next = self.clone();
+            let outcome = change(&mut next).map(|()| next);
             all.push(Transition { label, fault, outcome });
         };
         for (number, (writer, request)) in self.delayed_writes.iter().enumerate() {
-            add(format!("h{writer}'s late write of {} arrives", request.key), false, &|world| {
-                world.delayed_writes.remove(number);
-                world.commit(*writer, request).map(|_| ())
+            add(format!("h{writer}'s late write of {} arrives", request.key), false, &|state| {
+                state.delayed_writes.remove(number);
+                state.commit(*writer, request).map(|_| ())
             });
-            add(format!("h{writer}'s late write of {} is lost", request.key), false, &|world| {
-                world.delayed_writes.remove(number);
+            add(format!("h{writer}'s late write of {} is lost", request.key), false, &|state| {
+                state.delayed_writes.remove(number);
                 Ok(())
             });
         }
         for id in self.live_leases.iter().filter(|id| !self.is_renewed(**id)) {
-            add(format!("etcd lease {id} expires"), false, &|world| {
-                world.revoke_lease(*id);
+            add(format!("etcd lease {id} expires"), false, &|state| {
+                state.revoke_lease(*id);
                 Ok(())
             });
         }
         if self.config.0 + 1 < self.scenario.configs.len() {
-            add("the configuration changes".to_owned(), false, &|world| {
-                world.revision += 1;
-                world.config = (world.config.0 + 1, world.revision);
+            add("the configuration changes".to_owned(), false, &|state| {
+                state.revision += 1;
+                state.config = (state.config.0 + 1, state.revision);
                 Ok(())
             });
         }
         if self.remaining_faults > 0 {
             for (key, stored) in self.entries.iter().filter(|(_, stored)| stored.writer != NO_HOST) {
-                add(format!("an operator deletes {key}"), true, &|world| {
-                    world.remaining_faults -= 1;
-                    world.revision += 1;
-                    world.entries.remove(key);
+                add(format!("an operator deletes {key}"), true, &|state| {
+                    state.remaining_faults -= 1;
+                    state.revision += 1;
+                    state.entries.remove(key);
                     Ok(())
                 });
                 if let Some(id) = stored.etcd_lease.filter(|id| self.is_renewed(*id)) {
-                    add(format!("an operator revokes etcd lease {id}"), true, &|world| {
-                        world.remaining_faults -= 1;
-                        world.revoke_lease(id);
+                    add(format!("an operator revokes etcd lease {id}"), true, &|state| {
+                        state.remaining_faults -= 1;
+                        state.revoke_lease(id);
                         Ok(())
                     });
                 }
@@ -223,20 +222,20 @@ impl ModelState {
     fn host_transitions(&self, number: usize, all: &mut Vec<Transition>) {
         let host = &self.hosts[number];
         let mut add = |label: &str, fault: bool, change: &dyn Fn(&mut ModelState) -> Result<(), String>| {
-            let mut world = self.clone();
-            let outcome = change(&mut world).map(|()| world);
+            let mut next = self.clone();
+            let outcome = change(&mut next).map(|()| next);
             all.push(Transition { label: format!("h{number} {label}"), fault, outcome });
         };
         if !host.up {
-            add("starts", false, &|world| {
-                world.hosts[number].up = true;
+            add("starts", false, &|state| {
+                state.hosts[number].up = true;
                 Ok(())
             });
             return;
         }
         if host.seen_config != self.config.0 {
-            add("sees the configuration", false, &|world| {
-                let host = &mut world.hosts[number];
+            add("sees the configuration", false, &|state| {
+                let host = &mut state.hosts[number];
                 host.seen_config += 1;
                 if matches!(host.stage, Stage::Hold) {
                     host.stage = Stage::Decide;
@@ -245,39 +244,39 @@ impl ModelState {
             });
         }
         if !host.connected {
-            add("is reconnected", false, &|world| {
-                world.hosts[number].connected = true;
-                world.hosts[number].stage = Stage::Decide;
+            add("is reconnected", false, &|state| {
+                state.hosts[number].connected = true;
+                state.hosts[number].stage = Stage::Decide;
                 Ok(())
             });
         } else if let Some(doing) = self.next_step(number) {
-            add(&doing, false, &|world| world.advance(number));
+            add(&doing, false, &|state| state.advance(number));
         }
         if self.remaining_faults == 0 || !host.connected {
             return;
         }
         // A write in flight is lost, or arrives with its response lost, or arrives at any later time.
-        let fates: &[&str] = if matches!(host.stage, Stage::Write(_)) { &["lost", "done", "late"] } else { &["none"] };
-        for fate in fates {
+        let write_outcomes: &[&str] = if matches!(host.stage, Stage::Write(_)) { &["lost", "done", "late"] } else { &["none"] };
+        for write_outcome in write_outcomes {
             for what in ["crashes", "crashes and loses its state", "is cut off"] {
-                add(&format!("{what}, its write {fate}"), true, &|world| {
-                    world.remaining_faults -= 1;
-                    if let Stage::Write(request) = std::mem::replace(&mut world.hosts[number].stage, Stage::Decide) {
-                        match *fate {
+                add(&format!("{what}, its write {write_outcome}"), true, &|state| {
+                    state.remaining_faults -= 1;
+                    if let Stage::Write(request) = std::mem::replace(&mut state.hosts[number].stage, Stage::Decide) {
+                        match *write_outcome {
                             "done" => {
-                                world.commit(number, &request)?;
+                                state.commit(number, &request)?;
                             }
-                            "late" => world.delayed_writes.push((number, request)),
+                            "late" => state.delayed_writes.push((number, request)),
                             _ => {}
                         }
                     }
-                    let host = &mut world.hosts[number];
+                    let host = &mut state.hosts[number];
                     if what == "is cut off" {
                         host.connected = false;
                         return Ok(());
                     }
-                    let memory = std::mem::take(&mut host.state);
-                    host.preferred = memory.held.map(|held| held.lease.subnet).or(memory.last_subnet).or(host.preferred);
+                    let former = std::mem::take(&mut host.state);
+                    host.preferred = former.held.map(|held| held.lease.subnet).or(former.last_subnet).or(host.preferred);
                     (host.up, host.unused_lease, host.stale_lease) = (false, None, None);
                     if what == "crashes and loses its state" {
                         (host.generation, host.preferred) = (host.generation + 1, None);
@@ -297,11 +296,11 @@ impl ModelState {
             Stage::Write(request) => Some(format!("writes or deletes {}", request.key)),
             Stage::Hold => {
                 let held = host.state.held.as_ref()?;
-                let gone = held.lease.etcd_lease.is_some_and(|id| !self.live_leases.contains(&id));
-                let same = self.entries.get(&held.key).is_some_and(|stored| stored.mod_revision == held.mod_revision);
+                let expired = held.lease.etcd_lease.is_some_and(|id| !self.live_leases.contains(&id));
+                let is_unchanged = self.entries.get(&held.key).is_some_and(|stored| stored.mod_revision == held.mod_revision);
                 // The watch also reports other entries that name this host: a late write creates one.
                 let second = self.entries.iter().any(|(key, stored)| *key != held.key && self.names_host(number, stored));
-                (gone || !same || second).then(|| "notices a change".to_owned())
+                (expired || !is_unchanged || second).then(|| "notices a change".to_owned())
             }
         }
     }
@@ -327,14 +326,13 @@ impl ModelState {
                 self.hosts[number].stage = Stage::Write(self.build_request(number, plan, id));
             }
             Stage::Write(request) => {
-                let answer = self.commit(number, &request)?;
-                self.handle_result(number, request, answer);
+                let result = self.commit(number, &request)?;
+                self.handle_result(number, request, result);
             }
             Stage::Hold => {
                 let host = &mut self.hosts[number];
-                let gone =
-                    host.state.held.as_ref().and_then(|h| h.lease.etcd_lease).is_some_and(|id| !self.live_leases.contains(&id));
-                if gone {
+                let etcd_lease = host.state.held.as_ref().and_then(|held| held.lease.etcd_lease);
+                if etcd_lease.is_some_and(|id| !self.live_leases.contains(&id)) {
                     host.state.forget_held();
                 }
                 host.stage = Stage::Decide;
@@ -351,13 +349,13 @@ impl ModelState {
         if let Some((lost, _)) = state.detect_loss(&snapshot, &request) {
             self.hosts[number].stale_lease = lost.lease.etcd_lease.or(self.hosts[number].stale_lease);
         }
-        let bound = |id: i64| snapshot.entries.iter().any(|claim| claim.etcd_lease == Some(id));
+        let bound = |id: i64| snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(id));
         if let Some(id) = self.hosts[number].stale_lease.take_if(|id| !bound(*id)) {
             self.revoke_lease(id);
         }
-        let step = decide(&snapshot, &request, &state);
+        let action = decide(&snapshot, &request, &state);
         let config = snapshot.config.as_ref().map_or(0, |config| config.mod_revision);
-        self.hosts[number].stage = match step {
+        self.hosts[number].stage = match action {
             Action::Keep(held) => {
                 state = self.record_held(number, held);
                 Stage::Hold
@@ -365,20 +363,21 @@ impl ModelState {
             Action::Write(held) => Stage::Write(self.change_request(&request, held, None)),
             Action::TakeOver(held) if held.lease.etcd_lease.is_some() => Stage::Grant(PlannedWrite::TakeOver(held)),
             Action::TakeOver(held) => Stage::Write(self.change_request(&request, held, None)),
-            Action::Acquire { subnet, compare_all: whole } => {
-                Stage::Grant(PlannedWrite::Create { subnet, config, max_create_revision: whole.then_some(snapshot.revision) })
+            Action::Acquire { subnet, compare_all } => {
+                let max_create_revision = compare_all.then_some(snapshot.revision);
+                Stage::Grant(PlannedWrite::Create { subnet, config, max_create_revision })
             }
             Action::Release { key, mod_revision, etcd_lease, .. } => {
                 if state.held.as_ref().is_some_and(|held| held.key == key) {
                     state.held = None;
                 }
-                let shared = snapshot.entries.iter().any(|claim| claim.key != key && claim.etcd_lease == etcd_lease);
-                let etcd_lease = etcd_lease.filter(|_| !shared);
-                let guards = self.preconditions_unless(
+                let is_shared = snapshot.entries.iter().any(|entry| entry.key != key && entry.etcd_lease == etcd_lease);
+                let etcd_lease = etcd_lease.filter(|_| !is_shared);
+                let preconditions = self.preconditions_unless(
                     change_preconditions(&self.scenario.keys, &key, mod_revision),
                     Defect::UnconditionalChange,
                 );
-                Stage::Write(TxnRequest { key, preconditions: guards, operation: Operation::Remove { etcd_lease } })
+                Stage::Write(TxnRequest { key, preconditions, operation: Operation::Remove { etcd_lease } })
             }
             Action::VerifyLiveness { key, mod_revision, etcd_lease, .. } => {
                 state.forget_held();
@@ -405,57 +404,58 @@ impl ModelState {
                 held.lease.etcd_lease = Some(id);
                 self.change_request(&request, held, Some(id))
             }
-            PlannedWrite::Create { subnet, config, max_create_revision: whole } => {
+            PlannedWrite::Create { subnet, config, max_create_revision } => {
                 let key = subnet.to_key();
-                let whole = whole.filter(|_| self.scenario.defect != Some(Defect::UncheckedRange));
-                let mut guards = self.preconditions_unless(
-                    create_preconditions(&self.scenario.keys, &key, config, whole),
+                let max_create_revision = max_create_revision.filter(|_| self.scenario.defect != Some(Defect::UncheckedRange));
+                let mut preconditions = self.preconditions_unless(
+                    create_preconditions(&self.scenario.keys, &key, config, max_create_revision),
                     Defect::UnconditionalCreate,
                 );
                 if self.scenario.defect == Some(Defect::UncheckedConfig) {
-                    guards.retain(|guard| !matches!(guard, Precondition::Unchanged { .. }));
+                    preconditions.retain(|precondition| !matches!(precondition, Precondition::Unchanged { .. }));
                 }
                 if self.scenario.defect == Some(Defect::UncheckedRange) {
-                    guards = vec![Precondition::Unchanged { key: self.scenario.keys.subnet(&key), revision: 0 }];
+                    preconditions = vec![Precondition::Unchanged { key: self.scenario.keys.subnet(&key), revision: 0 }];
                 }
                 let lease = HeldLease { subnet, etcd_lease: Some(id), origin: LeaseOrigin::Acquired };
                 let held = HeldEntry { key: key.clone(), mod_revision: 0, lease };
-                let what = Operation::Put { value: ModelState::encode_value(&request), binding: Some(id), held, creates: true };
-                TxnRequest { key, preconditions: guards, operation: what }
+                let operation =
+                    Operation::Put { value: ModelState::encode_value(&request), binding: Some(id), held, creates: true };
+                TxnRequest { key, preconditions, operation }
             }
         }
     }
 
     fn change_request(&self, request: &LeaseRequest, held: HeldEntry, binding: Option<i64>) -> TxnRequest {
-        let guards = self.preconditions_unless(
+        let preconditions = self.preconditions_unless(
             change_preconditions(&self.scenario.keys, &held.key, held.mod_revision),
             Defect::UnconditionalChange,
         );
         TxnRequest {
             key: held.key.clone(),
-            preconditions: guards,
+            preconditions,
             operation: Operation::Put { value: ModelState::encode_value(request), binding, held, creates: false },
         }
     }
 
-    fn preconditions_unless(&self, guards: Vec<Precondition>, defect: Defect) -> Vec<Precondition> {
-        if self.scenario.defect == Some(defect) { Vec::new() } else { guards }
+    fn preconditions_unless(&self, preconditions: Vec<Precondition>, defect: Defect) -> Vec<Precondition> {
+        if self.scenario.defect == Some(defect) { Vec::new() } else { preconditions }
     }
 
-    fn handle_result(&mut self, number: usize, request: TxnRequest, answer: TxnResult) {
+    fn handle_result(&mut self, number: usize, request: TxnRequest, result: TxnResult) {
         let mut stage = Stage::Decide;
-        match (request.operation, answer) {
+        match (request.operation, result) {
             (Operation::Put { mut held, .. }, TxnResult::Written(revision)) => {
                 held.mod_revision = revision;
                 self.hosts[number].state = self.record_held(number, held);
                 stage = Stage::Hold;
             }
-            (Operation::Put { creates: made, .. }, answer) => {
+            (Operation::Put { creates, .. }, result) => {
                 let host = &mut self.hosts[number];
-                if matches!(answer, TxnResult::LeaseNotFound) {
+                if matches!(result, TxnResult::LeaseNotFound) {
                     host.unused_lease = None;
                 }
-                if made {
+                if creates {
                     host.state.attempt = (host.state.attempt + 1).min(MAX_ATTEMPTS);
                 }
             }
@@ -490,9 +490,9 @@ impl ModelState {
             let Some(held) = &self.hosts[*number].state.held else { return false };
             self.entries.get(&held.key).is_some_and(|s| s.writer == *number && self.is_held(&held.key, s))
         };
-        let without: Vec<usize> = (0..self.hosts.len()).filter(|number| !holds(number)).collect();
-        if !without.is_empty() {
-            return Some(format!("hosts {without:?} hold no subnet"));
+        let without_lease: Vec<usize> = (0..self.hosts.len()).filter(|number| !holds(number)).collect();
+        if !without_lease.is_empty() {
+            return Some(format!("hosts {without_lease:?} hold no subnet"));
         }
         let leases = self.entries.values().filter(|stored| stored.writer != NO_HOST).count();
         (leases != self.hosts.len()).then(|| format!("{leases} entries of {} hosts", self.hosts.len()))
