@@ -201,7 +201,7 @@ async fn full_disk_is_survived() {
     let volume = Tmpfs::new(&lab, "h1").await;
     // Before the first start: no state can be saved, so nothing is begun.
     volume.fill();
-    volume.start_agent();
+    volume.start_failing_agent();
     eventually("the agent ends", CONVERGE_TIMEOUT, || {
         if lab.host("h1").agent().is_none() { Ok(()) } else { Err("it runs".to_owned()) }
     })
@@ -273,7 +273,7 @@ async fn read_only_state_dir_is_survived() {
 
     // A start fails with the reason, and the data path stays as it is.
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
-    volume.start_agent();
+    volume.start_failing_agent();
     eventually("the agent ends", CONVERGE_TIMEOUT, || {
         if lab.host("h1").agent().is_none() { Ok(()) } else { Err("it runs".to_owned()) }
     })

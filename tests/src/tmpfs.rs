@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use overlayctl::lab::process::{self, ProcessId};
-use overlayctl::lab::{Lab, agent};
+use overlayctl::lab::{Lab, LabError, agent};
 
 use crate::programs::{CommandOutput, overlayd};
 use crate::test_lab::CONVERGE_TIMEOUT;
@@ -43,13 +43,22 @@ impl<'a> Tmpfs<'a> {
 
     /// Starts the host's agent with its state on this file system. Does not wait.
     pub fn start_agent(&self) {
+        self.try_start_agent().expect_ok("nsenter (util-linux)");
+    }
+
+    /// Starts an agent that cannot run: it may have ended before its process id is recorded.
+    pub fn start_failing_agent(&self) {
+        let _ended_already = self.try_start_agent();
+    }
+
+    fn try_start_agent(&self) -> Result<ProcessId, LabError> {
         let at = self.lab.host(self.host);
         let mut command = self.nsenter_command();
         command.arg(overlayd()).args(["--config", "/dev/null", "--node-name", self.host]);
         command.arg("--run-dir").arg(at.run_dir()).arg("--state-dir").arg(at.state_dir());
         command.args(["--etcd-endpoints", &self.lab().layout().etcd_endpoints().join(",")]);
         let record = agent::pid_file(self.lab().dir(), self.host);
-        process::start(command, Some(&self.lab.open_netns(self.host)), &at.log(), &record).expect_ok("nsenter (util-linux)");
+        process::start(command, Some(&self.lab.open_netns(self.host)), &at.log(), &record)
     }
 
     /// Fills the file system.
