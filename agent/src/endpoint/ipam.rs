@@ -387,12 +387,12 @@ mod tests {
                         Err(_) => prop_assert_eq!(used.len() as u128, capacity),
                     },
                     2 => {
-                        let wish = range.nth(u128::from(pick) % size).unwrap();
-                        let free = !used.contains(&wish)
-                            && wish != range.base() && Some(wish) != range.nth(1) && (v6 || wish != range.last());
-                        prop_assert_eq!(ipam.reserve(wish).is_ok(), free);
+                        let address = range.nth(u128::from(pick) % size).unwrap();
+                        let free = !used.contains(&address)
+                            && address != range.base() && Some(address) != range.nth(1) && (v6 || address != range.last());
+                        prop_assert_eq!(ipam.reserve(address).is_ok(), free);
                         if free {
-                            used.push(wish);
+                            used.push(address);
                         }
                     }
                     _ if used.is_empty() => {}

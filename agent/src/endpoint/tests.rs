@@ -227,9 +227,9 @@ async fn endpoints_and_address_order_survive_restart() {
     assert!(matches!(endpoints.attach(name("b"), attach_request("/ns/b")).await, Err(EndpointError::ShuttingDown)));
     drop(endpoints);
 
-    let plugged = host.kernel.change_count();
+    let changes = host.kernel.change_count();
     let endpoints = host.start(DUAL).await;
-    assert_eq!(host.kernel.change_count(), plugged, "a restart changes nothing in the kernel");
+    assert_eq!(host.kernel.change_count(), changes, "a restart changes nothing in the kernel");
     assert_eq!(endpoints.list(), vec![a.endpoint.clone()]);
     assert_eq!(*endpoints.ports().borrow(), vec![Arc::new(a.endpoint.clone())]);
     assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), a);
@@ -364,10 +364,10 @@ async fn attach_waits_for_rules() {
     let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
     let endpoints = host.start(DUAL).await;
     let programmed = endpoints.applied_endpoints();
-    let mut plugged = endpoints.ports();
+    let mut ports = endpoints.ports();
     let asked = endpoints.clone();
     let attach = tokio::spawn(async move { asked.attach(name("a"), attach_request("/ns/a")).await });
-    let all = plugged.wait_for(|all| !all.is_empty()).await.unwrap().clone();
+    let all = ports.wait_for(|all| !all.is_empty()).await.unwrap().clone();
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!attach.is_finished());
     programmed.send_replace(all);
@@ -378,7 +378,7 @@ async fn attach_waits_for_rules() {
     let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..attach_request("/ns/c") };
     let asked = endpoints.clone();
     let attach = tokio::spawn(async move { asked.attach(name("c"), publishes).await });
-    let all = plugged.wait_for(|all| all.len() == 3).await.unwrap().clone();
+    let all = ports.wait_for(|all| all.len() == 3).await.unwrap().clone();
     tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!attach.is_finished());
     programmed.send_replace(all);

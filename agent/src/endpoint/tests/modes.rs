@@ -285,9 +285,9 @@ async fn without_default_route_only_overlay_is_routed() {
     let endpoints = host.start(DUAL).await;
     let second = AttachRequest { default_route: Some(false), interface: Some("eth1".to_owned()), ..attach_request("/ns/a") };
     let a = endpoints.attach(name("a"), second.clone()).await.unwrap();
-    let plugged = || format_routes(host.kernel.port_specs().values().next().unwrap());
+    let routes = || format_routes(host.kernel.port_specs().values().next().unwrap());
     let wanted = ["10.244.0.0/16 via 10.244.1.1", "fd00:10:244::/56 via fd00:10:244:1::1"];
-    assert_eq!(plugged(), wanted);
+    assert_eq!(routes(), wanted);
     assert_eq!(a.routes.iter().map(|(_, to)| to.to_string()).collect::<Vec<_>>(), ["10.244.0.0/16", "fd00:10:244::/56"]);
     assert_eq!(endpoints.attach(name("a"), second.clone()).await.unwrap(), a);
     let with_one = AttachRequest { default_route: None, ..second };
@@ -298,7 +298,7 @@ async fn without_default_route_only_overlay_is_routed() {
     assert_eq!(endpoints.list(), [a.endpoint]);
     host.kernel.remove(&endpoints.list()[0].port.as_ref().unwrap().host_interface);
     assert!(endpoints.reconcile_ports().await.is_empty());
-    assert_eq!(plugged(), wanted);
+    assert_eq!(routes(), wanted);
 }
 
 #[tokio::test]

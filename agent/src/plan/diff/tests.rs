@@ -161,11 +161,11 @@ proptest! {
         let desired = desired_for(&setup, &actual);
         let all: Vec<&Key> = desired.keys().chain(actual.keys()).collect();
         let some: BTreeSet<&Key> = picks.iter().filter(|_| !all.is_empty()).map(|pick| all[pick.index(all.len())]).collect();
-        let mut fates = DeviceChanges::new(&desired, &actual);
+        let mut changes = DeviceChanges::new(&desired, &actual);
         let changing: BTreeSet<Device> = some
             .iter()
             .filter_map(|key| link_device(key))
-            .filter(|device| !matches!(fates.get(*device), DeviceChange::Unchanged | DeviceChange::Conflict))
+            .filter(|device| !matches!(changes.get(*device), DeviceChange::Unchanged | DeviceChange::Conflict))
             .collect();
         let included = |key: &Key| {
             some.contains(key)

@@ -179,20 +179,20 @@ proptest! {
     /// those of a new table.
     #[test]
     fn incremental_update_equals_full_rebuild(steps in prop::collection::vec((any_entry(), any::<bool>()), 1..24)) {
-        let mut roster = LeaseTable::default();
+        let mut table = LeaseTable::default();
         for (entry, add) in steps {
-            let keys: BTreeSet<LeaseKey> = roster.iter().map(|(key, _)| key.clone()).collect();
-            let before: Vec<_> = keys.iter().map(|key| roster.classify(key, &network(), Some(&local_host()))).collect();
-            let affected = if add { roster.upsert(entry) } else { roster.remove(&entry.key) };
+            let keys: BTreeSet<LeaseKey> = table.iter().map(|(key, _)| key.clone()).collect();
+            let before: Vec<_> = keys.iter().map(|key| table.classify(key, &network(), Some(&local_host()))).collect();
+            let affected = if add { table.upsert(entry) } else { table.remove(&entry.key) };
             for (key, old) in keys.iter().zip(before) {
-                let new = roster.classify(key, &network(), Some(&local_host()));
+                let new = table.classify(key, &network(), Some(&local_host()));
                 prop_assert!(old == new || affected.contains(key), "{key} changed unnoticed: {old:?} -> {new:?}");
             }
             let mut fresh = LeaseTable::default();
-            fresh.replace(roster.iter().map(|(key, value)| StoreEntry { key: key.to_string(), value: value.clone() }).collect());
-            for (key, _) in roster.iter() {
+            fresh.replace(table.iter().map(|(key, value)| StoreEntry { key: key.to_string(), value: value.clone() }).collect());
+            for (key, _) in table.iter() {
                 prop_assert_eq!(
-                    roster.classify(key, &network(), Some(&local_host())),
+                    table.classify(key, &network(), Some(&local_host())),
                     fresh.classify(key, &network(), Some(&local_host()))
                 );
             }
@@ -202,11 +202,11 @@ proptest! {
     /// No two peers overlap, whatever the store contains.
     #[test]
     fn peers_never_overlap(entries in prop::collection::vec(any_entry(), 1..16)) {
-        let mut roster = LeaseTable::default();
-        roster.replace(entries);
-        let peers: Vec<Peer> = roster
+        let mut table = LeaseTable::default();
+        table.replace(entries);
+        let peers: Vec<Peer> = table
             .iter()
-            .filter_map(|(key, _)| match roster.classify(key, &network(), Some(&local_host())) {
+            .filter_map(|(key, _)| match table.classify(key, &network(), Some(&local_host())) {
                 Some(Classification::Accepted(peer)) => Some(peer),
                 _ => None,
             })

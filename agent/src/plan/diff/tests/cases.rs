@@ -41,7 +41,7 @@ fn host(families: u8) -> Setup {
     }
 }
 
-/// A case: actual state is the agent's own, changed by `spoil`; desired state is that of `wish`.
+/// A case: actual state is that of `before`, changed by `mutate_actual`; desired state is that of the setup after `mutate_setup`.
 fn case(name: &'static str, before: Setup, mutate_actual: impl Fn(&mut State), mutate_setup: impl Fn(&mut Setup)) -> Case {
     let mut actual = before.desired(&mut NexthopIds::default());
     mutate_actual(&mut actual);
