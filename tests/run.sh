@@ -64,7 +64,7 @@ run_tests() {
     # libtest prints times only with unstable options, so the test binaries, not the compiler, run with RUSTC_BOOTSTRAP.
     local runner
     runner=CARGO_TARGET_$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')_RUNNER
-    env "$runner=env RUSTC_BOOTSTRAP=1" RUST_TEST_THREADS="${RUST_TEST_THREADS:-$(($(nproc) * 2))}" \
+    env "$runner=env RUSTC_BOOTSTRAP=1" RUST_TEST_THREADS="${RUST_TEST_THREADS:-$(($(nproc) + 1))}" \
         cargo test --workspace --locked --no-fail-fast --lib --bins --tests "$@" -- -Z unstable-options --report-time | tee "$work/tests"
 }
 
