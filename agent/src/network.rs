@@ -326,7 +326,7 @@ impl<M: NetworkStateStore> Network<M> {
         self.store.has_snapshot
             && self.planner.host.is_some()
             && self.store.holds_lease()
-            && applied.sequence >= self.planner.first_sequence
+            && applied.sequence > 0
             && applied.failed == 0
             && !self.progress.dump_failed
     }

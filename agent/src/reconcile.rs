@@ -125,7 +125,7 @@ pub struct Reconciler<D, S> {
     nexthop_ids: NexthopIds,
 
     /// The host, as last read; `None` before the first read.
-    host: Option<HostView>,
+    host: Option<Arc<HostView>>,
     /// The last request of each network for a new read.
     refreshes: BTreeMap<NetworkName, u64>,
     dirty: Dirty,

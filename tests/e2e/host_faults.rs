@@ -199,7 +199,7 @@ async fn full_disk_is_survived() {
     let lab = TestLab::without_agents(2, Families::V4).await;
     create_container_namespaces(&lab);
     let volume = Tmpfs::new(&lab, "h1").await;
-    // Before the first start: no state can be saved, so nothing is begun.
+    // On a full disk the first start fails, because it cannot save its state.
     volume.fill();
     volume.start_failing_agent();
     eventually("the agent ends", CONVERGE_TIMEOUT, || {

@@ -10,8 +10,8 @@ use ipnetwork::IpNetwork;
 use netlink_packet_core::{DecodeError, NlaBuffer, NlasIterator, Parseable, ParseableParametrized};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeader, AddressMessage, AddressScope};
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoPortData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader, LinkInfo as Info,
-    LinkMessage,
+    BridgePortState, InfoBridgePort, InfoData, InfoPortData, InfoVxlan, LinkAttribute, LinkExtentMask, LinkFlags, LinkHeader,
+    LinkInfo as Info, LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteLwEnCapType, RouteMessage, RouteProtocol, RouteType,
@@ -365,6 +365,18 @@ pub fn raw_attributes(body: &[u8], skip: usize) -> impl Iterator<Item = NlaBuffe
 
 fn log_undecoded(what: &str, index: u32, attribute: u16, error: &DecodeError) {
     tracing::debug!(what, index, attribute, %error, "skipping netlink attribute that cannot be decoded");
+}
+
+/// Name of a bridge port's state, as `ip` prints it.
+pub fn port_state_name(state: BridgePortState) -> &'static str {
+    match state {
+        BridgePortState::Disabled => "disabled",
+        BridgePortState::Listening => "listening",
+        BridgePortState::Learning => "learning",
+        BridgePortState::Forwarding => "forwarding",
+        BridgePortState::Blocking => "blocking",
+        _ => "unknown",
+    }
 }
 
 #[cfg(test)]

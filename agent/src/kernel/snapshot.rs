@@ -6,9 +6,7 @@ use std::collections::BTreeMap;
 
 use netlink_packet_core::ParseableParametrized;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{
-    BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, Stats64,
-};
+use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, Stats64};
 
 use super::nft::Nft;
 use super::objects::{self, LinkInfo, raw_attributes};
@@ -108,17 +106,7 @@ fn bridge_port(settings: &[InfoBridgePort]) -> (u16, String) {
     for setting in settings {
         match setting {
             InfoBridgePort::PortNumber(number) => port.0 = *number,
-            InfoBridgePort::State(state) => {
-                port.1 = match state {
-                    BridgePortState::Disabled => "disabled",
-                    BridgePortState::Listening => "listening",
-                    BridgePortState::Learning => "learning",
-                    BridgePortState::Forwarding => "forwarding",
-                    BridgePortState::Blocking => "blocking",
-                    _ => "unknown",
-                }
-                .to_owned();
-            }
+            InfoBridgePort::State(state) => port.1 = objects::port_state_name(*state).to_owned(),
             _ => {}
         }
     }

@@ -13,9 +13,7 @@ use std::net::IpAddr;
 
 use netlink_packet_core::ParseableParametrized;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{
-    BridgePortState, InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, State,
-};
+use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, State};
 use serde::{Deserialize, Serialize};
 
 use super::nft::{Nft, NftState};
@@ -355,7 +353,10 @@ fn read_link(body: &[u8]) -> Option<Link> {
             Ok(LinkAttribute::LinkInfo(infos)) => {
                 for info in infos {
                     if let Info::PortData(InfoPortData::BridgePort(settings)) = info {
-                        port_state = settings.iter().find_map(port_state_name);
+                        port_state = settings.iter().find_map(|setting| match setting {
+                            InfoBridgePort::State(state) => Some(objects::port_state_name(*state)),
+                            _ => None,
+                        });
                     }
                 }
             }
@@ -375,18 +376,6 @@ fn read_link(body: &[u8]) -> Option<Link> {
         peer: info.peer,
         port_state: port_state.map(str::to_owned),
         vxlan: info.vxlan.map(|v| Vxlan { vni: v.id, port: v.port, local: v.local, link: v.link }),
-    })
-}
-
-fn port_state_name(setting: &InfoBridgePort) -> Option<&'static str> {
-    let InfoBridgePort::State(state) = setting else { return None };
-    Some(match state {
-        BridgePortState::Disabled => "disabled",
-        BridgePortState::Listening => "listening",
-        BridgePortState::Learning => "learning",
-        BridgePortState::Forwarding => "forwarding",
-        BridgePortState::Blocking => "blocking",
-        _ => "unknown",
     })
 }
 

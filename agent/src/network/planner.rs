@@ -26,8 +26,6 @@ pub(super) struct Planner {
     pub(super) peers: BTreeMap<LeaseKey, Peer>,
     /// Rejected leases.
     pub(super) rejected: BTreeMap<LeaseKey, RejectedLease>,
-    /// The first contribution.
-    pub(super) first_sequence: u64,
     /// The last contribution that changed `host`.
     pub(super) host_sequence: u64,
     /// The shared input that the reconciler has.
@@ -47,7 +45,8 @@ impl Planner {
     pub(super) fn take_contribution(&mut self, network: &NetworkName) -> Option<Contribution> {
         let change = self.pending.take()?;
         self.sequence += 1;
-        let shared = self.host.as_ref().map(HostSpec::shared).filter(|shared| self.shared.as_ref() != Some(shared));
+        let changed_host = self.host.as_ref().filter(|_| self.host_sequence == self.sequence);
+        let shared = changed_host.map(HostSpec::shared).filter(|shared| self.shared.as_ref() != Some(shared));
         if let Some(shared) = &shared {
             self.shared = Some(shared.clone());
         }
@@ -57,34 +56,31 @@ impl Planner {
     /// Plans this host's entries. If the peers' entries depend on the change, plans these too.
     fn set_host(&mut self, host: HostSpec, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
         match &self.host {
-            Some(old_entries) if *old_entries == host => return,
-            Some(was) if was.has_same_peer_entries(&host) => {
-                let (was, entries) = was.changed_entries(&host);
-                let removed = was.into_keys().filter(|key| !entries.contains_key(key)).collect();
+            Some(current) if *current == host => return,
+            Some(current) if current.has_same_peer_entries(&host) => {
+                let (old_entries, entries) = current.changed_entries(&host);
+                let removed = old_entries.into_keys().filter(|key| !entries.contains_key(key)).collect();
                 self.host = Some(host);
                 self.update(removed, entries.into_iter().collect());
             }
             _ => self.replan_all(host, leases, metrics, dirty, now),
         }
         self.host_sequence = self.sequence + 1;
-        if self.first_sequence == 0 {
-            self.first_sequence = self.host_sequence;
-        }
     }
 
     /// Plans the entries of all peers whose leases changed.
     fn plan_leases(&mut self, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
         let changed = std::mem::take(&mut dirty.leases);
-        let Some(host) = self.host.clone() else {
+        if changed.is_empty() && !dirty.all_leases {
+            return;
+        }
+        let Some(host) = self.host.take() else {
             // Leases are classified once there is a host: `replan_all` classifies the whole lease table.
             return;
         };
         let has_classified = !self.peers.is_empty() || !self.rejected.is_empty();
         if (dirty.all_leases && has_classified) || is_bulk(self.peers.len(), changed.len()) {
             self.replan_all(host, leases, metrics, dirty, now);
-            return;
-        }
-        if changed.is_empty() && !dirty.all_leases {
             return;
         }
         let mut removed = Vec::new();
@@ -102,6 +98,7 @@ impl Planner {
             self.classify(changed, &host, leases)
         };
         let added = self.record(&host, classified, &rejected_before, metrics, now);
+        self.host = Some(host);
         self.update(removed, added);
     }
 

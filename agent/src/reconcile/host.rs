@@ -19,7 +19,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let begun = Instant::now();
         let read = self.data_path.inventory().await;
         self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
-        let mut view = self.host.take().unwrap_or_default();
+        let mut view = self.host.take().map(Arc::unwrap_or_clone).unwrap_or_default();
         view.refreshes.clone_from(&self.refreshes);
         match read {
             Ok(inventory) => {
@@ -43,8 +43,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 _ => None,
             })
             .collect();
-        channels.host.send_replace(Some(Arc::new(view.clone())));
-        self.host = Some(view);
+        self.host = Some(Arc::new(view));
+        channels.host.send_replace(self.host.clone());
         self.dirty.shared = true;
     }
 
@@ -73,10 +73,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let differs = |key: &&Key| old_shared.get(key) != entries.get(key);
         let keys: Vec<Key> = old_shared.keys().chain(entries.keys()).filter(differs).cloned().collect();
         self.desired.shared = entries;
-        for key in keys {
-            self.retries.remove(&key);
-            self.dirty.keys.insert(key);
-        }
+        keys.into_iter().for_each(|key| self.mark_dirty(key));
     }
 
     /// Reads the desired sysctls of the host's own interfaces that were not read before, so that their old values can be

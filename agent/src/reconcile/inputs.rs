@@ -43,14 +43,15 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             EntryChange::Update { removed, added } => {
                 for key in removed {
                     if let Some(Value::Route(RouteTarget::Nexthop(id))) = entries.remove(&key) {
-                        self.remove_desired(&mut entries, Key::Nexthop(id));
+                        entries.remove(&Key::Nexthop(id));
+                        self.mark_dirty(Key::Nexthop(id));
                     }
                     self.mark_dirty(key);
                 }
                 let mut added = self.resolve(added);
                 added.retain(|(key, value)| entries.get(key) != Some(value));
                 if is_bulk(entries.len(), added.len()) {
-                    self.retries.remove_all(|key| added.iter().any(|(added, _)| added == key));
+                    added.iter().for_each(|(key, _)| self.retries.remove(key));
                     self.dirty.all = true;
                 } else {
                     added.iter().for_each(|(key, _)| self.mark_dirty(key.clone()));
@@ -64,11 +65,6 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Replaces gateways by next-hop objects, if these are used.
     fn resolve(&mut self, entries: Vec<(Key, Value)>) -> Vec<(Key, Value)> {
         if self.settings.nexthop_objects { self.nexthop_ids.resolve(entries) } else { entries }
-    }
-
-    fn remove_desired(&mut self, entries: &mut State, key: Key) {
-        entries.remove(&key);
-        self.mark_dirty(key);
     }
 
     /// Marks an entry whose desired value changed, which makes earlier failures irrelevant.

@@ -219,8 +219,8 @@ async fn kernel_is_untouched_before_lease_is_held() {
     fixture.send(StoreEvent::Snapshot(vec![entry(1, 1)])).await;
     let status = fixture.status().await;
     assert!(!status.ready && fixture.kernel.lock().applied_ops.is_empty());
-    let wish = fixture.lease_request.borrow().clone().expect("the lease is asked for");
-    assert_eq!(wish.public_ip.v4, "192.0.2.100".parse().ok());
+    let request = fixture.lease_request.borrow().clone().expect("the lease is asked for");
+    assert_eq!(request.public_ip.v4, "192.0.2.100".parse().ok());
     fixture.send(held_lease(100)).await;
     assert!(fixture.status().await.ready);
     assert!(fixture.route(1).is_some());
@@ -379,7 +379,7 @@ async fn lost_lease_keeps_data_path() {
     assert!(!status.ready && status.health == api::Health::Degraded, "{status:?}");
     assert!(status.problems.iter().any(|problem| problem.contains("it expired")), "{:?}", status.problems);
     assert!(fixture.kernel.lock().applied_ops.is_empty());
-    assert_eq!(fixture.lease_request.borrow().as_ref().and_then(|wish| wish.preferred), Some(subnet(100)));
+    assert_eq!(fixture.lease_request.borrow().as_ref().and_then(|request| request.preferred), Some(subnet(100)));
     // Drift is still repaired.
     fixture.delete(route(1)).await;
     fixture.status().await;
