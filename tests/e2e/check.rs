@@ -192,24 +192,26 @@ async fn firewall_faults_are_found() {
 #[tokio::test(flavor = "multi_thread")]
 async fn address_and_neighbour_faults_are_found() {
     let lab = start_lab(Families::V4).await;
-    let docker = "ip link add docker0 type bridge; ip address add 10.244.240.1/24 dev docker0; ip link set docker0 up";
+    let free = format!("{}/24", etcd::free_subnet(&lab));
+    let address = free.replace(".0/", ".1/");
+    let docker = format!("ip link add docker0 type bridge; ip address add {address} dev docker0; ip link set docker0 up");
     assert_fault_is_found_and_cleared(
         &lab,
         "addresses",
-        docker,
+        &docker,
         "ip link delete docker0",
         Severity::Error,
-        &["Docker's network on docker0", "10.244.240.0/24", "daemon.json"],
+        &["Docker's network on docker0", &free, "daemon.json"],
     )
     .await;
-    let static_route = "ip route add 10.244.77.0/24 via 10.99.0.254";
+    let static_route = format!("ip route add {free} via 10.99.0.254");
     assert_fault_is_found_and_cleared(
         &lab,
         "addresses",
-        static_route,
-        "ip route delete 10.244.77.0/24",
+        &static_route,
+        &format!("ip route delete {free}"),
         Severity::Error,
-        &["10.244.77.0/24", "a route by eth0", "boot"],
+        &[&free, "a route by eth0", "boot"],
     )
     .await;
     let other = "ip link add wrong0 type bridge; ip link set wrong0 up; ip route add 10.99.1.2/32 dev wrong0";

@@ -66,7 +66,7 @@ async fn metrics_pass_promtool() {
     let socket = lab.host("h1").socket();
     let page = || http::request(&socket, "GET", "/metrics", "").body;
     // A rejected value, drift of two kinds, and an etcd outage, so that every family has a sample.
-    etcd::put(&lab, &etcd::lease_key("10.244.77.0-24"), "{");
+    etcd::put(&lab, &etcd::lease_key(&format!("{}-24", etcd::free_subnet(&lab))), "{");
     kernel::shell(&lab, "h1", "ip route delete $(ip route show proto 86 type unicast | cut -d' ' -f1 | head -1) proto 86");
     kernel::shell(&lab, "h1", "echo 0 >/proc/sys/net/ipv4/conf/ovb.1/forwarding");
     etcd::kill(&lab);

@@ -115,12 +115,12 @@ async fn subnet_watch_streams_changes() {
         next.expect_ok("the stream continues").subnets
     };
     assert_eq!(next(&mut stream).await.len(), 2, "the present state first");
-    let key = "10.244.200.0-24";
+    let key = &format!("{}-24", etcd::free_subnet(&lab));
     let value = r#"{"PublicIP":"10.99.7.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"}}"#;
     etcd::put(&lab, &etcd::lease_key(key), value);
-    while !next(&mut stream).await.iter().any(|s| s.key == key && s.reservation && s.refused.is_none()) {}
+    while !next(&mut stream).await.iter().any(|s| s.key == *key && s.reservation && s.refused.is_none()) {}
     etcd::delete(&lab, &etcd::lease_key(key));
-    while next(&mut stream).await.iter().any(|s| s.key == key) {}
+    while next(&mut stream).await.iter().any(|s| s.key == *key) {}
 
     // The command exits cleanly when its reader is gone: it notices at the next change.
     let script = format!("set -o pipefail; {} subnets --watch | head -1", overlay_tests::programs::overlayctl().display());

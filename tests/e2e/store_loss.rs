@@ -74,7 +74,7 @@ async fn agents_recover_from_hung_etcd() {
     }
     // A lease written now reaches both agents.
     let value = r#"{"PublicIP":"10.99.7.7","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"02:00:00:00:00:77"}}"#;
-    etcd::put(&lab, &etcd::lease_key("10.244.200.0-24"), value);
+    etcd::put(&lab, &etcd::lease_key(&format!("{}-24", etcd::free_subnet(&lab))), value);
     for host in ["h1", "h2"] {
         lab.host(host)
             .wait_status(DETECT_TIMEOUT, "it no longer receives changes", |s| s.data_path.peers == 2)

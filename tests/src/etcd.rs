@@ -122,6 +122,14 @@ pub fn lease_with(lab: &Lab, text: &str) -> Entry {
     found.expect_ok(&format!("a lease with {text} in {all:#?}"))
 }
 
+/// The base of a /24 of 10.244.0.0/16 that no host has leased: the hosts' subnets are random.
+pub fn free_subnet(lab: &Lab) -> String {
+    let leases = leases(lab);
+    let bases = (200..255).map(|third| format!("10.244.{third}.0"));
+    let is_free = |base: &String| leases.iter().all(|lease| !lease.key.contains(base.as_str()));
+    bases.into_iter().find(is_free).expect_ok("a free subnet")
+}
+
 /// The store's revision, which every write increases.
 pub fn revision(lab: &Lab) -> i64 {
     let answer: Value = etcdctl(lab, &["get", "-w", "json", "no-such-key"]).assert_code(0).json();
