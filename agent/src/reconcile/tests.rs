@@ -408,6 +408,9 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     fixture.send(down()).await;
     tokio::time::sleep(2 * LEASE_TTL).await;
     assert!(fixture.status().await.ready);
+    // A lease that expires does, in the same outage.
+    fixture.send(held_lease(100)).await;
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
 }
 
 #[tokio::test]
