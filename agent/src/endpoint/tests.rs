@@ -80,21 +80,21 @@ async fn attach_allocates_addresses_and_creates_port() {
     assert_eq!(attached.prefix_length, PerFamily { v4: Some(24), v6: Some(64) });
     assert_eq!(attached.gateway.v4.unwrap().to_string(), "10.244.1.1");
     assert_eq!((attached.endpoint.port.as_ref().unwrap().interface.as_str(), attached.mtu), ("eth0", Some(1430)));
-    let plugs = host.kernel.port_specs();
-    let plug = &plugs[&attached.endpoint.port.as_ref().unwrap().host_interface];
-    assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
-    assert_eq!(format_routes(plug), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
-    assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
+    let port_specs = host.kernel.port_specs();
+    let spec = &port_specs[&attached.endpoint.port.as_ref().unwrap().host_interface];
+    assert_eq!(spec.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
+    assert_eq!(format_routes(spec), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
+    assert_eq!((spec.mac, spec.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
     assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);
 
     // A repeated attach returns the same endpoint, and restores a port that another process removed.
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), attached);
-    assert_eq!(host.kernel.port_specs(), plugs);
+    assert_eq!(host.kernel.port_specs(), port_specs);
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert!(endpoints.reconcile_ports().await.is_empty());
-    assert_eq!(host.kernel.port_specs(), plugs);
+    assert_eq!(host.kernel.port_specs(), port_specs);
 
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, Some(name("a")));
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);

@@ -162,12 +162,12 @@ async fn overwritten_lease_is_not_contested() {
     let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 7)));
     let first = agent.next_held().await;
     let lease = etcd.grant(60).await;
-    let theirs = FLANNEL.replace("192.168.0.7", "192.168.9.9").replace("}}", r#"},"Node":{"Name":"other","Id":"other"}}"#);
-    etcd.put_subnet(&first.subnet.to_key(), &theirs, Some(lease)).await;
+    let foreign = FLANNEL.replace("192.168.0.7", "192.168.9.9").replace("}}", r#"},"Node":{"Name":"other","Id":"other"}}"#);
+    etcd.put_subnet(&first.subnet.to_key(), &foreign, Some(lease)).await;
     assert!(agent.next_not_held().await.contains("overwritten by host other (identity other, public IP 192.168.9.9)"));
     let second = agent.next_held().await;
     assert_ne!(second.subnet, first.subnet);
-    assert!(etcd.subnets().await.0.iter().any(|(key, value, id)| (key, value, id) == (&first.subnet.to_key(), &theirs, &lease)));
+    assert!(etcd.subnets().await.0.iter().any(|(key, value, id)| (key, value, id) == (&first.subnet.to_key(), &foreign, &lease)));
     // An altered entry that still names this host is restored.
     let (entries, _) = etcd.subnets().await;
     let ours = entries.into_iter().find(|(key, _, _)| *key == second.subnet.to_key()).unwrap();

@@ -131,7 +131,7 @@ async fn compaction_triggers_new_snapshot() {
     etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
     let session = connect(&etcd.config()).await.unwrap();
     let (sender, mut events) = mpsc::channel(64);
-    let (mut follower, board) = (Watcher::new(), WatchState::new());
+    let (mut watcher, state) = (Watcher::new(), WatchState::new());
     let first = async {
         loop {
             if let Some(StoreEvent::Snapshot(entries)) = events.recv().await {
@@ -140,7 +140,7 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         entries = first => assert_eq!(entries, 1),
     }
     // The store changes and is compacted while no watch is connected.
@@ -161,13 +161,13 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         entries = again => assert_eq!(entries, 4),
     }
     etcd.put_subnet("10.244.7.0-24", VALUE, None).await;
     let session = connect(&etcd.config()).await.unwrap();
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         event = events.recv() => assert!(matches!(event, Some(StoreEvent::Upsert(e)) if e.key == "10.244.7.0-24")),
     }
 }
@@ -216,10 +216,10 @@ async fn put_reaches_watcher_quickly() {
         let value = VALUE.replace("10.99.1.1", &format!("10.99.1.{}", n + 1));
         client.put(key.as_str(), value, None).await.unwrap();
         let answered = Instant::now();
-        let (baseline, event) = tokio::join!(
-            async { plain.message().await.map(|_| answered.elapsed()).unwrap() },
-            async { agent.find(upsert_key).await; answered.elapsed() }
-        );
+        let (baseline, event) = tokio::join!(async { plain.message().await.map(|_| answered.elapsed()).unwrap() }, async {
+            agent.find(upsert_key).await;
+            answered.elapsed()
+        });
         delays.push(event.saturating_sub(baseline));
     }
     delays.sort_unstable();
