@@ -32,14 +32,6 @@ async fn wait_all_status(lab: &TestLab, what: &str, condition: impl Fn(&Status) 
     }
 }
 
-/// Lease keys of free subnets.
-fn free_keys(lab: &TestLab) -> [String; 3] {
-    let taken = etcd::leases(lab);
-    let keys = (1..=254).rev().map(|third| etcd::lease_key(&format!("10.244.{third}.0-24")));
-    let free: Vec<String> = keys.filter(|key| taken.iter().all(|entry| entry.key != *key)).take(3).collect();
-    free.try_into().ok().expect_ok("three free subnets")
-}
-
 /// Writes a lease directly to the cluster.
 fn put_foreign(lab: &TestLab, key: &str, number: u8) {
     cluster::etcdctl_at_member(lab, 1, &["put", "--", key, &churn::lease(number, 1)]).assert_code(0);
@@ -77,7 +69,7 @@ async fn leases_work_through_proxies() {
     assert!(leases.iter().all(|entry| entry.lease != 0), "each is bound to an etcd lease: {leases:?}");
 
     // A write directly to the cluster arrives.
-    let [first, second, _] = free_keys(&lab);
+    let [first, second, _] = etcd::free_keys(&lab);
     put_foreign(&lab, &first, 1);
     wait_all_status(&lab, "the foreign lease does not arrive", |s| s.data_path.peers == 6).await;
     cluster::etcdctl_at_member(&lab, 3, &["del", "--", &first]).assert_code(0);
@@ -119,7 +111,7 @@ async fn agents_recover_from_killed_proxies() {
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
 
     // One of two proxies: its agents move to the other one.
-    let [first, second, _] = free_keys(&lab);
+    let [first, second, _] = etcd::free_keys(&lab);
     proxy::kill(&lab, 1);
     put_foreign(&lab, &first, 1);
     wait_all_status(&lab, "it does not reconnect to the other proxy", |s| is_healthy(s) && s.data_path.peers == 3).await;
@@ -158,7 +150,7 @@ async fn agent_starts_through_proxy_after_compaction() {
         options.agents = false;
     })
     .await;
-    for (key, number) in free_keys(&lab).iter().zip(1..) {
+    for (key, number) in etcd::free_keys(&lab).iter().zip(1..) {
         put_foreign(&lab, key, number);
     }
     let revision = etcd::revision(&lab);

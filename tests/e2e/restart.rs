@@ -4,13 +4,10 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
-use overlay_tests::notify::{self, Notifications};
+use overlay_tests::notify::{self, Notifications, OBSERVATION_PERIOD};
 use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, etcd};
 use overlayctl::lab::Families;
-
-/// How long after the restart late changes are awaited.
-const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_restart_loses_no_packet() {

@@ -6,14 +6,11 @@ use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_tests::churn::Churn;
 use overlay_tests::faults::{Fault, LinkCut};
-use overlay_tests::notify::{self, Notifications};
+use overlay_tests::notify::{self, Notifications, OBSERVATION_PERIOD};
 use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::traffic::Traffic;
 use overlay_tests::{ExpectContext, TestLab, cluster, etcd};
 use overlayctl::lab::LabOptions;
-
-/// How long after a fault late changes are awaited.
-const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 const SHORT_FAULT: Duration = Duration::from_secs(2);
 

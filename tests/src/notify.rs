@@ -31,6 +31,9 @@ const RECEIVE_BUFFER_SIZE: usize = 8 << 20;
 const QUIET_PERIOD: Duration = Duration::from_millis(300);
 const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long after an event late changes are awaited.
+pub const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
+
 /// The length of a header (`struct nlmsghdr`).
 const NLMSG_HDRLEN: usize = 16;
 
@@ -99,10 +102,14 @@ impl Notifications {
 const NEW_PEER: [&str; 6] =
     ["new neighbour", "new neighbour", "new next hop", "new route", "nftables message 12", "nftables message 15"];
 
-/// The positive end of "no writes" on these hosts: a lease that is written now takes the same path through the agents, and then
-/// the kernels report its entries and nothing else. The lease is deleted again.
+/// Checks that these hosts' kernels stay unchanged for the observation period. The end is positive: a lease that is written then
+/// takes the same path through the agents, and the kernels report its entries and nothing else. The lease is deleted again.
 pub async fn assert_only_new_peer(lab: &TestLab, kernels: &[(&str, Notifications)], context: &str) {
-    let key = etcd::lease_key("10.244.254.0-24");
+    tokio::time::sleep(OBSERVATION_PERIOD).await;
+    for (host, notifications) in kernels {
+        notifications.assert_none(&format!("{host}, {context}"));
+    }
+    let [key, ..] = etcd::free_keys(lab);
     etcd::put(lab, &key, &churn::lease(254, 1));
     for (host, notifications) in kernels {
         let mut lines = Vec::new();
@@ -111,7 +118,8 @@ pub async fn assert_only_new_peer(lab: &TestLab, kernels: &[(&str, Notifications
             if lines.len() >= NEW_PEER.len() { Ok(()) } else { Err(lines.join("\n  ")) }
         })
         .await;
-        let mut kinds: Vec<&str> = lines.iter().map(|line| line.split([':', '/']).next().unwrap_or_default()).collect();
+        let mut kinds: Vec<&str> = lines.iter().map(|line| line.split(" by port").next().unwrap_or_default()).collect();
+        kinds.iter_mut().for_each(|kind| *kind = kind.split(':').next().unwrap_or_default());
         kinds.sort_unstable();
         assert_eq!(kinds, NEW_PEER, "{context}: {host}: {lines:#?}");
     }
