@@ -1,8 +1,8 @@
 //! Labs without root. A supervisor process holds a user, a mount and a network namespace in which the user is root; every later
 //! command on the lab re-executes itself inside them.
 //!
-//! The supervisor is `unshare --user --map-root-user --mount --net overlayctl lab supervisor`; commands enter with `nsenter`. Both
-//! programs are part of util-linux, which every system has.
+//! The supervisor is `unshare --user --map-root-user --mount --net overlayctl lab supervisor`; commands enter with `nsenter`.
+//! Both programs are part of util-linux, which every system has.
 
 use std::collections::BTreeSet;
 use std::fs;
