@@ -512,7 +512,7 @@ mesh() {
     done
     # The other host blocks the tunnel's port.
     on 2 nft 'add table inet shut; add chain inet shut i { type filter hook input priority -400; }; add rule inet shut i udp dport 8472 drop'
-    eventually 60 "the tunnel's fault is told from the underlay's" reaches 1 overlay-down
+    eventually 60 "the tunnel's fault is distinguished from the underlay's" reaches 1 overlay-down
     on 2 nft delete table inet shut
     eventually 60 "the tunnel is healthy again" reaches 1 ok lossy
 }

@@ -17,7 +17,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 top=$(dirname "$here")
 files=$top/target/vagrant/lab
 # Time limit of a step in seconds, long enough for machines without KVM.
-PATIENCE=${PATIENCE:-900}
+STEP_TIMEOUT=${STEP_TIMEOUT:-900}
 
 # Vagrant uses this directory's Vagrantfile, independent of the working directory.
 export VAGRANT_CWD=$here
@@ -269,7 +269,7 @@ for_all() {
 }
 
 wait_ready() {
-    on "$1" overlayctl status --brief --wait "${PATIENCE}s" || die "the agent of $1 is not ready: $(on "$1" journalctl -u overlayd -n 5 --no-pager)"
+    on "$1" overlayctl status --brief --wait "${STEP_TIMEOUT}s" || die "the agent of $1 is not ready: $(on "$1" journalctl -u overlayd -n 5 --no-pager)"
 }
 
 status() {

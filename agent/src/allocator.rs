@@ -93,9 +93,12 @@ mod tests {
 
     #[test]
     fn trim_memory_unmaps_startup_code() {
-        let before = resident_code();
-        trim_memory();
-        let after = resident_code();
-        assert!(after < before, "{before} kB of code before, {after} kB after");
+        // The other tests of this process map code again at any time.
+        let is_unmapped = (0..100).any(|_| {
+            let before = resident_code();
+            trim_memory();
+            resident_code() < before
+        });
+        assert!(is_unmapped, "{} kB of code stay", resident_code());
     }
 }

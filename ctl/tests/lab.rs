@@ -216,7 +216,7 @@ fn lab_works_without_root() {
         command.args(["lab", verb, "--name", &lab.name]).args(arguments).env("OVERLAY_LAB_DIR", &home_dir).env("LC_ALL", "C");
         command.output().expect("setpriv (util-linux) runs")
     };
-    for kill_keeper in [false, true] {
+    for kill_supervisor in [false, true] {
         let up = run("up", &["--hosts", "2", "--no-agents", "--family", "dual"]);
         assert!(up.status.success(), "user namespaces are needed: {}", text(&up.stderr));
         assert_eq!(lab.namespaces(), BTreeSet::new(), "no namespaces on the machine itself");
@@ -224,8 +224,9 @@ fn lab_works_without_root() {
         assert!(route.contains("dev eth0 src 10.99.1.2"), "{route}");
         assert_eq!(run("exec", &["h2", "--", "sh", "-c", "exit 9"]).status.code(), Some(9));
         assert!(text(&run("up", &["--no-agents"]).stderr).contains("exists"));
-        if kill_keeper {
-            let record = std::fs::read_to_string(home_dir.join(&lab.name).join("keeper.pid")).expect("the keeper's record");
+        if kill_supervisor {
+            let record =
+                std::fs::read_to_string(home_dir.join(&lab.name).join("supervisor.pid")).expect("the supervisor's record");
             let pid = record.split(' ').next().and_then(|p| p.parse().ok()).expect("a process id");
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).expect("it runs");
         }

@@ -35,33 +35,39 @@ fn documented_measurements_run() {
     let commands = shell::commands(&block.expect("a block under How to repeat").commands);
     let measurements: Vec<&Vec<String>> = commands.iter().filter(|words| words[0].ends_with("/overlay-bench")).collect();
     assert!(measurements.len() >= 5, "{commands:?}");
-    for words in measurements {
-        let output = Command::new(workspace_binary("overlay-bench"))
-            .arg(&words[1])
-            .args(quick_arguments(&words[1]))
-            .arg("--json")
-            .output()
-            .expect("it starts");
-        let output = CommandOutput::from_output(words, &output);
-        if quick_arguments(&words[1]) == ["--help"] {
-            output.assert_code(0);
-            continue;
-        }
-        assert!(matches!(output.code, Some(0 | 3)), "{}: {:?}\n{}", output.command, output.code, output.stderr);
-        let report: serde_json::Value = output.json();
-        let rows = report["rows"].as_array().filter(|rows| !rows.is_empty());
-        let rows = rows.unwrap_or_else(|| panic!("{}: no rows: {report}", output.command));
-        for row in rows {
-            assert_is_ordered(&row["value"], row);
-            if !row["baseline"].is_null() {
-                assert_is_ordered(&row["baseline_value"], row);
-                assert_is_ordered(&row["ratio"], row);
+    // Some side by side: their figures do not count, and most of the time they wait.
+    for group in measurements.chunks(3) {
+        std::thread::scope(|scope| {
+            for words in group {
+                scope.spawn(|| run_and_check(words));
             }
-        }
-        assert!(rows.iter().any(|row| !row["baseline"].is_null()), "{}: nothing is compared: {report}", output.command);
-        let missed = rows.iter().any(|row| row["goal"]["met"] == false);
-        assert_eq!(output.code, Some(if missed { 3 } else { 0 }), "{}: 3 is a missed goal: {report}", output.command);
+        });
     }
+}
+
+/// Runs a measurement and checks its report.
+fn run_and_check(words: &[String]) {
+    let arguments = quick_arguments(&words[1]);
+    let output = Command::new(workspace_binary("overlay-bench")).arg(&words[1]).args(arguments).arg("--json").output();
+    let output = CommandOutput::from_output(words, &output.expect("it starts"));
+    if arguments == ["--help"] {
+        output.assert_code(0);
+        return;
+    }
+    assert!(matches!(output.code, Some(0 | 3)), "{}: {:?}\n{}", output.command, output.code, output.stderr);
+    let report: serde_json::Value = output.json();
+    let rows = report["rows"].as_array().filter(|rows| !rows.is_empty());
+    let rows = rows.unwrap_or_else(|| panic!("{}: no rows: {report}", output.command));
+    for row in rows {
+        assert_is_ordered(&row["value"], row);
+        if !row["baseline"].is_null() {
+            assert_is_ordered(&row["baseline_value"], row);
+            assert_is_ordered(&row["ratio"], row);
+        }
+    }
+    assert!(rows.iter().any(|row| !row["baseline"].is_null()), "{}: nothing is compared: {report}", output.command);
+    let missed = rows.iter().any(|row| row["goal"]["met"] == false);
+    assert_eq!(output.code, Some(if missed { 3 } else { 0 }), "{}: 3 is a missed goal: {report}", output.command);
 }
 
 /// Checks that a summary has samples, and that its figures are finite and in order. A difference to a baseline can be negative.

@@ -23,12 +23,16 @@ use overlayctl::lab::{Families, process};
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(30);
 
 async fn start_lab(families: Families) -> TestLab {
+    start_lab_with_hosts(2, families).await
+}
+
+async fn start_lab_with_hosts(hosts: u16, families: Families) -> TestLab {
     for (program, package) in [("ping", "iputils-ping"), ("nft", "nftables"), ("iptables", "iptables"), ("unshare", "util-linux")]
     {
         require_program(program, package);
     }
     TestLab::up(|options| {
-        options.hosts = 2;
+        options.hosts = hosts;
         options.containers = 1;
         options.families = families;
     })
@@ -53,19 +57,26 @@ fn run_check(lab: &TestLab, arguments: &[&str]) -> (Report, Option<i32>) {
 #[track_caller]
 fn assert_finding(lab: &TestLab, arguments: &[&str], severity: Severity, words: &[&str]) -> Finding {
     let (report, code) = run_check(lab, arguments);
-    let is_expected = |finding: &&Finding| {
-        let text = format!("{} {} {}", finding.summary, finding.evidence.join(" "), finding.remedy);
-        finding.severity == severity && words.iter().all(|word| text.contains(word))
-    };
-    let found = report.findings.iter().find(is_expected).cloned();
-    let found = found.expect_ok(&format!("{arguments:?} finds {severity:?} {words:?} in {:#?}", report.findings));
-    assert!(!found.evidence.is_empty() && !found.remedy.is_empty(), "{found:#?}");
+    let found = find(&report, severity, words);
     let expected_code = match report.worst {
         Some(Severity::Error) => 1,
         Some(Severity::Warning) => 3,
         _ => 0,
     };
     assert_eq!(code, Some(expected_code), "the exit code is that of the worst finding");
+    found
+}
+
+/// The finding that contains each of the words.
+#[track_caller]
+fn find(report: &Report, severity: Severity, words: &[&str]) -> Finding {
+    let is_expected = |finding: &&Finding| {
+        let text = format!("{} {} {}", finding.summary, finding.evidence.join(" "), finding.remedy);
+        finding.severity == severity && words.iter().all(|word| text.contains(word))
+    };
+    let found = report.findings.iter().find(is_expected).cloned();
+    let found = found.expect_ok(&format!("{severity:?} {words:?} in {:#?}", report.findings));
+    assert!(!found.evidence.is_empty() && !found.remedy.is_empty(), "{found:#?}");
     found
 }
 
@@ -270,56 +281,54 @@ async fn address_and_neighbour_faults_are_found() {
         .await;
 }
 
+/// A host with six peers, each with another fault, so that one check waits for all of them at once.
 #[tokio::test(flavor = "multi_thread")]
 async fn peer_path_faults_are_found() {
-    let lab = start_lab(Families::V4).await;
+    let lab = start_lab_with_hosts(7, Families::V4).await;
+    wait_no_findings(&lab, &["paths"]).await;
     // A switch port with a smaller MTU than the hosts'; the kernel's bridge allows for a VLAN tag (`is_skb_forwardable`).
     kernel::shell(&lab, "net", "ip link set h2 mtu 1400");
-    assert_finding(
-        &lab,
-        &["paths"],
-        Severity::Error,
-        &["overlay to h2 carries 1354 of 1450", "large packets are lost", "Backend.MTU`, the underlay's, to 1404"],
-    );
-    kernel::shell(&lab, "net", "ip link set h2 mtu 1500");
-    wait_no_findings(&lab, &["paths"]).await;
     // The underlay fragments large packets. Tunnel packets survive this; packets with the don't-fragment flag do not.
-    let whole =
-        "nft 'table bridge evil { chain f { type filter hook forward priority 0; ip length > 1400 ip protocol icmp drop; }; }'";
-    kernel::shell(&lab, "net", whole);
-    assert_finding(
-        &lab,
-        &["paths"],
-        Severity::Warning,
-        &["underlay to h2 carries 1400 of 1500", "fragmented", "the underlay's, to 1400"],
-    );
-    kernel::shell(&lab, "net", "nft delete table bridge evil");
-    wait_no_findings(&lab, &["paths"]).await;
-    // The peer's firewall.
-    kernel::shell(&lab, "h2", "nft 'table inet evil { chain in { type filter hook input priority 0; udp dport 8472 drop; }; }'");
-    assert_finding(&lab, &["paths"], Severity::Error, &["h2 is reached by the underlay, but not by the overlay", "10.99.1.2"]);
-    kernel::shell(&lab, "h2", "nft delete table inet evil");
-    wait_no_findings(&lab, &["paths"]).await;
-    // Only TCP is lost, as with checksums broken by a network card.
+    let fragments = "ip daddr 10.99.1.3 ip length > 1400 ip protocol icmp drop";
     kernel::shell(
         &lab,
-        "h2",
-        "nft 'table inet evil { chain in { type filter hook input priority 0; iifname \"ovx.1\" meta l4proto tcp drop; }; }'",
+        "net",
+        &format!("nft 'table bridge evil {{ chain f {{ type filter hook forward priority 0; {fragments}; }}; }}'"),
     );
-    assert_finding(&lab, &["paths"], Severity::Error, &["h2", "no TCP", "--vxlan-tx-checksum=false"]);
-    kernel::shell(&lab, "h2", "nft delete table inet evil");
-    kernel::shell(
-        &lab,
-        "h2",
-        "nft 'table inet evil { chain in { type filter hook input priority 0; iifname \"ovx.1\" meta l4proto udp drop; }; }'",
-    );
-    assert_finding(&lab, &["paths"], Severity::Warning, &["large sends do not arrive at h2"]);
-    kernel::shell(&lab, "h2", "nft delete table inet evil");
-    wait_no_findings(&lab, &["paths"]).await;
+    // The peer's firewall: the tunnel's port; only TCP, as with checksums broken by a network card; only UDP.
+    for (host, dropped) in
+        [("h4", "udp dport 8472"), ("h5", "iifname \"ovx.1\" meta l4proto tcp"), ("h6", "iifname \"ovx.1\" meta l4proto udp")]
+    {
+        let rule = format!("chain in {{ type filter hook input priority 0; {dropped} drop; }}");
+        kernel::shell(&lab, host, &format!("nft 'table inet evil {{ {rule}; }}'"));
+    }
     // The host is down.
-    let gone = Fault::UnderlayDown("h2");
-    gone.begin(&lab).await;
-    assert_finding(&lab, &["paths"], Severity::Warning, &["h2 is not reached at all"]);
+    let down = Fault::UnderlayDown("h7");
+    down.begin(&lab).await;
+    let (report, code) = run_check(&lab, &["paths"]);
+    let expected: [(Severity, &[&str]); 6] = [
+        (
+            Severity::Error,
+            &["overlay to h2 carries 1354 of 1450", "large packets are lost", "Backend.MTU`, the underlay's, to 1404"],
+        ),
+        (Severity::Warning, &["underlay to h3 carries 1400 of 1500", "fragmented", "the underlay's, to 1400"]),
+        (Severity::Error, &["h4 is reached by the underlay, but not by the overlay", "10.99.1.4"]),
+        (Severity::Error, &["h5", "no TCP", "--vxlan-tx-checksum=false"]),
+        (Severity::Warning, &["large sends do not arrive at h6"]),
+        (Severity::Warning, &["h7 is not reached at all"]),
+    ];
+    for (severity, words) in expected {
+        find(&report, severity, words);
+    }
+    let problems = report.findings.iter().filter(|finding| finding.severity > Severity::Info);
+    assert_eq!((problems.count(), code), (expected.len(), Some(1)), "{:#?}", report.findings);
+
+    down.end(&lab).await;
+    kernel::shell(&lab, "net", "ip link set h2 mtu 1500; nft delete table bridge evil");
+    for host in ["h4", "h5", "h6"] {
+        kernel::shell(&lab, host, "nft delete table inet evil");
+    }
+    wait_no_findings(&lab, &["paths"]).await;
 }
 
 /// A network card that writes wrong checksums into the inner packets; here the switch corrupts them. The agents do not offload

@@ -1,7 +1,5 @@
 //! Classic routes instead of next-hop objects, and loss-free switches between the two.
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
@@ -60,7 +58,9 @@ async fn nexthop_mode_switch_loses_no_packet() {
             lab.host(host).wait_ready(READY_TIMEOUT).await.expect_ok("ready");
             wait_converged_as(&lab, host, classic).await;
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        for (_, flow) in &flows {
+            flow.run_for_replies(5).await;
+        }
     }
     for (family, flow) in flows {
         flow.stop().await.assert_no_loss(&format!("{family} over four switches"));

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use overlay_agent::config::{SETTINGS, SettingKind, command, load_settings};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::api;
+use overlay_tests::doc_page::page_paths;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -205,14 +206,7 @@ fn cited_tests_exist() {
 
 #[test]
 fn doc_links_resolve() {
-    let mut pages = vec!["README.md".to_owned(), "CHANGELOG.md".to_owned()];
-    for entry in fs::read_dir(repo_root().join("docs")).expect("docs") {
-        let name = entry.expect("an entry").file_name().into_string().expect("UTF-8");
-        if name.ends_with(".md") {
-            pages.push(format!("docs/{name}"));
-        }
-    }
-    for page in pages {
+    for page in page_paths().into_iter().chain(["CHANGELOG.md".to_owned()]) {
         let text = read(&page);
         for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|(link, _)| link)) {
             let (file, heading) = link.split_once('#').unwrap_or((link, ""));

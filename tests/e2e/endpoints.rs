@@ -136,8 +136,8 @@ async fn deleted_namespace_can_be_reattached() {
         kernel::link(&lab, "h1", &attached.endpoint.port.as_ref().expect_ok("a port").host_interface).is_none()
     })
     .await;
-    let well = |s: &Status| s.ready && s.problems.is_empty();
-    lab.host("h1").wait_status(REPAIR_DEADLINE, "the host is not healthy after a container's end", well).await.expect_ok("h1");
+    let healthy = |s: &Status| s.ready && s.problems.is_empty();
+    lab.host("h1").wait_status(REPAIR_DEADLINE, "the host is not healthy after a container's end", healthy).await.expect_ok("h1");
     // The same name and address again: both are free.
     let again: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web", "--ip", &address]).assert_code(0).json();
     assert_eq!(again.endpoint.addresses(), attached.endpoint.addresses());
@@ -292,6 +292,6 @@ async fn subnet_change_reports_stale_endpoints() {
     let attached: AttachResponse = lab.ctl("h1", &["-o", "json", "attach", "web"]).assert_code(0).json();
     let subnet = lab.status("h1").await.lease.expect_ok("a lease").subnet;
     assert!(subnet.get(Family::V4).expect_ok("IPv4").contains(attached.endpoint.addresses().v4.expect_ok("an address")));
-    let well = |s: &Status| !s.problems.iter().any(|p| p.contains("restart them"));
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "an endpoint is still named", well).await.expect_ok("h1");
+    let healthy = |s: &Status| !s.problems.iter().any(|p| p.contains("restart them"));
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "an endpoint is still named", healthy).await.expect_ok("h1");
 }

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use overlay_agent::model::api::Status;
 use overlay_tests::dump::NetnsDump;
 use overlay_tests::programs::{CommandOutput, overlayctl, require_program};
-use overlay_tests::test_lab::READY_TIMEOUT;
+use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::wait::eventually_async;
 use overlay_tests::{ExpectContext, TestLab};
 use overlayctl::client::Client;
@@ -84,15 +84,20 @@ impl Cluster {
     /// Starts a separate server with an expired certificate; returns its URL.
     fn start_expired_server(&mut self) -> String {
         let net = self.lab.open_netns("net");
-        let shown =
+        let addresses =
             run(Command::new("ip").args(["-o", "-4", "address", "show", "to", "10.99.0.2"]), Some(&net)).assert_code(0).stdout;
-        let device = shown.split_whitespace().nth(1).expect_ok("the device of the lab's etcd");
+        let device = addresses.split_whitespace().nth(1).expect_ok("the device of the lab's etcd");
         run(Command::new("ip").args(["address", "add", "10.99.0.12/16", "dev", device]), Some(&net)).assert_code(0);
         let mut certs = Command::new(script("certs.sh"));
         certs.arg(self.file("pki")).args(["member", "stale", "10.99.0.12"]).env("DAYS", "0");
         run(&mut certs, None).assert_code(0);
         // A certificate of 0 days is still valid in the second in which it was made.
-        std::thread::sleep(std::time::Duration::from_millis(1100));
+        let expired = ["x509", "-noout", "-checkend", "0", "-in", &self.file("pki/stale.crt").display().to_string()];
+        let end = std::time::Instant::now() + CONVERGE_TIMEOUT;
+        while run(Command::new("openssl").args(expired), None).code == Some(0) {
+            assert!(std::time::Instant::now() < end, "the certificate does not expire");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
         self.start_member("net", "stale", &["stale=10.99.0.12".to_owned()]);
         "https://10.99.0.12:2379".to_owned()
     }
@@ -186,7 +191,7 @@ impl Cluster {
 }
 
 fn run(command: &mut Command, netns: Option<&overlay_agent::kernel::netns::Netns>) -> CommandOutput {
-    let shown: Vec<String> = std::iter::once(command.get_program())
+    let words: Vec<String> = std::iter::once(command.get_program())
         .chain(command.get_args())
         .map(|part| part.to_string_lossy().into_owned())
         .collect();
@@ -195,18 +200,18 @@ fn run(command: &mut Command, netns: Option<&overlay_agent::kernel::netns::Netns
         Some(netns) => netns.run(|| command.output()).expect_ok("enter the namespace"),
         None => command.output(),
     };
-    CommandOutput::from_output(&shown, &output.expect_ok(&shown[0]))
+    CommandOutput::from_output(&words, &output.expect_ok(&words[0]))
 }
 
 async fn wait_status(what: &str, client: &Client, condition: impl Fn(&Status) -> bool) -> Status {
-    let ask = || async {
+    let query = || async {
         match client.status().await {
             Ok(status) if condition(&status) => Ok(status),
             Ok(status) => Err(format!("{:?}, connected {}", status.problems, status.store.connected)),
             Err(error) => Err(error.to_string()),
         }
     };
-    eventually_async(what, READY_TIMEOUT.max(ELECTION_TIMEOUT), ask).await
+    eventually_async(what, READY_TIMEOUT.max(ELECTION_TIMEOUT), query).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

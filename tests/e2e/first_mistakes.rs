@@ -71,10 +71,10 @@ async fn unreachable_etcd_is_reported() {
         let status =
             host.wait_status(READY_TIMEOUT, &format!("{endpoint}: {words:?} are not output"), output).await.expect_ok("h1");
         assert!(status.network.is_none() && status.lease.is_none(), "{status:#?}");
-        let shown = lab.ctl("h1", &["status"]).assert_code(3).stdout;
+        let output = lab.ctl("h1", &["status"]).assert_code(3).stdout;
         // Once, and without advice to write a configuration that may exist.
-        assert!(shown.contains("store        not connected ("), "{shown}");
-        assert!(shown.contains("not known yet") && !shown.contains("config set"), "{shown}");
+        assert!(output.contains("store        not connected ("), "{output}");
+        assert!(output.contains("not known yet") && !output.contains("config set"), "{output}");
         stop_agent(&lab);
     }
     // The same for a command that connects to etcd itself.
@@ -103,8 +103,8 @@ async fn plain_http_to_tls_etcd_is_reported() {
         // Each attempt of the agent, until the test connects and sends nothing.
         while let Ok((mut stream, _)) = listener.accept() {
             use std::io::Read;
-            let mut asked = [0; 64];
-            if matches!(stream.read(&mut asked), Ok(length) if asked[..length].starts_with(b"end")) {
+            let mut buffer = [0; 64];
+            if matches!(stream.read(&mut buffer), Ok(length) if buffer[..length].starts_with(b"end")) {
                 return;
             }
         }
@@ -134,7 +134,7 @@ async fn missing_external_interface_is_reported() {
 async fn invalid_config_file_is_reported() {
     let lab = start_lab_without_agents(1, Families::V4).await;
     let path = lab.dir().join("overlayd.toml");
-    let shown = path.display().to_string();
+    let path_text = path.display().to_string();
     for (text, words) in [
         ("etcd-endpoint = \"http://x:1\"\n", &["etcd-endpoint in", "did you mean `etcd-endpoints`?"][..]),
         (
@@ -150,7 +150,7 @@ async fn invalid_config_file_is_reported() {
         let mut command = Command::new(overlayd());
         command.arg("--config").arg(&path);
         let output =
-            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 error", &shown], words].concat());
+            lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&["1 error", &path_text], words].concat());
         assert!(!output.stderr.contains("hush"), "{}", output.stderr);
     }
     // A world-readable key is one error, without a second one about a certificate without its key.
@@ -168,7 +168,7 @@ async fn invalid_config_file_is_reported() {
 async fn invalid_network_file_is_reported() {
     let lab = start_lab_without_agents(1, Families::V4).await;
     let path = lab.dir().join("network.json");
-    let shown = path.display().to_string();
+    let path_text = path.display().to_string();
     let stored = || etcd::list(&lab, &etcd::config_key()).into_iter().map(|entry| entry.value).collect::<Vec<_>>();
     let before = stored();
     for (text, words) in [
@@ -180,12 +180,12 @@ async fn invalid_network_file_is_reported() {
         ),
     ] {
         fs::write(&path, text).expect_ok("a file");
-        let output = lab.ctl("h1", &["config", "validate", &shown]).assert_code(1);
+        let output = lab.ctl("h1", &["config", "validate", &path_text]).assert_code(1);
         let all = format!("{}{}", output.stdout, output.stderr);
-        assert!(words.iter().all(|word| all.contains(word)) && all.contains(&shown), "{all}");
+        assert!(words.iter().all(|word| all.contains(word)) && all.contains(&path_text), "{all}");
         let endpoints = lab.layout().etcd_endpoints().join(",");
-        let output = lab.ctl("h1", &["config", "set", &shown, "--etcd-endpoints", &endpoints]).assert_code(1);
-        output.assert_stderr_contains(&[&[shown.as_str(), "nothing was written"], words].concat());
+        let output = lab.ctl("h1", &["config", "set", &path_text, "--etcd-endpoints", &endpoints]).assert_code(1);
+        output.assert_stderr_contains(&[&[path_text.as_str(), "nothing was written"], words].concat());
     }
     assert_eq!(stored(), before);
     // An invalid one written by other means.
@@ -248,8 +248,8 @@ async fn leftover_flannel_device_is_sole_reported_cause() {
     assert!(cause.iter().all(|word| waited.contains(word)), "{waited}");
     let status = lab.status("h1").await;
     assert_eq!(status.data_path.failed.len(), 1, "{:?}", status.data_path.failed);
-    let shown = lab.ctl("h1", &["peers"]).assert_code(0).stdout;
-    assert!(shown.contains("waits for link ovx.1"), "{shown}");
+    let output = lab.ctl("h1", &["peers"]).assert_code(0).stdout;
+    assert!(output.contains("waits for link ovx.1"), "{output}");
     let log = lab.log("h1");
     let warnings: Vec<&str> = log.lines().filter(|line| line.contains("WARN") || line.contains("ERROR")).collect();
     let follows = |line: &&&str| line.contains("exthop") || line.contains("No such device") || line.contains("does not exist");

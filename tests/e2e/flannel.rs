@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use overlay_agent::model::Family;
-use overlay_tests::notify::Notifications;
+use overlay_tests::notify::{self, Notifications};
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, etcd, kernel};
 use overlayctl::lab::Families;
@@ -124,8 +124,8 @@ async fn flannel_renewal_changes_nothing() {
     let all = replay_recording(&lab, "vxlan");
     lab.start_agent("h3").await;
     lab.wait_converged("h3", CONVERGE_TIMEOUT).await;
-    let notifications = Notifications::subscribe(&lab.open_netns("h3"));
-    notifications.wait_quiet().await;
+    let kernels = [("h3", Notifications::subscribe(&lab.open_netns("h3")))];
+    kernels[0].1.wait_quiet().await;
     let before = lab.status("h3").await;
     for round in 0..3 {
         for (key, value) in all.iter().filter(|(key, _)| !key.ends_with("/config")) {
@@ -136,8 +136,7 @@ async fn flannel_renewal_changes_nothing() {
         let seen = |s: &overlay_agent::model::api::Status| s.store.revision >= revision;
         lab.host("h3").wait_status(CONVERGE_TIMEOUT, &format!("renewal {round} is not noticed"), seen).await.expect_ok("h3");
     }
-    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-    notifications.assert_none("three renewals of each flannel host");
     let after = lab.status("h3").await;
     assert_eq!((after.data_path.drift_repairs, after.data_path.peers), (before.data_path.drift_repairs, 2));
+    notify::assert_only_new_peer(&lab, &kernels, "three renewals of each flannel host").await;
 }

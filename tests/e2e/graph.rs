@@ -9,11 +9,11 @@ async fn graph_shows_every_host_and_broken_link() {
     let lab = TestLab::up(|options| options.hosts = 3).await;
     let sockets: Vec<String> = ["h2", "h3"].map(|host| lab.host(host).socket().to_string_lossy().into_owned()).into();
     let all = ["graph", "--also", &sockets[0], "--also", &sockets[1]];
-    let drawn = |format: &str| {
+    let render = |format: &str| {
         let arguments: Vec<&str> = all.iter().copied().chain(["--format", format]).collect();
         lab.ctl("h1", &arguments).assert_code(0).stdout
     };
-    let pictures = ["svg", "dot", "text"].map(drawn);
+    let pictures = ["svg", "dot", "text"].map(render);
     let mut wanted = vec!["10.244.0.0/16".to_owned()];
     for host in lab.hosts() {
         wanted.push(host.name().to_owned());
@@ -30,13 +30,13 @@ async fn graph_shows_every_host_and_broken_link() {
             assert!(picture.contains(text.as_str()), "{text} in {picture}");
         }
     }
-    assert_eq!(pictures, ["svg", "dot", "text"].map(drawn), "the same overlay gives the same pictures");
+    assert_eq!(pictures, ["svg", "dot", "text"].map(render), "the same overlay gives the same pictures");
     assert_eq!(pictures[0].matches("<path class=\"link\"").count(), 3, "each pair of hosts is linked: {}", pictures[0]);
 
     // A single agent knows the other hosts from their leases.
-    let alone: Graph = lab.ctl("h1", &["-o", "json", "graph"]).assert_code(0).json();
-    let known: Vec<bool> = alone.hosts.iter().map(|host| host.containers.is_some()).collect();
-    assert_eq!((alone.hosts.len(), alone.links.len()), (3, 2));
+    let single: Graph = lab.ctl("h1", &["-o", "json", "graph"]).assert_code(0).json();
+    let known: Vec<bool> = single.hosts.iter().map(|host| host.containers.is_some()).collect();
+    assert_eq!((single.hosts.len(), single.links.len()), (3, 2));
     assert_eq!(known.iter().filter(|known| **known).count(), 1, "only its own containers");
 
     // With a foreign device under our device's name, no link of this host works.

@@ -1,6 +1,7 @@
 //! `etcd grpc-proxy` between the agents and the cluster: leases are acquired, renewed and watched through it. A killed proxy is
 //! like a killed server.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use overlay_agent::model::Family;
@@ -29,14 +30,6 @@ async fn wait_all_status(lab: &TestLab, what: &str, condition: impl Fn(&Status) 
     for host in lab.hosts() {
         host.wait_status(DETECT_TIMEOUT, what, condition).await.expect_ok(host.name());
     }
-}
-
-/// Lease keys of free subnets.
-fn free_keys(lab: &TestLab) -> [String; 3] {
-    let taken = etcd::leases(lab);
-    let keys = (1..=254).rev().map(|third| etcd::lease_key(&format!("10.244.{third}.0-24")));
-    let free: Vec<String> = keys.filter(|key| taken.iter().all(|entry| entry.key != *key)).take(3).collect();
-    free.try_into().ok().expect_ok("three free subnets")
 }
 
 /// Writes a lease directly to the cluster.
@@ -76,7 +69,7 @@ async fn leases_work_through_proxies() {
     assert!(leases.iter().all(|entry| entry.lease != 0), "each is bound to an etcd lease: {leases:?}");
 
     // A write directly to the cluster arrives.
-    let [first, second, _] = free_keys(&lab);
+    let [first, second, _] = etcd::free_keys(&lab);
     put_foreign(&lab, &first, 1);
     wait_all_status(&lab, "the foreign lease does not arrive", |s| s.data_path.peers == 6).await;
     cluster::etcdctl_at_member(&lab, 3, &["del", "--", &first]).assert_code(0);
@@ -98,18 +91,15 @@ async fn leases_work_through_proxies() {
     .await;
 
     // Each lease is renewed: the remaining time decreases, and increases again.
-    for entry in &leases {
-        let mut lowest = i64::MAX;
-        eventually(&format!("{} is renewed", entry.key), RENEWAL_TIMEOUT, || {
-            let now = remaining_ttl(&lab, entry.lease);
-            if now > lowest {
-                return Ok(());
-            }
-            lowest = now;
-            Err(format!("{now} s left"))
-        })
-        .await;
-    }
+    let mut lowest: BTreeMap<i64, i64> = leases.iter().map(|entry| (entry.lease, i64::MAX)).collect();
+    eventually("each lease is renewed", RENEWAL_TIMEOUT, || {
+        lowest.retain(|lease, lowest| {
+            let now = remaining_ttl(&lab, *lease);
+            now <= std::mem::replace(lowest, now.min(*lowest))
+        });
+        if lowest.is_empty() { Ok(()) } else { Err(format!("not yet, with the seconds left: {lowest:?}")) }
+    })
+    .await;
     let own: Vec<_> = etcd::leases(&lab).into_iter().filter(|entry| entry.lease != 0).collect();
     assert_eq!(own, leases, "a renewal writes no key");
 }
@@ -121,7 +111,7 @@ async fn agents_recover_from_killed_proxies() {
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
 
     // One of two proxies: its agents move to the other one.
-    let [first, second, _] = free_keys(&lab);
+    let [first, second, _] = etcd::free_keys(&lab);
     proxy::kill(&lab, 1);
     put_foreign(&lab, &first, 1);
     wait_all_status(&lab, "it does not reconnect to the other proxy", |s| is_healthy(s) && s.data_path.peers == 3).await;
@@ -160,7 +150,7 @@ async fn agent_starts_through_proxy_after_compaction() {
         options.agents = false;
     })
     .await;
-    for (key, number) in free_keys(&lab).iter().zip(1..) {
+    for (key, number) in etcd::free_keys(&lab).iter().zip(1..) {
         put_foreign(&lab, key, number);
     }
     let revision = etcd::revision(&lab);
@@ -169,9 +159,9 @@ async fn agent_starts_through_proxy_after_compaction() {
         host.agent_start(&[]).expect_ok("start");
         host.wait_ready(READY_TIMEOUT).await.expect_ok(host.name());
     }
-    let whole = |s: &Status| is_healthy(s) && s.data_path.peers == 5;
+    let complete = |s: &Status| is_healthy(s) && s.data_path.peers == 5;
     for host in lab.hosts() {
-        host.wait_status(CONVERGE_TIMEOUT, "not all peers", whole).await.expect_ok(host.name());
+        host.wait_status(CONVERGE_TIMEOUT, "not all peers", complete).await.expect_ok(host.name());
     }
     assert_eq!(etcd::leases(&lab).len(), 6);
 }

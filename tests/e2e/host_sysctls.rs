@@ -218,6 +218,10 @@ async fn ignored_router_advertisements_stay_ignored() {
     for device in ["eth0", "eth1", "late0"] {
         assert_eq!(accept_ra(&lab, device), "1", "{device}");
     }
+    // The same frame works once the interface accepts it: the earlier ones were processed and ignored.
+    write_sysctl(&lab, "ipv6/conf/eth1/accept_ra", "2");
+    packet_socket.send(&advertisement);
+    eventually_true("the advertisement is accepted", CONVERGE_TIMEOUT, || !default_routers(&lab, "eth1").is_empty()).await;
 }
 
 /// Checks that a container reaches an address, with one packet or a few.

@@ -101,11 +101,14 @@ async fn hostile_leases_are_refused() {
     let log = lab.log("h1");
     for (name, key, _, reason) in &all {
         // The key with its control characters replaced.
-        let shown: String = key.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
-        let entry = subnets.iter().find(|s| s.key == *key || s.key == shown).expect_ok(&format!("{name}: an entry {shown}"));
+        let printed: String = key.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+        let entry = subnets.iter().find(|s| s.key == *key || s.key == printed).expect_ok(&format!("{name}: an entry {printed}"));
         let refused = entry.refused.as_deref().unwrap_or_default();
         assert!(refused.contains(reason), "{name}: `{refused}` does not say `{reason}`");
-        assert!(log.lines().any(|line| line.contains(&shown) && line.contains("is ignored")), "{name}: not in the log: {shown}");
+        assert!(
+            log.lines().any(|line| line.contains(&printed) && line.contains("is ignored")),
+            "{name}: not in the log: {printed}"
+        );
     }
     assert!(subnets.iter().any(|s| s.refused.as_deref().is_some_and(|r| r.contains("more than the"))), "1 MB is named");
     let table = lab.ctl("h1", &["subnets"]).assert_code(0);
@@ -130,8 +133,8 @@ async fn hostile_leases_are_refused() {
         etcd::delete(&lab, &etcd::lease_key(key));
     }
     etcd::delete(&lab, &megabyte);
-    let well = |s: &Status| s.store.refused.is_empty() && s.problems.is_empty();
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
+    let healthy = |s: &Status| s.store.refused.is_empty() && s.problems.is_empty();
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", healthy).await.expect_ok("h1");
 }
 
 /// A route outside the network must not be created, whatever etcd contains at the start.

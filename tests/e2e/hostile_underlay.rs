@@ -276,8 +276,8 @@ async fn spoofed_inner_source_is_dropped() {
         }
         // Frame types that the tunnel does not use: ARP and VLAN.
         let mac = *fixture.vtep.get(family).expect_ok("a VTEP");
-        let (whole, data) = fixture.build_inner_frame(of(&h2));
-        let tagged = [&whole[..12], &[0x81, 0, 0, 5], &whole[12..]].concat();
+        let (frame, data) = fixture.build_inner_frame(of(&h2));
+        let tagged = [&frame[..12], &[0x81, 0, 0, 5], &frame[12..]].concat();
         fixture.assert_outcome("a VLAN tag inside", Dropped, &data, || fixture.send_vxlan("h2", family, OWN_VNI, &tagged)).await;
         if family == Family::V4 {
             let output = packet_builder::arp(2, (SENDER_MAC, of(&h2)), (mac, fixture.target_address(family)));

@@ -111,10 +111,10 @@ async fn inspect_names_missing_parts() {
         assert_eq!(endpoint(&lab, "web").state, "in place", "{break_it}");
     }
     // A foreign port belongs to no endpoint.
-    kernel::shell(&lab, "h1", "ip link add name mine type veth peer name mine2 && ip link set mine master ovb.1");
+    kernel::shell(&lab, "h1", "ip link add name foreign type veth peer name foreign2 && ip link set foreign master ovb.1");
     let ports = network(&lab).bridge.expect_ok("the bridge").ports;
-    let mine = ports.iter().find(|port| port.interface == "mine").expect_ok("the foreign port");
-    assert!(mine.endpoint.is_none() && ports.len() == 2);
+    let foreign = ports.iter().find(|port| port.interface == "foreign").expect_ok("the foreign port");
+    assert!(foreign.endpoint.is_none() && ports.len() == 2);
     assert!(lab.ctl("h1", &["inspect", "--tree"]).assert_code(0).stdout.contains("  no endpoint"));
     kernel::run(&lab, "h1", &["ip", "netns", "delete", &lab.layout().namespace("h1-web")]);
     eventually("the deleted namespace is named", CONVERGE_TIMEOUT, || {

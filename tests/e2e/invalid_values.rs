@@ -72,10 +72,10 @@ async fn running_agent_ignores_invalid_values() {
     for host in ["h1", "h2"] {
         ours.push(lab.status(host).await.lease.expect_ok("a lease").subnet);
     }
-    let mut junk = InvalidValueGenerator::new(seed());
+    let mut generator = InvalidValueGenerator::new(seed());
     // The hosts' own keys are for other tests: overwriting one takes its subnet.
     let entries: Vec<_> =
-        std::iter::from_fn(|| Some(junk.random_entry())).filter(|(key, _)| !overlaps_any(key, &ours)).take(3000).collect();
+        std::iter::from_fn(|| Some(generator.random_entry())).filter(|(key, _)| !overlaps_any(key, &ours)).take(3000).collect();
     let all: std::collections::BTreeMap<String, Vec<u8>> =
         entries.into_iter().map(|(key, value)| (etcd::lease_key(&key), value)).collect();
     let pairs: Vec<(&String, &Vec<u8>)> = all.iter().collect();
@@ -103,8 +103,8 @@ async fn running_agent_ignores_invalid_values() {
         all.keys().try_for_each(|key| etcd.delete(key).map(drop))?;
         Ok(())
     });
-    let well = |s: &Status| s.store.leases == 2 && s.problems.is_empty();
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
+    let healthy = |s: &Status| s.store.leases == 2 && s.problems.is_empty();
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", healthy).await.expect_ok("h1");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
 }
 
@@ -151,6 +151,6 @@ async fn agent_memory_is_bounded_under_100k_leases() {
         etcd.delete_range(&format!("{prefix}172."), &format!("{prefix}173."))?;
         etcd.delete_range(&format!("{prefix}junk-"), &format!("{prefix}junk."))
     });
-    let well = |s: &Status| s.store.leases == 1 && s.problems.is_empty() && s.ready;
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "not healthy again", well).await.expect_ok("h1");
+    let healthy = |s: &Status| s.store.leases == 1 && s.problems.is_empty() && s.ready;
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT * 6, "not healthy again", healthy).await.expect_ok("h1");
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT, REPAIR_DEADLINE};
-use overlay_tests::{ExpectContext, TestLab, etcd, eventually, eventually_true, kernel};
+use overlay_tests::{ExpectContext, TestLab, churn, etcd, eventually, eventually_true, kernel};
 use overlayctl::lab::Families;
 
 /// The VXLAN device's MAC.
@@ -45,11 +45,19 @@ async fn returning_host_gets_same_subnet() {
 
     // A regular stop keeps the lease: the data path keeps forwarding, and so the peers keep their routes.
     lab.host("h3").agent_stop(Signal::SIGTERM).expect_ok("SIGTERM");
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // A later lease takes the same path as a removal would.
+    let [later, ..] = etcd::free_keys(&lab);
+    etcd::put(&lab, &later, &churn::lease(1, 1));
+    let later_range = later.rsplit('/').next().expect_ok("a subnet").replace('-', "/");
     for host in ["h1", "h2"] {
+        eventually_true(&format!("{host} has a route to the later lease"), CONVERGE_TIMEOUT, || {
+            route_destinations(&lab, host).contains(&later_range)
+        })
+        .await;
         assert!(route_destinations(&lab, host).contains(&range), "{host} keeps its route to a host whose agent is stopped");
     }
 
+    etcd::delete(&lab, &later);
     let lease = lab.lease_of("h3");
     etcd::revoke(&lab, lease.lease);
     for host in ["h1", "h2"] {
@@ -135,12 +143,12 @@ async fn new_underlay_address_reaches_peers() {
     let device =
         |lab: &TestLab| kernel::text(&kernel::link(lab, "h2", "ovx.1").expect_ok("ovx.1")["linkinfo"]["info_data"], "local");
     eventually_true("the device of h2 sends from the new address", CONVERGE_TIMEOUT, || device(&lab) == "10.99.1.222").await;
-    let behind = |lab: &TestLab| {
+    let destinations = |lab: &TestLab| {
         let all = kernel::list_json(lab, "h1", "bridge", &["fdb", "show", "dev", "ovx.1"]);
         all.iter().map(|fdb| kernel::text(fdb, "dst")).collect::<Vec<_>>()
     };
     eventually("h1 sends only to the new address", CONVERGE_TIMEOUT, || {
-        let found = behind(&lab);
+        let found = destinations(&lab);
         if found == ["10.99.1.222"] { Ok(()) } else { Err(format!("{found:?}")) }
     })
     .await;

@@ -81,8 +81,8 @@ async fn invalid_config_keeps_last_valid_one() {
     lab.host("h1").wait_status(CONVERGE_TIMEOUT, "it does not report the missing configuration", gone).await.expect_ok("h1");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     etcd::put(&lab, &etcd::config_key(), &lab.layout().config);
-    let well = |s: &overlay_agent::model::api::Status| s.health == Health::Ok;
-    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", well).await.expect_ok("h1");
+    let healthy = |s: &overlay_agent::model::api::Status| s.health == Health::Ok;
+    lab.host("h1").wait_status(CONVERGE_TIMEOUT, "not healthy again", healthy).await.expect_ok("h1");
     flow.stop().await.assert_no_loss("while the configuration was invalid and missing");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
 }

@@ -114,7 +114,7 @@ async fn host_moves_when_subnet_is_taken() {
     kernel::run(&lab, "net", &["ip", "netns", "delete", &lab.layout().namespace("h1-c1")]);
     lab.host("h1").attach("c1").await.expect_ok("attach again");
     lab.host("h3").attach("c1").await.expect_ok("attach");
-    eventually("h1 is well", CONVERGE_TIMEOUT, || {
+    eventually("h1 is healthy", CONVERGE_TIMEOUT, || {
         let output = lab.ctl("h1", &["status"]);
         if output.code == Some(0) { Ok(()) } else { Err(output.stdout) }
     })

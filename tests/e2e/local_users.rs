@@ -98,14 +98,14 @@ impl AuthLab {
         let netns = self.lab.open_netns("h1");
         self.agent = Some(process::start(command, Some(&netns), &self.file("log"), &self.file("pid")).expect_ok("the agent"));
         let client = Client::new(self.file("run/overlayd.sock"));
-        let ask = || async {
+        let query = || async {
             match client.status().await {
                 Ok(status) if condition(&status) => Ok(status),
                 Ok(status) => Err(format!("{:?}", status.problems)),
                 Err(error) => Err(error.to_string()),
             }
         };
-        eventually_async("the agent's status is as expected", READY_TIMEOUT, ask).await
+        eventually_async("the agent's status is as expected", READY_TIMEOUT, query).await
     }
 
     /// Runs a command as an unprivileged user on the host.
@@ -134,10 +134,10 @@ impl AuthLab {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unprivileged_user_has_no_access() {
-    let mut place = AuthLab::up().await;
-    place.start_agent(place.agent_command("password"), |status| status.ready).await;
-    place.ctl(true, &["attach", "web"]).assert_code(0);
-    let attached = place.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout;
+    let mut auth = AuthLab::up().await;
+    auth.start_agent(auth.agent_command("password"), |status| status.ready).await;
+    auth.ctl(true, &["attach", "web"]).assert_code(0);
+    let attached = auth.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout;
 
     // Socket.
     for arguments in [
@@ -151,39 +151,39 @@ async fn unprivileged_user_has_no_access() {
         &["detach", "web"],
         &["run", "--", "true"],
     ] {
-        place.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["permission denied", "become root"]);
+        auth.ctl(false, arguments).assert_code(1).assert_stderr_contains(&["permission denied", "become root"]);
     }
     // Files: readable are the subnet for runtimes, and the namespace created by overlayctl; nothing is writable.
-    let namespace = place.lab.layout().namespace("h1-web");
-    let readable = place.find_as_nobody(&["-type", "f", "-readable"]);
+    let namespace = auth.lab.layout().namespace("h1-web");
+    let readable = auth.find_as_nobody(&["-type", "f", "-readable"]);
     assert_eq!(readable, [format!("run/netns/{namespace}"), "run/subnet.env".to_owned()]);
-    assert_eq!(place.find_as_nobody(&["!", "-type", "l", "-writable"]), Vec::<String>::new());
-    assert_eq!(place.find_as_nobody(&["-type", "d", "-readable"]), ["run", "run/netns"]);
-    place.run_as_nobody(&["ls", &place.path("state")]).assert_code(2).assert_stderr_contains(&["Permission denied"]);
+    assert_eq!(auth.find_as_nobody(&["!", "-type", "l", "-writable"]), Vec::<String>::new());
+    assert_eq!(auth.find_as_nobody(&["-type", "d", "-readable"]), ["run", "run/netns"]);
+    auth.run_as_nobody(&["ls", &auth.path("state")]).assert_code(2).assert_stderr_contains(&["Permission denied"]);
     // The container's namespace.
     let netns = format!("/run/netns/{namespace}");
-    kernel::run(&place.lab, "h1", &["nsenter", &format!("--net={netns}"), "true"]);
-    place.run_as_nobody(&["nsenter", &format!("--net={netns}"), "true"]).assert_code(1);
-    place.run_as_nobody(&["ip", "link", "delete", "ovb.1"]).assert_code(2);
+    kernel::run(&auth.lab, "h1", &["nsenter", &format!("--net={netns}"), "true"]);
+    auth.run_as_nobody(&["nsenter", &format!("--net={netns}"), "true"]).assert_code(1);
+    auth.run_as_nobody(&["ip", "link", "delete", "ovb.1"]).assert_code(2);
     // Process.
-    let pid = place.agent.expect_ok("the agent").pid;
-    place.run_as_nobody(&["cat", &format!("/proc/{pid}/environ")]).assert_code(1);
-    place.run_as_nobody(&["ls", &format!("/proc/{pid}/fd")]).assert_code(2);
-    place.run_as_nobody(&["kill", &pid.to_string()]).assert_code(1);
+    let pid = auth.agent.expect_ok("the agent").pid;
+    auth.run_as_nobody(&["cat", &format!("/proc/{pid}/environ")]).assert_code(1);
+    auth.run_as_nobody(&["ls", &format!("/proc/{pid}/fd")]).assert_code(2);
+    auth.run_as_nobody(&["kill", &pid.to_string()]).assert_code(1);
     // No TCP listener at all; the tunnel's UDP port belongs to the kernel.
-    let listening = kernel::run(&place.lab, "h1", &["ss", "-H", "--listening", "--tcp", "--processes"]);
+    let listening = kernel::run(&auth.lab, "h1", &["ss", "-H", "--listening", "--tcp", "--processes"]);
     assert_eq!(listening, "");
 
-    assert_eq!(place.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout, attached, "nothing has changed");
-    place.ctl(true, &["status", "--brief"]).assert_code(0);
+    assert_eq!(auth.ctl(true, &["-o", "json", "endpoints"]).assert_code(0).stdout, attached, "nothing has changed");
+    auth.ctl(true, &["status", "--brief"]).assert_code(0);
 }
 
 /// Any user may bind the agent's abstract socket name, which otherwise only prevents a second agent.
 #[tokio::test(flavor = "multi_thread")]
 async fn taken_abstract_socket_does_not_block_agent() {
-    let mut place = AuthLab::up().await;
+    let mut auth = AuthLab::up().await;
     let take = |user: u32| {
-        let held = place.lab.open_netns("h1").run(|| {
+        let held = auth.lab.open_netns("h1").run(|| {
             // The file-system UID of this thread only: it becomes the socket's owner.
             setfsuid(Uid::from_raw(user));
             let address = std::os::unix::net::SocketAddr::from_abstract_name("overlayd").expect_ok("a name");
@@ -192,16 +192,15 @@ async fn taken_abstract_socket_does_not_block_agent() {
         held.expect_ok("enter").map_err(|error| error.to_string())
     };
     let held = take(0).expect_ok("the name is free");
-    place
-        .lab
-        .run_to_exit("h1", place.agent_command("password"))
+    auth.lab
+        .run_to_exit("h1", auth.agent_command("password"))
         .assert_code(1)
         .assert_stderr_contains(&["another overlayd runs in this network namespace"]);
     drop(held);
     // A child that another test has just forked may keep the dropped socket for a moment.
     let _held = eventually("the name is free again", CONVERGE_TIMEOUT, || take(65534)).await;
-    place.start_agent(place.agent_command("password"), |status| status.ready).await;
-    let log = fs::read_to_string(place.file("log")).expect_ok("the log");
+    auth.start_agent(auth.agent_command("password"), |status| status.ready).await;
+    let log = fs::read_to_string(auth.file("log")).expect_ok("the log");
     let warning =
         log.lines().find(|line| line.contains("@overlayd is held by a user who cannot run the agent")).expect_ok("a warning");
     assert!(warning.contains("WARN") && warning.contains("user=65534"), "{warning}");
@@ -224,18 +223,18 @@ fn http_request(lab: &TestLab, address: &str, method: &str, path: &str) -> Optio
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tcp_listener_serves_only_metrics() {
-    let mut place = AuthLab::up().await;
-    let mut command = place.agent_command("password");
+    let mut auth = AuthLab::up().await;
+    let mut command = auth.agent_command("password");
     command.args(["--metrics-listen", METRICS_ADDRESS]);
-    place.start_agent(command, |status| status.ready).await;
-    place.ctl(true, &["attach", "web"]).assert_code(0);
+    auth.start_agent(command, |status| status.ready).await;
+    auth.ctl(true, &["attach", "web"]).assert_code(0);
     for path in ["/metrics", "/healthz", "/readyz"] {
-        let (code, body) = http_request(&place.lab, METRICS_ADDRESS, "GET", path).expect_ok(path);
+        let (code, body) = http_request(&auth.lab, METRICS_ADDRESS, "GET", path).expect_ok(path);
         assert_eq!(code, 200, "{path}: {body}");
         for secret in [PASSWORD, "web", "10.244.", "fd00:", "agent"] {
             assert!(!body.contains(secret), "{path} reveals `{secret}`: {body}");
         }
-        assert_eq!(http_request(&place.lab, METRICS_ADDRESS, "PUT", path).expect_ok(path).0, 405, "PUT {path}");
+        assert_eq!(http_request(&auth.lab, METRICS_ADDRESS, "PUT", path).expect_ok(path).0, 405, "PUT {path}");
     }
     for (method, path) in [
         ("GET", "/v1/status"),
@@ -245,44 +244,44 @@ async fn tcp_listener_serves_only_metrics() {
         ("PUT", "/v1/endpoints/x"),
         ("DELETE", "/v1/endpoints/web"),
     ] {
-        assert_eq!(http_request(&place.lab, METRICS_ADDRESS, method, path).expect_ok(path).0, 404, "{method} {path}");
+        assert_eq!(http_request(&auth.lab, METRICS_ADDRESS, method, path).expect_ok(path).0, 404, "{method} {path}");
     }
     // It listens on the requested address only.
-    let elsewhere = place.lab.host("h1").layout().addresses.v4.expect_ok("IPv4");
-    assert_eq!(http_request(&place.lab, &format!("{elsewhere}:9780"), "GET", "/metrics"), None);
-    assert!(place.ctl(true, &["endpoints"]).assert_code(0).stdout.contains("web"));
+    let elsewhere = auth.lab.host("h1").layout().addresses.v4.expect_ok("IPv4");
+    assert_eq!(http_request(&auth.lab, &format!("{elsewhere}:9780"), "GET", "/metrics"), None);
+    assert!(auth.ctl(true, &["endpoints"]).assert_code(0).stdout.contains("web"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn password_is_never_exposed() {
-    let mut place = AuthLab::up().await;
-    place.start_agent(place.agent_command("password"), |status| status.ready).await;
+    let mut auth = AuthLab::up().await;
+    auth.start_agent(auth.agent_command("password"), |status| status.ready).await;
     let mut output = String::new();
-    let endpoints = format!("--etcd-endpoints={}", place.lab.layout().etcd_endpoints().join(","));
-    let mut every_word = |place: &AuthLab, password: &str| {
-        let login = [&endpoints, "--etcd-username=agent", &format!("--etcd-password-file={}", place.path(password))];
+    let endpoints = format!("--etcd-endpoints={}", auth.lab.layout().etcd_endpoints().join(","));
+    let mut every_word = |auth: &AuthLab, password: &str| {
+        let login = [&endpoints, "--etcd-username=agent", &format!("--etcd-password-file={}", auth.path(password))];
         for command in [&["status"][..], &["-o", "json", "status"], &["inspect"], &["subnets"], &["peers"]] {
-            let CommandOutput { stdout, stderr, .. } = place.ctl(true, command);
+            let CommandOutput { stdout, stderr, .. } = auth.ctl(true, command);
             output += &(stdout + &stderr);
         }
         for command in [&["config", "show"][..], &["subnets"]] {
-            let CommandOutput { stdout, stderr, .. } = place.ctl(true, &[command, &login[..]].concat());
+            let CommandOutput { stdout, stderr, .. } = auth.ctl(true, &[command, &login[..]].concat());
             output += &(stdout + &stderr);
         }
-        let pid = place.agent.expect_ok("the agent").pid;
+        let pid = auth.agent.expect_ok("the agent").pid;
         for file in ["cmdline", "environ"] {
             output += &String::from_utf8_lossy(&fs::read(format!("/proc/{pid}/{file}")).expect_ok(file));
         }
     };
-    every_word(&place, "password");
+    every_word(&auth, "password");
     // The same when etcd rejects it.
     let refused = |status: &Status| status.problems.iter().any(|problem| problem.contains("--etcd-password-file"));
-    place.start_agent(place.agent_command("wrong"), refused).await;
-    every_word(&place, "wrong");
-    let log = fs::read_to_string(place.file("log")).expect_ok("the log");
+    auth.start_agent(auth.agent_command("wrong"), refused).await;
+    every_word(&auth, "wrong");
+    let log = fs::read_to_string(auth.file("log")).expect_ok("the log");
     assert!(log.contains(" DEBUG ") && log.contains("--etcd-password-file"), "the log has every level, and the refusal");
     assert!(output.contains("10.244.0.0/16") && output.contains("--etcd-password-file"), "{output}");
-    let kept = ["run", "state"].map(|dir| kernel::attempt(&place.lab, "h1", &["grep", "-rls", "in-", &place.path(dir)]).stdout);
+    let kept = ["run", "state"].map(|dir| kernel::attempt(&auth.lab, "h1", &["grep", "-rls", "in-", &auth.path(dir)]).stdout);
     for secret in [PASSWORD, WRONG_PASSWORD] {
         let line = log.lines().chain(output.lines()).find(|line| line.contains(secret));
         assert_eq!(line, None, "{secret} is revealed");
@@ -297,20 +296,20 @@ async fn password_is_never_exposed() {
 /// A world-readable or writable secret file is rejected before any change, in every place that can name it.
 #[tokio::test(flavor = "multi_thread")]
 async fn world_readable_secret_files_are_refused() {
-    let place = AuthLab::up().await;
-    let (password, settings) = (place.path("password"), place.path("overlayd.toml"));
-    let open = |value: u32| set_mode(&place.file("password"), value);
-    let plain = || place.lab.overlayd_command("h1", place.file("run"), place.file("state"));
+    let auth = AuthLab::up().await;
+    let (password, settings) = (auth.path("password"), auth.path("overlayd.toml"));
+    let open = |value: u32| set_mode(&auth.file("password"), value);
+    let plain = || auth.lab.overlayd_command("h1", auth.file("run"), auth.file("state"));
     let remedy = format!("chmod 600 {password}");
     for value in [0o644, 0o604, 0o620, 0o666] {
         open(value);
         let warning = format!("is accessible to other users (mode {value:04o})");
         let wanted = ["etcd-password-file", &warning, &remedy];
-        place.lab.run_to_exit("h1", place.agent_command("password")).assert_code(2).assert_stderr_contains(&wanted);
+        auth.lab.run_to_exit("h1", auth.agent_command("password")).assert_code(2).assert_stderr_contains(&wanted);
     }
     let mut by_variable = plain();
     by_variable.args(["--etcd-username", "agent"]).env("OVERLAYD_ETCD_PASSWORD_FILE", &password);
-    place.lab.run_to_exit("h1", by_variable).assert_code(2).assert_stderr_contains(&["OVERLAYD_ETCD_PASSWORD_FILE", &remedy]);
+    auth.lab.run_to_exit("h1", by_variable).assert_code(2).assert_stderr_contains(&["OVERLAYD_ETCD_PASSWORD_FILE", &remedy]);
     let with_file = |text: String| {
         fs::write(&settings, text).expect_ok("settings");
         let mut command = plain();
@@ -327,37 +326,37 @@ async fn world_readable_secret_files_are_refused() {
         command
     };
     let naming = format!("etcd-username = \"agent\"\netcd-password-file = \"{password}\"\n");
-    place.lab.run_to_exit("h1", with_file(naming.clone())).assert_code(2).assert_stderr_contains(&[&settings, &remedy]);
+    auth.lab.run_to_exit("h1", with_file(naming.clone())).assert_code(2).assert_stderr_contains(&[&settings, &remedy]);
     let login = [
-        format!("--etcd-endpoints={}", place.lab.layout().etcd_endpoints().join(",")),
+        format!("--etcd-endpoints={}", auth.lab.layout().etcd_endpoints().join(",")),
         "--etcd-username=agent".to_owned(),
         format!("--etcd-password-file={password}"),
     ];
     let login: Vec<&str> = login.iter().map(String::as_str).collect();
-    place.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(1).assert_stderr_contains(&[&remedy]);
-    assert!(!place.file("state").exists() && !place.file("run").exists(), "nothing was touched");
+    auth.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(1).assert_stderr_contains(&[&remedy]);
+    assert!(!auth.file("state").exists() && !auth.file("run").exists(), "nothing was touched");
 
     // The settings file itself, if it names a secret: a user who can write it could redirect the secret.
     open(0o600);
     for value in [0o664, 0o646] {
         let command = with_file(naming.clone());
-        set_mode(&place.file("overlayd.toml"), value);
+        set_mode(&auth.file("overlayd.toml"), value);
         let warning = format!("is writable by other users (mode {value:04o}): chmod 644 {settings}");
-        place.lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&warning]);
+        auth.lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[&warning]);
     }
     // A secret inside the settings is not printed.
     for text in [format!("etcd-password = \"{PASSWORD}\"\n"), format!("etcd-password = \"{PASSWORD}\n")] {
-        let output = place.lab.run_to_exit("h1", with_file(text)).assert_code(2);
+        let output = auth.lab.run_to_exit("h1", with_file(text)).assert_code(2);
         assert!(!output.stderr.contains(PASSWORD) && output.stderr.contains(&settings), "{}", output.stderr);
     }
     for flag in [format!("--etcd-password={PASSWORD}"), format!("--etcd-endpoints=http://agent:{PASSWORD}@10.99.0.2:2379")] {
         let mut command = plain();
         command.arg(&flag);
-        let output = place.lab.run_to_exit("h1", command).assert_code(2);
+        let output = auth.lab.run_to_exit("h1", command).assert_code(2);
         assert!(!output.stderr.contains(PASSWORD), "{}", output.stderr);
-        let output = place.ctl(true, &["config", "show", &flag]);
+        let output = auth.ctl(true, &["config", "show", &flag]);
         assert!(matches!(output.code, Some(1 | 2)) && !output.stderr.contains(PASSWORD), "{}", output.stderr);
     }
     // Valid files work.
-    place.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(0);
+    auth.ctl(true, &[&["config", "show"][..], &login].concat()).assert_code(0);
 }

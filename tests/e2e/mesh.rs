@@ -62,13 +62,13 @@ async fn wait_matrix(lab: &TestLab, what: &str, condition: impl Fn(&Matrix) -> b
 #[tokio::test(flavor = "multi_thread")]
 async fn overlay_and_underlay_faults_are_distinguished() {
     let lab = start_lab(Families::Dual).await;
-    let all_well = |m: &Matrix| m.paths.len() == 12 && m.paths.iter().all(|p| p.entry.state == Reachability::Ok);
-    let matrix = wait_matrix(&lab, "every host reaches every host", all_well).await;
+    let all_ok = |m: &Matrix| m.paths.len() == 12 && m.paths.iter().all(|p| p.entry.state == Reachability::Ok);
+    let matrix = wait_matrix(&lab, "every host reaches every host", all_ok).await;
     assert_eq!(matrix.hosts, ["h1", "h2", "h3"]);
     assert!(matrix.paths.iter().all(|p| p.entry.overlay.mean_micros.is_some() && p.entry.underlay.mean_micros.is_some()));
     eventually("the metrics say the same", PROBE_TIMEOUT, || {
-        let (well, probing) = (peer_count(&lab, Reachability::Ok), metric_sample(&lab, "overlayd_mesh_probing"));
-        if (well, probing) == (4.0, 1.0) { Ok(()) } else { Err(format!("{well} {probing}")) }
+        let (reachable, probing) = (peer_count(&lab, Reachability::Ok), metric_sample(&lab, "overlayd_mesh_probing"));
+        if (reachable, probing) == (4.0, 1.0) { Ok(()) } else { Err(format!("{reachable} {probing}")) }
     })
     .await;
     for way in ["overlay", "underlay"] {

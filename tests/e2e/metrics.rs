@@ -121,21 +121,21 @@ async fn readiness_follows_agent_state() {
     })
     .await;
     let socket = lab.host("h1").socket();
-    let asked = |path: &str| http::request(&socket, "GET", path, "");
-    assert_eq!((asked("/healthz").status, asked("/readyz").status), (200, 200));
+    let get = |path: &str| http::request(&socket, "GET", path, "");
+    assert_eq!((get("/healthz").status, get("/readyz").status), (200, 200));
     // A foreign device under our device's name: nothing can be built on it, and we must not delete it. The agent is frozen
     // meanwhile, because it would be faster than the second command.
     let hang = Fault::AgentFrozen("h1");
     hang.begin(&lab).await;
     kernel::shell(&lab, "h1", "ip link delete ovx.1; ip link add ovx.1 type bridge");
     hang.end(&lab).await;
-    let broken = eventually("the broken data path takes readiness away", CONVERGE_TIMEOUT, || match asked("/readyz") {
+    let broken = eventually("the broken data path takes readiness away", CONVERGE_TIMEOUT, || match get("/readyz") {
         answer if answer.status == 503 => Ok(answer.body),
         answer => Err(format!("{} {}", answer.status, answer.body)),
     })
     .await;
     assert!(broken.contains("ovx.1"), "the reason is given: {broken}");
-    assert_eq!(asked("/healthz").status, 200, "the agent lives");
+    assert_eq!(get("/healthz").status, 200, "the agent lives");
     kernel::shell(&lab, "h1", "ip link delete ovx.1");
     let ready = |lab: &TestLab| http::request(&lab.host("h1").socket(), "GET", "/readyz", "");
     eventually("it is ready again", DETECT_TIMEOUT, || match ready(&lab) {
@@ -197,7 +197,7 @@ fn dashboard_uses_known_metrics() {
     let panels = dashboard["panels"].as_array().expect_ok("panels");
     // As recording rules the expressions can be checked by Prometheus' own parser.
     let mut rules = "groups:\n  - name: dashboard\n    rules:\n".to_owned();
-    let mut shown = BTreeSet::new();
+    let mut charted = BTreeSet::new();
     for panel in panels {
         let title = panel["title"].as_str().expect_ok("a title");
         assert!(panel["description"].as_str().is_some_and(|text| text.len() > 10), "{title} has no description");
@@ -208,14 +208,14 @@ fn dashboard_uses_known_metrics() {
             let expression = target["expr"].as_str().expect_ok(title);
             let unknown: Vec<String> = metric_names(expression).difference(&known).cloned().collect();
             assert!(unknown.is_empty(), "{title} uses unknown metrics: {unknown:?}");
-            shown.extend(metric_names(expression));
+            charted.extend(metric_names(expression));
             let plain = expression.replace("$__rate_interval", "5m").replace("$host", ".*");
-            rules += &format!("      - record: dashboard:{}:expression\n        expr: '{plain}'\n", shown.len());
+            rules += &format!("      - record: dashboard:{}:expression\n        expr: '{plain}'\n", charted.len());
         }
     }
     let file = tempfile::NamedTempFile::with_suffix(".yaml").expect_ok("a file");
     fs::write(file.path(), rules).expect_ok("a file");
     promtool(&["check", "rules", "--lint=none", &file.path().to_string_lossy()], "").assert_code(0);
-    let unused: Vec<&String> = known.difference(&shown).collect();
+    let unused: Vec<&String> = known.difference(&charted).collect();
     assert!(unused.is_empty(), "the dashboard does not show {unused:?}");
 }

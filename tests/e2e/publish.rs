@@ -303,8 +303,8 @@ async fn dual_stack_wildcards_are_accepted_in_single_family() {
         let own = underlay_address(&lab, "h1", family);
         observed_source(&lab, "world", SocketAddr::new(own, 8080), Tcp).await;
         assert_unreachable(&lab, "world", &socket_address(own, 8081)).await;
-        let shown = lab.ctl("h1", &["inspect", "web"]).assert_code(0).stdout;
-        assert!(shown.contains("[::]:8080") && shown.contains("0.0.0.0:8080") && shown.contains("in place"), "{shown}");
+        let output = lab.ctl("h1", &["inspect", "web"]).assert_code(0).stdout;
+        assert!(output.contains("[::]:8080") && output.contains("0.0.0.0:8080") && output.contains("in place"), "{output}");
         let status = lab.status("h1").await;
         assert!(status.ready && status.problems.is_empty(), "{:?}", status.problems);
         lab.ctl("h1", &["attach", "other", "--publish", specific])

@@ -61,9 +61,9 @@ async fn unknown_config_key_is_refused() {
     std::fs::write(&file, "run-dri = \"/run/x\"\nlog-level = \"debug\"\n").expect_ok("a file");
     let mut command = Command::new(overlayd());
     command.arg("--config").arg(&file);
-    let place = format!("run-dri in {}", file.display());
+    let location = format!("run-dri in {}", file.display());
     lab.run_to_exit("h1", command).assert_code(2).assert_stderr_contains(&[
-        &place,
+        &location,
         "is not a setting",
         "did you mean `run-dir`?",
     ]);
@@ -129,18 +129,18 @@ async fn occupied_socket_path_is_refused() {
     let (run, state) = (lab.dir().join("run"), lab.dir().join("state"));
     std::fs::create_dir_all(&run).expect_ok("a directory");
     let socket = run.join("overlayd.sock");
-    let shown = socket.display().to_string();
+    let path = socket.display().to_string();
 
     // A listener on the socket: this test.
     let live = UnixListener::bind(&socket).expect_ok("a socket");
     let output = lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state.clone())).assert_code(1);
-    output.assert_stderr_contains(&[&shown, "belongs to a live agent", &format!("pid {}", std::process::id())]);
+    output.assert_stderr_contains(&[&path, "belongs to a live agent", &format!("pid {}", std::process::id())]);
     drop(live);
 
     std::fs::remove_file(&socket).expect_ok("remove the socket");
     std::fs::write(&socket, "precious").expect_ok("a file");
     lab.run_to_exit("h1", lab.overlayd_command("h1", run.clone(), state)).assert_code(1).assert_stderr_contains(&[
-        &shown,
+        &path,
         "is not a socket",
         "left unchanged",
     ]);
@@ -197,18 +197,18 @@ async fn foreign_routes_are_kept() {
     let metric = ["ip", "route", "add", &subnet.to_string(), "via", "10.99.0.254", "metric", "500"];
     kernel::run(&lab, "h1", &metric);
     kernel::run(&lab, "h1", &["ip", "route", "add", "10.60.0.0/16", "via", "10.99.0.254", "proto", "bgp"]);
-    let theirs = || {
+    let foreign_routes = || {
         let all = kernel::list_json(&lab, "h1", "ip", &["route", "show"]);
         all.into_iter().filter(|r| kernel::text(r, "gateway") == "10.99.0.254").count()
     };
-    assert_eq!(theirs(), 3, "with the default route");
+    assert_eq!(foreign_routes(), 3, "with the default route");
     lab.start_agent("h1").await;
     lab.wait_full_mesh().await;
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
-    assert_eq!(theirs(), 3);
+    assert_eq!(foreign_routes(), 3);
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     let mut cleanup = lab.overlayd_command("h1", lab.host("h1").run_dir(), lab.host("h1").state_dir());
     cleanup.arg("cleanup");
     lab.run_to_exit("h1", cleanup).assert_code(0);
-    assert_eq!(theirs(), 3);
+    assert_eq!(foreign_routes(), 3);
 }

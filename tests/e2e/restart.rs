@@ -4,13 +4,10 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
-use overlay_tests::notify::Notifications;
+use overlay_tests::notify::{self, Notifications, OBSERVATION_PERIOD};
 use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::{ExpectContext, TestLab, etcd};
 use overlayctl::lab::Families;
-
-/// How long after the restart late changes are awaited.
-const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_restart_loses_no_packet() {
@@ -42,7 +39,9 @@ async fn assert_restart_is_silent(signal: Signal, families: Families) {
         let before = lab.status(host).await;
         lab.host(host).agent_stop(signal).expect_ok("stop the agent");
         // Some packets without a running agent.
-        tokio::time::sleep(Duration::from_millis(200)).await;
+        for (_, flow) in &flows {
+            flow.run_for_replies(10).await;
+        }
         lab.host(host).agent_start(&[]).expect_ok("start the agent");
         let after = lab.host(host).wait_ready(READY_TIMEOUT).await.expect_ok("ready again");
         tokio::time::sleep(OBSERVATION_PERIOD).await;
@@ -53,6 +52,7 @@ async fn assert_restart_is_silent(signal: Signal, families: Families) {
         assert_eq!(lab.status(host).await.data_path.drift_repairs, 0, "nothing had to be repaired");
     }
     assert_eq!(etcd::revision(&lab), revision, "etcd's revision: nothing was written");
+    notify::assert_only_new_peer(&lab, &kernels, "after the restarts").await;
     for (family, flow) in flows {
         flow.stop().await.assert_no_loss(&format!("{family} over two restarts"));
     }

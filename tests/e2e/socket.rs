@@ -1,6 +1,8 @@
 //! The agent's socket for any client: access, response format, rejected requests.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::process::Stdio;
 use std::time::Duration;
 
 use overlay_agent::model::api::{DetachResponse, Endpoints, ErrorBody, Health, LogLevel, Peers, Status, Subnets};
@@ -123,15 +125,14 @@ async fn subnet_watch_streams_changes() {
     while next(&mut stream).await.iter().any(|s| s.key == *key) {}
 
     // The command exits cleanly when its reader is gone: it notices at the next change.
-    let script = format!("set -o pipefail; {} subnets --watch | head -1", overlay_tests::programs::overlayctl().display());
-    let netns = lab.open_netns("h1");
-    let mut command = lab.command("h1", &["timeout", "10", "bash", "-c", &script]).expect_ok("a command");
-    let watching = tokio::task::spawn_blocking(move || netns.run(|| command.output()).expect_ok("enter h1"));
-    tokio::time::sleep(Duration::from_millis(700)).await;
+    let mut command = lab.command("h1", &["timeout", "10", "overlayctl", "subnets", "--watch"]).expect_ok("a command");
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut watch = lab.open_netns("h1").run(|| command.spawn()).expect_ok("enter h1").expect_ok("timeout");
+    let mut heading = String::new();
+    BufReader::new(watch.stdout.take().expect_ok("its output")).read_line(&mut heading).expect_ok("a line");
     etcd::put(&lab, &etcd::lease_key(key), value);
-    let output = watching.await.expect_ok("the command's task").expect_ok("bash");
-    let said = overlay_tests::programs::CommandOutput::from_output(&[&script], &output).assert_code(0);
-    assert!(said.stdout.starts_with("SUBNET") && said.stderr.is_empty(), "{said:?}");
+    let output = watch.wait_with_output().expect_ok("its end");
+    assert!(heading.starts_with("SUBNET") && output.status.success() && output.stderr.is_empty(), "{heading}{output:?}");
 
     // The stream ends regularly with the agent.
     lab.host("h1").agent_stop(nix::sys::signal::Signal::SIGTERM).expect_ok("stop");

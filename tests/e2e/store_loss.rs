@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_agent::model::api::{Health, Status};
-use overlay_tests::notify::Notifications;
+use overlay_tests::notify::{self, Notifications};
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, etcd, eventually, kernel};
 use overlayctl::lab::Families;
@@ -32,8 +32,8 @@ fn is_healthy(status: &Status) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn data_path_survives_etcd_outage() {
     let lab = start_lab().await;
-    let notifications = Notifications::subscribe(&lab.open_netns("h1"));
-    notifications.wait_quiet().await;
+    let kernels = [("h1", Notifications::subscribe(&lab.open_netns("h1")))];
+    kernels[0].1.wait_quiet().await;
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
     let before = lab.status("h1").await;
     etcd::kill(&lab);
@@ -48,15 +48,13 @@ async fn data_path_survives_etcd_outage() {
     // Drift is repaired as well.
     kernel::shell(&lab, "h1", "ip route show proto 86 type unicast | while read dst _; do ip route delete $dst proto 86; done");
     lab.wait_converged("h1", CONVERGE_TIMEOUT).await;
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    notifications.wait_quiet().await;
+    kernels[0].1.wait_quiet().await;
 
     etcd::start(&lab).await;
     for host in ["h1", "h2"] {
         lab.host(host).wait_status(DETECT_TIMEOUT, "it does not come back", is_healthy).await.expect_ok(host);
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    notifications.assert_none("etcd is back without changes");
+    notify::assert_only_new_peer(&lab, &kernels, "etcd is back without changes").await;
     assert_eq!(lab.status("h1").await.lease, before.lease);
     let outcome = flow.stop().await;
     // The routes were deleted on purpose: packets sent in that moment may be lost, but no others.
@@ -89,20 +87,20 @@ async fn agents_recover_from_hung_etcd() {
 async fn agent_start_without_etcd_keeps_data_path() {
     let lab = start_lab().await;
     let before = kernel::actual_state(&lab, "h1");
-    let notifications = Notifications::subscribe(&lab.open_netns("h1"));
-    notifications.wait_quiet().await;
+    let kernels = [("h1", Notifications::subscribe(&lab.open_netns("h1")))];
+    kernels[0].1.wait_quiet().await;
     let flow = lab.start_ping("h1-c1", "h2-c1", Family::V4).await;
     etcd::kill(&lab);
     lab.host("h1").agent_stop(Signal::SIGTERM).expect_ok("stop");
     lab.host("h1").agent_start(&[]).expect_ok("start");
     let waiting = |s: &Status| !s.ready && s.problems.iter().any(|p| p.contains("etcd does not answer"));
     lab.host("h1").wait_status(DETECT_TIMEOUT, "it does not report that it waits", waiting).await.expect_ok("h1");
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    notifications.assert_none("the agent has started without etcd");
+    flow.run_for_replies(100).await;
+    kernels[0].1.assert_none("the agent has started without etcd");
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "");
     etcd::start(&lab).await;
     lab.host("h1").wait_status(DETECT_TIMEOUT, "it does not become ready", is_healthy).await.expect_ok("h1");
-    notifications.assert_none("etcd is back without differences");
+    notify::assert_only_new_peer(&lab, &kernels, "etcd is back without differences").await;
     flow.stop().await.assert_no_loss("over a start without etcd");
 }
 

@@ -41,28 +41,28 @@ async fn bundle_is_complete_without_secrets() {
     })
     .await;
     let dir = tempfile::tempdir().expect_ok("a directory");
-    let place = |name: &str| dir.path().join(name);
-    std::fs::write(place("pw"), "pw-of-a-file-81\n").expect_ok("written");
+    let path = |name: &str| dir.path().join(name);
+    std::fs::write(path("pw"), "pw-of-a-file-81\n").expect_ok("written");
     let config = format!(
         "etcd-username = \"agent\"\netcd-password-file = \"{}\"\netcd-endpoints = [\"http://agent:pw-in-a-url-82@10.0.0.1:2379\"]\n# api_key = \"pw-of-a-key-83\"\n",
-        place("pw").display()
+        path("pw").display()
     );
-    std::fs::write(place("overlayd.toml"), config).expect_ok("written");
+    std::fs::write(path("overlayd.toml"), config).expect_ok("written");
     let log = "a line of the log\nlogin of agent with pw-of-a-file-81 refused\nauthorization: Bearer bearer-of-a-log-84\n\
                -----BEGIN EC PRIVATE KEY-----\nc2VjcmV0LWtleS04NQ\n-----END EC PRIVATE KEY-----\n";
-    std::fs::write(place("log"), log).expect_ok("written");
+    std::fs::write(path("log"), log).expect_ok("written");
     let text = |path: std::path::PathBuf| path.to_str().expect_ok("a path").to_owned();
     let state = text(lab.host("h1").state_dir());
     let make = |out: &str| {
-        let out = text(place(out));
-        let (config, log) = (text(place("overlayd.toml")), text(place("log")));
+        let out = text(path(out));
+        let (config, log) = (text(path("overlayd.toml")), text(path("log")));
         lab.ctl("h1", &["-o", "json", "support-bundle", "--out", &out, "--config", &config, "--log", &log, "--state-dir", &state])
     };
     let bundle: Bundle = make("with.tar.gz").assert_code(0).json();
     assert_eq!(std::fs::metadata(&bundle.file).expect_ok("the file").permissions().mode() & 0o777, 0o600);
     let found = unpack(&bundle.file, &{
-        std::fs::create_dir(place("with")).expect_ok("a folder");
-        place("with")
+        std::fs::create_dir(path("with")).expect_ok("a folder");
+        path("with")
     });
     let part = |name: &str| &found.iter().find(|(found, _)| found == name).expect_ok(name).1;
     // The listed entries are exactly the contents.
@@ -103,5 +103,5 @@ async fn bundle_is_complete_without_secrets() {
         (missing("kernel/links.txt"), missing("containers/c1/address.txt"), missing("state/endpoints.json")),
         (None, None, None)
     );
-    assert!(!place("without.tar.gz.partial").exists());
+    assert!(!path("without.tar.gz.partial").exists());
 }

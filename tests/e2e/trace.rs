@@ -66,7 +66,7 @@ async fn trace_passes_on_healthy_lab() {
     lab.ctl("h1", &["attach", "web", "--publish", "8080:80"]).assert_code(0);
     for family in Family::ALL {
         let flag: &[&str] = if family == Family::V6 { &["-6"] } else { &[] };
-        let ask = |ends: &[&str]| {
+        let trace_ends = |ends: &[&str]| {
             let trace = trace(&lab, &[flag, ends].concat());
             assert_eq!(trace.outcome, TraceOutcome::Ok, "{ends:?}: {trace:#?}");
             trace
@@ -74,7 +74,7 @@ async fn trace_passes_on_healthy_lab() {
         let far = address(&lab, "h2-c1", family).await.to_string();
         let near = address(&lab, "h1-c1", family).await;
         // To another host: every entry on the path.
-        let over = ask(&["c1", &far]);
+        let over = trace_ends(&["c1", &far]);
         let peer = lab.host("h1").client().peers().await.expect_ok("peers").peers;
         let peer = peer.into_iter().find(|p| p.subnet.family() == family).expect_ok("a peer");
         for step in ["host/route", "host/next hop", "host/neighbour", "host/fdb", "host/outer route", "host/rules forward"] {
@@ -85,25 +85,25 @@ async fn trace_passes_on_healthy_lab() {
         assert!(over.end.contains("h2") && over.to.what == "on host h2" && over.from.address == near, "{over:#?}");
         assert!(over.hops.iter().any(|h| h.step == "translation" && h.answer.starts_with("none")), "{over:#?}");
         // The other host's half, from its side.
-        let back = ask(&[&far, "c1"]);
+        let back = trace_ends(&[&far, "c1"]);
         assert!(
             hop_names(&back).contains(&"host/outer rules input".to_owned()) && back.end.contains("container c1"),
             "{back:#?}"
         );
         // On this host, to this host, from this host, to a host by its name.
-        assert_eq!(ask(&["c1", "c2"]).hops.last().map(|h| h.place.clone()).as_deref(), Some("container c2"));
-        assert!(ask(&["c1", "host"]).end.contains("this host"));
-        assert!(ask(&["host", &far]).end.contains("h2"));
-        assert_eq!(ask(&["c1", "h2"]).to.address, peer.subnet.base());
+        assert_eq!(trace_ends(&["c1", "c2"]).hops.last().map(|h| h.place.clone()).as_deref(), Some("container c2"));
+        assert!(trace_ends(&["c1", "host"]).end.contains("this host"));
+        assert!(trace_ends(&["host", &far]).end.contains("h2"));
+        assert_eq!(trace_ends(&["c1", "h2"]).to.address, peer.subnet.base());
         // To the outside.
         let outside = overlayctl::lab::layout::outside_address(family).to_string();
-        let out = ask(&["c1", &outside]);
+        let out = trace_ends(&["c1", &outside]);
         assert!(out.hops.iter().any(|h| h.step == "translation" && h.answer.contains("masquerade")), "{out:#?}");
         // A published port, from outside.
         let public =
             lab.status("h1").await.underlay.expect_ok("an underlay").public_ip.get(family).expect_ok("an address").to_string();
         let public = if family == Family::V6 { format!("[{public}]:8080") } else { format!("{public}:8080") };
-        let published = ask(&[&outside, &public]);
+        let published = trace_ends(&[&outside, &public]);
         let web = address(&lab, "h1-web", family).await.to_string();
         let translation = published.hops.iter().find(|h| h.step == "translation").expect_ok("a translation");
         assert!(translation.answer.contains(&web) && published.end.contains("container web"), "{published:#?}");

@@ -45,7 +45,7 @@ async fn packet_path_section_matches_captures() {
 
     for (name, packets) in [("h1", &wire1), ("h2", &wire2)] {
         let tunnelled: Vec<&Packet> = packets.iter().filter(|p| p.protocol == UDP && p.port == Some(VXLAN_PORT)).collect();
-        let shown: Vec<_> = tunnelled
+        let packets_inside: Vec<_> = tunnelled
             .iter()
             .map(|outer| {
                 let (vni, inner) = outer.vxlan.as_ref().expect_ok("a packet inside");
@@ -53,9 +53,9 @@ async fn packet_path_section_matches_captures() {
             })
             .collect();
         let wanted = [(Some((h1, h2)), 1, ICMP, Some((c3, c5))), (Some((h2, h1)), 1, ICMP, Some((c5, c3)))];
-        assert_eq!(shown, wanted, "the underlay of {name}: request and answer, outer, VNI and inner");
-        let asked: Vec<&Packet> = packets.iter().filter(|p| is_overlay_neighbour_discovery(p)).collect();
-        assert!(asked.is_empty(), "no neighbour discovery for containers on the underlay of {name}: {asked:?}");
+        assert_eq!(packets_inside, wanted, "the underlay of {name}: request and answer, outer, VNI and inner");
+        let discovery: Vec<&Packet> = packets.iter().filter(|p| is_overlay_neighbour_discovery(p)).collect();
+        assert!(discovery.is_empty(), "no neighbour discovery for containers on the underlay of {name}: {discovery:?}");
         let bare: Vec<&Packet> = packets.iter().filter(|p| p.protocol == ICMP).collect();
         assert!(bare.is_empty(), "no packet outside the tunnel: {bare:?}");
     }

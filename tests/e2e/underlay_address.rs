@@ -137,8 +137,8 @@ async fn floating_address_changes_nothing() {
     stays("it is added").await;
     let status = lab.status("h1").await.underlay.expect_ok("an underlay");
     assert_eq!(status.reasons.v4.as_deref(), Some("in use before"));
-    let shown = lab.ctl("h1", &["status"]).assert_code(0);
-    assert!(shown.stdout.contains("10.99.1.1: in use before"), "{}", shown.stdout);
+    let output = lab.ctl("h1", &["status"]).assert_code(0);
+    assert!(output.stdout.contains("10.99.1.1: in use before"), "{}", output.stdout);
     kernel::shell(&lab, "h2", &add);
     stays("it is on two hosts").await;
     restart_agent(&lab, "h1").await;

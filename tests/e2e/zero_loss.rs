@@ -6,14 +6,11 @@ use nix::sys::signal::Signal;
 use overlay_agent::model::Family;
 use overlay_tests::churn::Churn;
 use overlay_tests::faults::{Fault, LinkCut};
-use overlay_tests::notify::Notifications;
+use overlay_tests::notify::{self, Notifications, OBSERVATION_PERIOD};
 use overlay_tests::test_lab::READY_TIMEOUT;
 use overlay_tests::traffic::Traffic;
 use overlay_tests::{ExpectContext, TestLab, cluster, etcd};
 use overlayctl::lab::LabOptions;
-
-/// How long after a fault late changes are awaited.
-const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 const SHORT_FAULT: Duration = Duration::from_secs(2);
 
@@ -50,6 +47,7 @@ async fn assert_faults_are_silent(faults: &[(Fault, Duration)]) {
         assert_eq!((etcd::revision(&lab), etcd::leases(&lab)), (revision, leases.clone()), "the store, after {fault}");
         println!("{fault}: no writes on both hosts");
     }
+    notify::assert_only_new_peer(&lab, &kernels, "after all faults").await;
     traffic.stop().await.assert_no_loss("faults of agents and store");
     lab.assert_full_reachability().await;
 }
@@ -98,12 +96,12 @@ async fn compaction_loses_no_packet() {
         reserve_subnets(options);
     })
     .await;
-    let notifications = Notifications::subscribe(&lab.open_netns("h1"));
-    notifications.wait_quiet().await;
+    let kernels = [("h1", Notifications::subscribe(&lab.open_netns("h1")))];
+    kernels[0].1.wait_quiet().await;
     let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
     Fault::HistoryCompacted.run_for(&lab, SHORT_FAULT / 4).await;
     Fault::Defragmented.run_for(&lab, SHORT_FAULT / 4).await;
-    notifications.assert_none("compacted and defragmented");
+    kernels[0].1.assert_none("compacted and defragmented");
 
     let cut = Fault::LinkCut(LinkCut::from_cluster("h1"));
     cut.begin(&lab).await;
@@ -117,8 +115,7 @@ async fn compaction_loses_no_packet() {
     cut.end(&lab).await;
     cluster::wait_agents_healthy(&lab).await;
     lab.wait_for_log("h1", &["rereading all leases"]).await;
-    traffic.run_for(OBSERVATION_PERIOD).await;
-    notifications.assert_none("all leases were read again");
+    notify::assert_only_new_peer(&lab, &kernels, "all leases were read again").await;
     traffic.stop().await.assert_no_loss("history dropped");
     lab.assert_full_reachability().await;
 }
@@ -156,8 +153,8 @@ async fn peer_churn_loses_no_packet() {
 /// The running agent's binary is replaced as by a package manager, and the agent is restarted.
 #[tokio::test(flavor = "multi_thread")]
 async fn upgrade_loses_no_packet() {
-    let place = tempfile::tempdir().expect_ok("a directory");
-    let binary = place.path().join("overlayd");
+    let dir = tempfile::tempdir().expect_ok("a directory");
+    let binary = dir.path().join("overlayd");
     std::fs::copy(overlay_tests::programs::overlayd(), &binary).expect_ok("a copy of the agent");
     let installed = binary.clone();
     let lab = TestLab::up(move |options| {
@@ -172,7 +169,7 @@ async fn upgrade_loses_no_packet() {
     }
     let traffic = Traffic::start(&lab, "h1-c1", "h2-c1", Family::V4).await;
     // A file with other content; ELF ignores data after its sections.
-    let new = place.path().join("overlayd.new");
+    let new = dir.path().join("overlayd.new");
     std::fs::copy(&binary, &new).expect_ok("another copy");
     let mut file = std::fs::File::options().append(true).open(&new).expect_ok("the copy");
     std::io::Write::write_all(&mut file, b"another version").expect_ok("write");
@@ -187,10 +184,7 @@ async fn upgrade_loses_no_packet() {
         let after = lab.host(host).agent().expect_ok("an agent");
         assert_eq!(std::fs::read_link(format!("/proc/{}/exe", after.pid)).expect_ok("its program"), binary);
     }
-    traffic.run_for(OBSERVATION_PERIOD).await;
-    for (host, notifications) in &kernels {
-        notifications.assert_none(&format!("{host}, after the upgrade"));
-    }
+    notify::assert_only_new_peer(&lab, &kernels, "after the upgrade").await;
     traffic.stop().await.assert_no_loss("an upgrade");
     lab.assert_full_reachability().await;
 }

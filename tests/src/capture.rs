@@ -6,23 +6,32 @@ use std::io::{BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use overlayctl::lab::Lab;
 
 use crate::ExpectContext;
+use crate::packet_builder::{PacketSocket, frame};
 use crate::programs::require_program;
 
 /// VXLAN's port in the overlay (`wire.md`).
 pub const VXLAN_PORT: u16 = 8472;
+
+/// `EtherType` of the frame that ends a capture: local experiments (IEEE 802).
+const END_MARKER: u16 = 0x88b5;
+
+/// Time limit for tcpdump to write the end marker.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running capture.
 #[derive(Debug)]
 pub struct Capture {
     child: Child,
     file: PathBuf,
+    /// At the same interface.
+    socket: PacketSocket,
 }
 
 /// A packet.
@@ -75,16 +84,27 @@ impl Capture {
         }
         // tcpdump prints its statistics at the end; a closed pipe would kill it before that.
         child.stderr = Some(output.into_inner());
-        Capture { child, file }
+        let socket = PacketSocket::open(&netns, interface);
+        Capture { child, file, socket }
     }
 
     /// Ends the capture and returns its packets.
     pub fn stop(mut self) -> Vec<Packet> {
-        // tcpdump receives packets at once, but writes the file a moment later.
-        std::thread::sleep(Duration::from_millis(200));
+        // tcpdump writes packets in their order: after this frame, all earlier ones are in the file.
+        self.socket.send(&frame([2, 0, 0, 0, 0, 0xed], [2, 0, 0, 0, 0, 0xee], END_MARKER, &[0; 46]));
+        let end = Instant::now() + FLUSH_TIMEOUT;
+        let mut all = loop {
+            let all = packets(&std::fs::read(&self.file).expect_ok("the capture"));
+            if all.iter().any(|packet| packet.ether_type == END_MARKER) {
+                break all;
+            }
+            assert!(Instant::now() < end, "tcpdump does not write the end marker: {all:?}");
+            std::thread::sleep(Duration::from_millis(5));
+        };
         self.terminate(Signal::SIGINT);
-        let bytes = std::fs::read(&self.file).expect_ok("the capture");
-        packets(&bytes)
+        // Another capture's marker may have arrived over the wire.
+        all.retain(|packet| packet.ether_type != END_MARKER);
+        all
     }
 
     fn terminate(&mut self, signal: Signal) {

@@ -63,12 +63,14 @@ pub fn repo_root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The paths of the pages below the top directory: `README.md` and all of `docs`.
+/// The paths of the pages below the top directory: `README.md`, and all of `docs` and `docs/decisions`.
 pub fn page_paths() -> Vec<String> {
-    let docs = std::fs::read_dir(repo_root().join("docs")).expect_ok("docs");
-    let names = docs.map(|entry| entry.expect_ok("an entry").file_name().into_string().ok().expect_ok("UTF-8"));
-    let mut pages: Vec<String> = names.filter(|name| name.ends_with(".md")).map(|name| format!("docs/{name}")).collect();
-    pages.push("README.md".to_owned());
+    let mut pages = vec!["README.md".to_owned()];
+    for directory in ["docs", "docs/decisions"] {
+        let entries = std::fs::read_dir(repo_root().join(directory)).expect_ok(directory);
+        let names = entries.map(|entry| entry.expect_ok("an entry").file_name().into_string().ok().expect_ok("UTF-8"));
+        pages.extend(names.filter(|name| name.ends_with(".md")).map(|name| format!("{directory}/{name}")));
+    }
     pages.sort();
     pages
 }

@@ -114,6 +114,14 @@ pub fn leases(lab: &Lab) -> Vec<Entry> {
     list(lab, &lease_key(""))
 }
 
+/// Lease keys of free subnets of 10.244.0.0/16.
+pub fn free_keys(lab: &Lab) -> [String; 3] {
+    let taken = leases(lab);
+    let keys = (1..=254).rev().map(|third| lease_key(&format!("10.244.{third}.0-24")));
+    let free: Vec<String> = keys.filter(|key| taken.iter().all(|entry| entry.key != *key)).take(3).collect();
+    free.try_into().ok().expect_ok("three free subnets")
+}
+
 /// The subnet lease whose value contains this text.
 #[track_caller]
 pub fn lease_with(lab: &Lab, text: &str) -> Entry {

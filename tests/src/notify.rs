@@ -1,7 +1,7 @@
 //! The kernel's netlink notifications of links, addresses, routes, rules, next hops, permanent neighbours, forwarding and
 //! nftables.
 //!
-//! A test that asserts "no writes" subscribes to them meanwhile.
+//! A test that asserts "no writes" subscribes to them meanwhile, and ends with [`assert_only_new_peer`].
 //!
 //! Neighbours that the kernel learns and removes itself are left out.
 
@@ -14,7 +14,8 @@ use nix::sys::socket::{
 };
 use overlay_agent::kernel::netns::Netns;
 
-use crate::ExpectContext;
+use crate::test_lab::CONVERGE_TIMEOUT;
+use crate::{ExpectContext, TestLab, churn, etcd, eventually};
 
 /// Groups of `linux/rtnetlink.h`: link, neighbours, IPv4 address, route and rule, IPv6 address, route and rule, both netconf,
 /// next hops.
@@ -29,6 +30,9 @@ const RECEIVE_BUFFER_SIZE: usize = 8 << 20;
 /// A host is quiet after this period without notifications, and the time limit for it.
 const QUIET_PERIOD: Duration = Duration::from_millis(300);
 const QUIET_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long after an event late changes are awaited.
+pub const OBSERVATION_PERIOD: Duration = Duration::from_millis(700);
 
 /// The length of a header (`struct nlmsghdr`).
 const NLMSG_HDRLEN: usize = 16;
@@ -92,6 +96,34 @@ impl Notifications {
             self.netns.run(|| command.output()).expect_ok("enter the namespace").expect_ok("ip (apt-get install iproute2)");
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
+}
+
+/// The notifications of an added IPv4 peer, without their details.
+const NEW_PEER: [&str; 6] =
+    ["new neighbour", "new neighbour", "new next hop", "new route", "nftables message 12", "nftables message 15"];
+
+/// Checks that these hosts' kernels stay unchanged for the observation period. The end is positive: a lease that is written then
+/// takes the same path through the agents, and the kernels report its entries and nothing else. The lease is deleted again.
+pub async fn assert_only_new_peer(lab: &TestLab, kernels: &[(&str, Notifications)], context: &str) {
+    tokio::time::sleep(OBSERVATION_PERIOD).await;
+    for (host, notifications) in kernels {
+        notifications.assert_none(&format!("{host}, {context}"));
+    }
+    let [key, ..] = etcd::free_keys(lab);
+    etcd::put(lab, &key, &churn::lease(254, 1));
+    for (host, notifications) in kernels {
+        let mut lines = Vec::new();
+        eventually(&format!("{context}: {host} has the new peer"), CONVERGE_TIMEOUT, || {
+            lines.extend(notifications.drain());
+            if lines.len() >= NEW_PEER.len() { Ok(()) } else { Err(lines.join("\n  ")) }
+        })
+        .await;
+        let mut kinds: Vec<&str> = lines.iter().map(|line| line.split(" by port").next().unwrap_or_default()).collect();
+        kinds.iter_mut().for_each(|kind| *kind = kind.split(':').next().unwrap_or_default());
+        kinds.sort_unstable();
+        assert_eq!(kinds, NEW_PEER, "{context}: {host}: {lines:#?}");
+    }
+    etcd::delete(lab, &key);
 }
 
 /// The sockets that receive every change in a namespace, each with the name of its protocol.

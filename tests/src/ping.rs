@@ -13,7 +13,8 @@ use overlay_agent::kernel::netns::Netns;
 use tokio::net::UdpSocket;
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::ExpectContext;
+use crate::test_lab::CONVERGE_TIMEOUT;
+use crate::{ExpectContext, eventually};
 
 /// The port of the echo server: in the dynamic range, and different from the lab check's.
 const ECHO_PORT: u16 = 49_773;
@@ -111,6 +112,17 @@ impl PingFlow {
     /// Lets the flow continue for some time.
     pub async fn run_for(&self, time: Duration) {
         tokio::time::sleep(time).await;
+    }
+
+    /// Lets the flow continue for that many more replies.
+    pub async fn run_for_replies(&self, count: usize) {
+        let answered = || self.with_counts(|counts| counts.answered.iter().filter(|answered| **answered).count());
+        let wanted = answered() + count;
+        eventually("more replies", CONVERGE_TIMEOUT, || {
+            let now = answered();
+            if now >= wanted { Ok(()) } else { Err(format!("{now} of {wanted}")) }
+        })
+        .await;
     }
 
     /// Stops sending, waits for outstanding packets, and returns the result.

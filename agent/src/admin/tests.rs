@@ -190,14 +190,17 @@ async fn watch_streams_changes_until_stop() {
     let agent = Agent::start();
     let mut lines = open_watch(&agent).await;
     assert!(next_keys(&mut lines).await.is_empty());
-    // An unrelated change sends no line; simultaneous changes send one line with the last state.
+    // An unrelated change sends no line: the next line has the next subnet.
     agent.backend.notify_change();
     tokio::time::sleep(Duration::from_millis(60)).await;
+    agent.backend.add_subnet("10.245.0.0-24");
+    assert_eq!(next_keys(&mut lines).await, ["10.245.0.0-24"]);
+    // Simultaneous changes send one line with the last state.
     for i in 0..100 {
         agent.backend.add_subnet(&format!("10.244.{i}.0-24"));
     }
     let mut line_count = 1;
-    while next_keys(&mut lines).await.len() < 100 {
+    while next_keys(&mut lines).await.len() < 101 {
         line_count += 1;
     }
     assert!(line_count < 10, "{line_count} lines for 100 changes at once");

@@ -80,7 +80,7 @@ mod tests {
     #[tokio::test]
     async fn stalled_reader_times_out_slow_reader_does_not() {
         let (ours, mut theirs) = tokio::io::duplex(8);
-        let mut stall = WriteTimeout::new(ours, Duration::from_millis(150));
+        let mut writer = WriteTimeout::new(ours, Duration::from_millis(150));
         let reader = async {
             let mut read = 0;
             let mut buffer = [0; 8];
@@ -90,10 +90,10 @@ mod tests {
             }
             read
         };
-        let (written, read) = tokio::join!(stall.write_all(&[7; 40]), reader);
+        let (written, read) = tokio::join!(writer.write_all(&[7; 40]), reader);
         written.unwrap();
         assert_eq!(read, 32);
         // The reader has stopped.
-        assert_eq!(stall.write_all(&[7; 40]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(writer.write_all(&[7; 40]).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

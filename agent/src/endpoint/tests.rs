@@ -80,21 +80,21 @@ async fn attach_allocates_addresses_and_creates_port() {
     assert_eq!(attached.prefix_length, PerFamily { v4: Some(24), v6: Some(64) });
     assert_eq!(attached.gateway.v4.unwrap().to_string(), "10.244.1.1");
     assert_eq!((attached.endpoint.port.as_ref().unwrap().interface.as_str(), attached.mtu), ("eth0", Some(1430)));
-    let plugs = host.kernel.port_specs();
-    let plug = &plugs[&attached.endpoint.port.as_ref().unwrap().host_interface];
-    assert_eq!(plug.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
-    assert_eq!(format_routes(plug), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
-    assert_eq!((plug.mac, plug.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
+    let port_specs = host.kernel.port_specs();
+    let spec = &port_specs[&attached.endpoint.port.as_ref().unwrap().host_interface];
+    assert_eq!(spec.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.244.1.2/24", "fd00:10:244:1::2/64"]);
+    assert_eq!(format_routes(spec), ["0.0.0.0/0 via 10.244.1.1", "::/0 via fd00:10:244:1::1"]);
+    assert_eq!((spec.mac, spec.bridge.name().as_str()), (attached.endpoint.port.as_ref().unwrap().mac, "ovb.1"));
     assert!(ports.has_changed().unwrap());
     assert_eq!(*ports.borrow_and_update(), vec![Arc::new(attached.endpoint.clone())]);
 
     // A repeated attach returns the same endpoint, and restores a port that another process removed.
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert_eq!(endpoints.attach(name("a"), attach_request("/ns/a")).await.unwrap(), attached);
-    assert_eq!(host.kernel.port_specs(), plugs);
+    assert_eq!(host.kernel.port_specs(), port_specs);
     host.kernel.remove(&attached.endpoint.port.as_ref().unwrap().host_interface);
     assert!(endpoints.reconcile_ports().await.is_empty());
-    assert_eq!(host.kernel.port_specs(), plugs);
+    assert_eq!(host.kernel.port_specs(), port_specs);
 
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, Some(name("a")));
     assert_eq!(endpoints.detach(name("a"), false).await.unwrap().endpoint, None);
@@ -351,8 +351,10 @@ async fn client_disconnect_does_not_abort_attach() {
     let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start(DUAL).await;
     let gate = host.kernel.block_before_attach();
-    let asked = tokio::time::timeout(Duration::from_millis(50), endpoints.attach(name("a"), attach_request("/ns/a"))).await;
-    assert!(asked.is_err());
+    tokio::select! {
+        response = endpoints.attach(name("a"), attach_request("/ns/a")) => panic!("{response:?}"),
+        () = host.kernel.wait_blocked() => {}
+    }
     gate.add_permits(1);
     endpoints.close().await;
     assert_eq!(endpoints.list().len(), 1);
@@ -361,27 +363,27 @@ async fn client_disconnect_does_not_abort_attach() {
 
 #[tokio::test]
 async fn attach_waits_for_rules() {
-    let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c"]);
+    let host = TestHost::new(&["/ns/a", "/ns/b", "/ns/c", "/ns/d"]);
     let endpoints = host.start(DUAL).await;
-    let programmed = endpoints.applied_endpoints();
+    let applied = endpoints.applied_endpoints();
     let mut ports = endpoints.ports();
-    let asked = endpoints.clone();
-    let attach = tokio::spawn(async move { asked.attach(name("a"), attach_request("/ns/a")).await });
-    let all = ports.wait_for(|all| !all.is_empty()).await.unwrap().clone();
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert!(!attach.is_finished());
-    programmed.send_replace(all);
-    attach.await.unwrap().unwrap();
-    // If the source filter was applied with the port, an attach waits for published ports only.
+    let client = endpoints.clone();
+    let attach = tokio::spawn(async move { client.attach(name("a"), attach_request("/ns/a")).await });
+    ports.wait_for(|all| !all.is_empty()).await.unwrap();
+    // If the source filter was applied with the port, an attach waits for published ports only. It also proves that the earlier
+    // one is not just slow.
     host.kernel.apply_source_filter();
     endpoints.attach(name("b"), attach_request("/ns/b")).await.unwrap();
-    let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..attach_request("/ns/c") };
-    let asked = endpoints.clone();
-    let attach = tokio::spawn(async move { asked.attach(name("c"), publishes).await });
-    let all = ports.wait_for(|all| all.len() == 3).await.unwrap().clone();
-    tokio::time::sleep(Duration::from_millis(20)).await;
     assert!(!attach.is_finished());
-    programmed.send_replace(all);
+    applied.send_replace(endpoints.ports().borrow().clone());
+    attach.await.unwrap().unwrap();
+    let publishes = AttachRequest { publish: vec!["80:80".parse().unwrap()], ..attach_request("/ns/c") };
+    let client = endpoints.clone();
+    let attach = tokio::spawn(async move { client.attach(name("c"), publishes).await });
+    ports.wait_for(|all| all.len() == 3).await.unwrap();
+    endpoints.attach(name("d"), attach_request("/ns/d")).await.unwrap();
+    assert!(!attach.is_finished());
+    applied.send_replace(endpoints.ports().borrow().clone());
     attach.await.unwrap().unwrap();
     // An endpoint without a port on the bridge does not wait.
     let host_mode = AttachRequest { mode: crate::model::Mode::Host, ..AttachRequest::default() };

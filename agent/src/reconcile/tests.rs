@@ -235,10 +235,10 @@ async fn snapshot_replaces_known_leases() {
     assert_eq!(fixture.status().await.data_path.peers, 3);
     assert!(fixture.route(1).is_none() && fixture.route(4).is_some());
     let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
-    let world = fixture.kernel.lock();
-    assert!(!world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 2]))), "the old MAC is gone");
-    assert!(world.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 22]))));
-    assert!(world.applied_ops.iter().all(|op| *op.key() != route(3)), "an unchanged entry is not written");
+    let kernel = fixture.kernel.lock();
+    assert!(!kernel.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 2]))), "the old MAC is gone");
+    assert!(kernel.state.contains_key(&Key::Fdb(vxlan, Mac([2, 0, 0, 0, 0, 22]))));
+    assert!(kernel.applied_ops.iter().all(|op| *op.key() != route(3)), "an unchanged entry is not written");
 }
 
 /// Such a snapshot causes a full classification; unchanged entries are not written again.
@@ -253,8 +253,12 @@ async fn snapshot_without_most_leases_removes_them() {
     let status = fixture.status().await;
     assert_eq!((status.data_path.peers, status.store.refused.len(), status.data_path.drift_repairs), (1, 0, 0));
     assert!([1, 3, 4, 5, 6].iter().all(|n| fixture.route(*n).is_none()) && fixture.route(2).is_some());
-    let world = fixture.kernel.lock();
-    assert!(world.applied_ops.iter().all(|op| matches!(op, Op::Delete(..)) && *op.key() != route(2)), "{:?}", world.applied_ops);
+    let kernel = fixture.kernel.lock();
+    assert!(
+        kernel.applied_ops.iter().all(|op| matches!(op, Op::Delete(..)) && *op.key() != route(2)),
+        "{:?}",
+        kernel.applied_ops
+    );
 }
 
 /// The foreign device is deleted, and the next retry creates ours before the kernel's event of the deletion is read. No other
@@ -264,33 +268,33 @@ async fn recreated_device_gets_its_entries_back() {
     let mut fixture = Fixture::ready([1]).await;
     let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
     let link = Key::Link(vxlan.name().into());
-    let whole = fixture.kernel.lock().state.clone();
+    let complete = fixture.kernel.lock().state.clone();
     {
-        let mut world = fixture.kernel.lock();
-        let on_it: Vec<Key> = whole
+        let mut kernel = fixture.kernel.lock();
+        let on_it: Vec<Key> = complete
             .iter()
-            .filter(|(key, value)| device_of(key, value, &whole) == Some(vxlan))
+            .filter(|(key, value)| device_of(key, value, &complete) == Some(vxlan))
             .map(|(key, _)| key.clone())
             .collect();
         assert!(on_it.len() > 3, "{on_it:?}");
         for key in on_it {
-            world.state.remove(&key);
+            kernel.state.remove(&key);
         }
-        let Some(Value::Link(mut foreign)) = whole.get(&link).cloned() else { panic!("a link") };
+        let Some(Value::Link(mut foreign)) = complete.get(&link).cloned() else { panic!("a link") };
         foreign.kind = LinkKind::Foreign { kind: "bridge".to_owned() };
-        world.state.insert(link.clone(), Value::Link(foreign));
-        world.failing_keys.insert(link.clone());
+        kernel.state.insert(link.clone(), Value::Link(foreign));
+        kernel.failing_keys.insert(link.clone());
     }
     fixture.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
     fixture.ready.wait_for(|ready| !*ready).await.unwrap();
     {
-        let mut world = fixture.kernel.lock();
-        world.state.remove(&link);
-        world.failing_keys.clear();
+        let mut kernel = fixture.kernel.lock();
+        kernel.state.remove(&link);
+        kernel.failing_keys.clear();
     }
     fixture.ready.wait_for(|ready| *ready).await.unwrap();
     tokio::time::timeout(Duration::from_secs(10), async {
-        while fixture.kernel.lock().state != whole {
+        while fixture.kernel.lock().state != complete {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
@@ -341,9 +345,9 @@ async fn drift_is_repaired_and_counted() {
     // A foreign entry on our device, and a lost event.
     let extra = Key::Neigh(Device::vxlan(Family::V4, Vni::DEFAULT), "10.244.99.0".parse().unwrap());
     {
-        let mut world = fixture.kernel.lock();
-        world.state.insert(extra.clone(), Value::Neigh(Mac([2; 6])));
-        world.state.remove(&route(2));
+        let mut kernel = fixture.kernel.lock();
+        kernel.state.insert(extra.clone(), Value::Neigh(Mac([2; 6])));
+        kernel.state.remove(&route(2));
     }
     fixture.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
     fixture.wait_status("the dump finds both", |status| status.data_path.drift_repairs == 3).await;
@@ -408,6 +412,9 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     fixture.send(down()).await;
     tokio::time::sleep(2 * LEASE_TTL).await;
     assert!(fixture.status().await.ready);
+    // A lease that expires does, in the same outage.
+    fixture.send(held_lease(100)).await;
+    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
 }
 
 #[tokio::test]

@@ -61,7 +61,7 @@ pub enum Args {
     },
     /// Hold the namespaces of a lab without root
     #[command(hide = true)]
-    Keeper {
+    Supervisor {
         /// Directory of the lab
         #[arg(long)]
         directory: PathBuf,
@@ -112,7 +112,7 @@ pub async fn run(context: &Context, args: Args) -> Result<Outcome, CommandError>
         rootless::restore_directory();
     }
     match args {
-        Args::Keeper { directory } => match rootless::run_supervisor(&directory)? {},
+        Args::Supervisor { directory } => match rootless::run_supervisor(&directory)? {},
         Args::Up(args) if enter => up_rootless(&labs_dir, &args),
         Args::Up(args) => up(context, &labs_dir, &args).await,
         Args::Down { name, all } => down_all(context, &labs_dir, if all { labs_dir.labs()? } else { vec![name.name] }),

@@ -1,8 +1,8 @@
 //! Labs without root. A supervisor process holds a user, a mount and a network namespace in which the user is root; every later
 //! command on the lab re-executes itself inside them.
 //!
-//! The supervisor is `unshare --user --map-root-user --mount --net overlayctl lab keeper`; commands enter with `nsenter`. Both
-//! programs are part of util-linux, which every system has.
+//! The supervisor is `unshare --user --map-root-user --mount --net overlayctl lab supervisor`; commands enter with `nsenter`.
+//! Both programs are part of util-linux, which every system has.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -42,11 +42,11 @@ pub fn is_needed() -> bool {
 
 /// PID file of the supervisor.
 fn pid_file(dir: &Path) -> PathBuf {
-    dir.join("keeper.pid")
+    dir.join("supervisor.pid")
 }
 
 fn log_file(dir: &Path) -> PathBuf {
-    dir.join("keeper.log")
+    dir.join("supervisor.log")
 }
 
 /// Supervisor of a lab, if it runs.
@@ -60,10 +60,10 @@ pub fn start_supervisor(labs_dir: &LabsDir, name: &LabName) -> Result<ProcessId,
     let own = current_program()?;
     let mut command = Command::new("unshare");
     command.args(["--user", "--map-root-user", "--mount", "--net", "--"]).arg(own);
-    command.args(["lab", "keeper", "--directory"]).arg(&dir);
+    command.args(["lab", "supervisor", "--directory"]).arg(&dir);
     let supervisor = start(command, None, &log_file(&dir), &pid_file(&dir))?;
     let end = Instant::now() + READY_TIMEOUT;
-    while !dir.join("keeper.ready").exists() {
+    while !dir.join("supervisor.ready").exists() {
         if supervisor.is_alive() && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(5));
             continue;
@@ -167,7 +167,7 @@ fn user_namespace_processes(processes: &BTreeSet<ProcessId>) -> BTreeSet<Process
 pub fn run_supervisor(dir: &Path) -> Result<std::convert::Infallible, LabError> {
     let file = |action, path: PathBuf| move |source| LabError::File { action, path, source };
     prepare_run_netns(dir).map_err(file("prepare namespaces in", PathBuf::from("/run")))?;
-    fs::write(dir.join("keeper.ready"), "").map_err(file("write", dir.join("keeper.ready")))?;
+    fs::write(dir.join("supervisor.ready"), "").map_err(file("write", dir.join("supervisor.ready")))?;
     loop {
         // SIGTERM ends it. No cleanup is needed: the namespaces end with it.
         nix::unistd::pause();

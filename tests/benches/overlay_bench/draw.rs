@@ -103,10 +103,10 @@ const PLOTS: [Plot; 5] = [
 pub fn draw(arguments: &DrawArguments) -> anyhow::Result<String> {
     let mut rows = Vec::new();
     for path in &arguments.reports {
-        let shown = path.display();
-        let text = fs::read(path).with_context(|| format!("cannot read {shown}"))?;
+        let file = path.display();
+        let text = fs::read(path).with_context(|| format!("cannot read {file}"))?;
         let report: PlotInput = serde_json::from_slice(&text)
-            .with_context(|| format!("{shown} is not a report: make one with  overlay-bench --json peers >{shown}"))?;
+            .with_context(|| format!("{file} is not a report: make one with  overlay-bench --json peers >{file}"))?;
         rows.extend(report.rows);
     }
     fs::create_dir_all(&arguments.to).with_context(|| format!("cannot make {}", arguments.to.display()))?;

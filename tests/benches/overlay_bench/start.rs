@@ -38,7 +38,7 @@ const PHASES: [(&str, &str); 6] = [
     ("kernel state read", "kernel state read"),
     ("leases read from etcd", "leases read"),
     ("decoded", "leases decoded"),
-    ("judged", "leases classified"),
+    ("classified", "leases classified"),
     ("planned and compared", "planned"),
     ("applied", "batch applied"),
 ];

@@ -24,9 +24,9 @@ async fn etcd_faults_and_clock_skew_are_found() {
         while !STOP.load(Ordering::Relaxed) {
             match listener.accept() {
                 Ok((mut stream, _)) => {
-                    let _asked = stream.set_nonblocking(false).and_then(|()| stream.read(&mut [0; 1024]));
+                    let _read = stream.set_nonblocking(false).and_then(|()| stream.read(&mut [0; 1024]));
                     let answer = "HTTP/1.0 200 OK\r\nDate: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 2\r\n\r\n{}";
-                    let _told = stream.write_all(answer.as_bytes());
+                    let _written = stream.write_all(answer.as_bytes());
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(Duration::from_millis(10)),
                 Err(_) => return,

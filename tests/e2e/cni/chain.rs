@@ -121,8 +121,8 @@ async fn chained_plugin_extends_previous_result() {
     let count = |value: &Value, key: &str| value[key].as_array().map_or(0, Vec::len);
     assert_eq!(count(&result, "interfaces"), count(&first, "interfaces") + 2);
     assert_eq!(result["ips"][0], first["ips"][0]);
-    let place = usize::try_from(result["ips"][1]["interface"].as_u64().expect_ok("an index")).expect_ok("an index");
-    assert_eq!(result["interfaces"][place]["name"], "eth1", "{result}");
+    let index = usize::try_from(result["ips"][1]["interface"].as_u64().expect_ok("an index")).expect_ok("an index");
+    assert_eq!(result["interfaces"][index]["name"], "eth1", "{result}");
     network.check(&attachment, &result).unwrap_or_else(|output| panic!("{}{}", output.stdout, output.stderr));
     network.del(&attachment, &result).unwrap_or_else(|output| panic!("{}{}", output.stdout, output.stderr));
     assert!(kernel::link(&lab, "h1-c1", "eth1").is_none() && kernel::link(&lab, "h1-c1", "eth0").is_some());
@@ -169,8 +169,8 @@ async fn second_network_keeps_first_default_route() {
         for (family, address) in far.iter() {
             kernel::run(&lab, "h1-c2", &["ping", "-c", "1", "-W", "2", &address.to_string()]);
             let flag = if family == Family::V4 { "-4" } else { "-6" };
-            let shown = kernel::run(&lab, "h1-c2", &["ip", flag, "route", "show", "default"]);
-            assert!(shown.contains("dev eth0") && !shown.contains("dev eth1"), "{shown}");
+            let routes = kernel::run(&lab, "h1-c2", &["ip", flag, "route", "show", "default"]);
+            assert!(routes.contains("dev eth0") && !routes.contains("dev eth1"), "{routes}");
         }
         if version != SUPPORTED_VERSIONS[0] {
             network.check(&attachment, &result).unwrap_or_else(|output| panic!("{version}: {}{}", output.stdout, output.stderr));

@@ -101,13 +101,13 @@ fn assert_kernel_matches_result(lab: &overlay_tests::TestLab, result: &Value, at
     assert!(kernel::link(lab, "h1", result["interfaces"][0]["name"].as_str().expect_ok("a name")).is_some());
     for (n, family) in [(0, Family::V4), (1, Family::V6)] {
         let flag = if family == Family::V4 { "-4" } else { "-6" };
-        let shown = kernel::run(lab, &target, &["ip", flag, "-o", "address", "show", "eth0"]);
+        let addresses = kernel::run(lab, &target, &["ip", flag, "-o", "address", "show", "eth0"]);
         let address = result["ips"][n]["address"].as_str().expect_ok("an address");
-        assert!(shown.contains(address), "{address} in {shown}");
+        assert!(addresses.contains(address), "{address} in {addresses}");
         let gateway = result["ips"][n]["gateway"].as_str().expect_ok("a gateway");
         assert_eq!(result["routes"][n]["gw"], gateway);
-        let shown = kernel::run(lab, &target, &["ip", flag, "route", "show", "default"]);
-        assert!(shown.contains(&format!("via {gateway} dev eth0")), "{shown}");
+        let routes = kernel::run(lab, &target, &["ip", flag, "route", "show", "default"]);
+        assert!(routes.contains(&format!("via {gateway} dev eth0")), "{routes}");
         kernel::run(lab, &target, &["ping", "-c", "1", "-W", "5", gateway]);
     }
     kernel::run(lab, &target, &["ping", "-c", "1", "-W", "5", "127.0.0.1"]);

@@ -97,11 +97,11 @@ impl Connection {
     /// Sends a line; returns the source address that the server sees.
     pub async fn ask(&mut self) -> Result<IpAddr, String> {
         let mut buffer = [0; 64];
-        let asked = async {
+        let exchange = async {
             self.0.write_all(b"?\n").await?;
             self.0.read(&mut buffer).await
         };
-        let length = tokio::time::timeout(CALL_TIMEOUT, asked)
+        let length = tokio::time::timeout(CALL_TIMEOUT, exchange)
             .await
             .map_err(|_| "no answer".to_owned())?
             .map_err(|error| error.to_string())?;
@@ -134,12 +134,12 @@ async fn observe_source_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, Stri
     let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
     let socket = UdpSocket::from_std(from.run(|| bind_nonblocking_udp((any, 0).into())).expect_ok("enter").expect_ok("a socket"))
         .expect_ok("a socket");
-    let asked = async {
+    let exchange = async {
         socket.connect(to).await?;
         socket.send(b"?").await?;
         let mut buffer = [0; 64];
         let length = socket.recv(&mut buffer).await?;
         Ok::<_, io::Error>(buffer[..length].to_vec())
     };
-    parse_address(&asked.await.map_err(|error| error.to_string())?)
+    parse_address(&exchange.await.map_err(|error| error.to_string())?)
 }

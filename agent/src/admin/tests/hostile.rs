@@ -116,10 +116,20 @@ async fn slow_clients_time_out_without_blocking_others() {
     assert!(status == 504 && text.contains("it may still complete"), "{status} {text}");
     assert!(read_all(&mut body).await.starts_with("HTTP/1.1 504"));
     assert_eq!(split_response(&read_all(&mut head).await).0, 0, "closed without an answer, or with a refusal");
-    tokio::time::sleep(Duration::from_millis(900)).await;
+    wait_closed(&unread).await;
     let answer = read_all(&mut unread).await;
     assert!(answer.starts_with("HTTP/1.1 200") && !answer.ends_with("]}"), "the answer was cut off");
     agent.shut_down().await;
+}
+
+/// Waits until the agent has closed a connection with unread data.
+async fn wait_closed(stream: &UnixStream) {
+    let closed = async {
+        while !stream.ready(tokio::io::Interest::READABLE).await.unwrap().is_read_closed() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), closed).await.expect("the agent closes the connection");
 }
 
 #[tokio::test]

@@ -8,14 +8,9 @@ fn kill_during(host: &TestHost, work: impl AsyncFnOnce(Endpoints<FakeKernel>)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     runtime.block_on(async {
         let endpoints = host.start(DUAL).await;
-        let blocked = async {
-            while !host.kernel.is_blocked() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
         tokio::select! {
             () = work(endpoints) => panic!("the work should have blocked"),
-            outcome = tokio::time::timeout(Duration::from_secs(20), blocked) => outcome.expect("the block point is reached"),
+            () = host.kernel.wait_blocked() => {}
         }
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -119,9 +114,8 @@ fn disk_full_during_attach_rolls_back() {
         let gate = host.kernel.block_before_attach();
         let ((), outcome) = tokio::join!(
             async {
-                while !host.stored_json().contains("\"attaching\"") {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                }
+                host.kernel.wait_blocked().await;
+                assert!(host.stored_json().contains("\"attaching\""));
                 set_disk_full(&host, true);
                 gate.add_permits(1);
             },

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::Semaphore;
 
@@ -121,9 +122,14 @@ impl FakeKernel {
         gate
     }
 
-    /// Whether a call is blocked at that point.
-    pub(super) fn is_blocked(&self) -> bool {
-        self.with_state(|w| w.is_blocked)
+    /// Waits until a call is blocked at that point.
+    pub(super) async fn wait_blocked(&self) {
+        let blocked = async {
+            while !self.with_state(|w| w.is_blocked) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), blocked).await.expect("the block point is reached");
     }
 
     pub(super) fn unblock(&self) {

@@ -175,8 +175,8 @@ async fn conflicting_published_ports_are_rejected() {
     let endpoints = host.start("10.244.1.0-24").await;
     host.kernel.listen("22:22/tcp", "sshd (process 7)");
     let a = endpoints.attach(name("a"), publish_request("/ns/a", &["8081:81", "192.0.2.7:8080:80"])).await.unwrap();
-    let shown = |published: &[crate::model::PublishedPort]| published.iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert_eq!(shown(&a.endpoint.published), ["8081:81/tcp", "192.0.2.7:8080:80/tcp"]);
+    let texts = |published: &[crate::model::PublishedPort]| published.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(texts(&a.endpoint.published), ["8081:81/tcp", "192.0.2.7:8080:80/tcp"]);
     assert_eq!(endpoints.ports().borrow()[0].published, a.endpoint.published);
     assert!(host.stored_json().contains("8081"), "kept");
     // The order of published ports does not matter.
@@ -305,9 +305,9 @@ async fn without_default_route_only_overlay_is_routed() {
 async fn subnet_equal_to_network_needs_no_route() {
     let host = TestHost::new(&["/ns/a"]);
     let endpoints = host.start("").await;
-    let whole = network("10.244.1.0-24");
-    let networks = whole.subnet.iter().collect();
-    endpoints.set_network(Some(EndpointNetwork { networks, ..whole }));
+    let complete = network("10.244.1.0-24");
+    let networks = complete.subnet.iter().collect();
+    endpoints.set_network(Some(EndpointNetwork { networks, ..complete }));
     endpoints.attach(name("a"), AttachRequest { default_route: Some(false), ..attach_request("/ns/a") }).await.unwrap();
     assert!(format_routes(host.kernel.port_specs().values().next().unwrap()).is_empty());
 }

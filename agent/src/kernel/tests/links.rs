@@ -27,9 +27,9 @@ fn setting_devices_is_idempotent() {
                 assert_eq!(state.get(&key), Some(&Value::Sysctl("0".into())), "{key}");
             }
         }
-        let shown = run("ip -d link show ovx.1");
+        let output = run("ip -d link show ovx.1");
         for word in ["nolearning", "dstport 8472", "local 10.99.0.1 dev eth0", "alias overlayd", "addrgenmode none", "ttl 64"] {
-            assert!(shown.contains(word), "{word} in {shown}");
+            assert!(output.contains(word), "{word} in {output}");
         }
         let addresses = run("ip -6 address show dev ovx.1") + &run("ip -6 address show dev ovb.1");
         assert!(!addresses.contains("fe80"), "no link-local address: {addresses}");

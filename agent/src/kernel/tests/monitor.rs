@@ -119,7 +119,7 @@ fn removing_most_peers_pauses_entry_events() {
 
 #[test]
 fn fdb_changes_during_pause_are_found() {
-    on_host("unheard", KernelOptions::default(), async |host| {
+    on_host("paused", KernelOptions::default(), async |host| {
         host.create_devices().await;
         let batch = peers(Family::V4, 0..3, true);
         host.apply(&batch).await;

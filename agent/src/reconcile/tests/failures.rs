@@ -14,9 +14,9 @@ async fn due_entry_without_op_is_rescheduled() {
     let (key, mut foreign) = link(&fixture, vxlan);
     foreign.kind = LinkKind::Foreign { kind: "bridge".to_owned() };
     {
-        let mut world = fixture.kernel.lock();
-        world.state.insert(key.clone(), Value::Link(Box::new(foreign)));
-        world.failing_keys.insert(key);
+        let mut kernel = fixture.kernel.lock();
+        kernel.state.insert(key.clone(), Value::Link(Box::new(foreign)));
+        kernel.failing_keys.insert(key);
     }
     fixture.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
     fixture.status().await;
@@ -53,14 +53,14 @@ async fn entries_wait_for_failed_device() {
     // Address, four sysctls, and four entries for each peer.
     assert!(problem.ends_with("; 25 more depend on it and wait"), "{problem}");
     {
-        let mut world = fixture.kernel.lock();
-        let on_device = |op: &Op| matches!(op, Op::Set(key, value) if device_of(key, value, &world.state) == Some(vxlan));
-        assert!(!world.applied_ops.iter().any(on_device), "{:?}", world.applied_ops);
+        let mut kernel = fixture.kernel.lock();
+        let on_device = |op: &Op| matches!(op, Op::Set(key, value) if device_of(key, value, &kernel.state) == Some(vxlan));
+        assert!(!kernel.applied_ops.iter().any(on_device), "{:?}", kernel.applied_ops);
         assert!(
-            world.state.contains_key(&Key::Link(Device::bridge(Vni::DEFAULT).name().into())),
+            kernel.state.contains_key(&Key::Link(Device::bridge(Vni::DEFAULT).name().into())),
             "the bridge is created nevertheless"
         );
-        world.failing_keys.clear();
+        kernel.failing_keys.clear();
     }
     tokio::time::timeout(Duration::from_secs(5), fixture.ready.wait_for(|ready| *ready)).await.unwrap().unwrap();
     assert!((1..=5).all(|number| fixture.route(number).is_some()));

@@ -78,11 +78,11 @@ async fn run_with_random_faults(network: &str, seed: u64) {
             (6..8, Some((_, _, lease))) => drop(etcd.client().await.lease_revoke(lease).await),
             (8, Some((key, value, lease))) => {
                 // Overwrites this host's value with another host's.
-                let theirs = value
+                let foreign = value
                     .replace("\"Id\":\"id-", "\"Id\":\"x-")
                     .replace("192.168.0.", "192.168.7.")
                     .replace("fd99::", "fd99::7:");
-                drop(etcd.client().await.put(format!("{PREFIX}/subnets/{key}"), theirs, None).await);
+                drop(etcd.client().await.put(format!("{PREFIX}/subnets/{key}"), foreign, None).await);
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 drop(etcd.client().await.delete(format!("{PREFIX}/subnets/{key}"), None).await);
                 drop(etcd.client().await.lease_revoke(lease).await);

@@ -242,9 +242,9 @@ async fn verify_history(member: &Etcd) -> (usize, BTreeMap<String, Vec<IpAddr>>)
             }
             let owner = ip(kv.value_str().expect("text")).expect("an owner");
             let ranges = claimed_ranges(&key);
-            for (other, theirs) in entries.iter().filter(|(other, theirs)| **other != key && **theirs != owner) {
+            for (other, other_owner) in entries.iter().filter(|(other, other_owner)| **other != key && **other_owner != owner) {
                 let overlap = claimed_ranges(other).iter().any(|o| ranges.iter().any(|r| o.overlaps(*r)));
-                assert!(!overlap, "at revision {at} {owner} has {key} and {theirs} has {other}");
+                assert!(!overlap, "at revision {at} {owner} has {key} and {other_owner} has {other}");
             }
             // An entry must be deleted before another host may create it.
             let before = entries.insert(key.clone(), owner);

@@ -131,7 +131,7 @@ async fn compaction_triggers_new_snapshot() {
     etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
     let session = connect(&etcd.config()).await.unwrap();
     let (sender, mut events) = mpsc::channel(64);
-    let (mut follower, board) = (Watcher::new(), WatchState::new());
+    let (mut watcher, state) = (Watcher::new(), WatchState::new());
     let first = async {
         loop {
             if let Some(StoreEvent::Snapshot(entries)) = events.recv().await {
@@ -140,7 +140,7 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         entries = first => assert_eq!(entries, 1),
     }
     // The store changes and is compacted while no watch is connected.
@@ -161,13 +161,13 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         entries = again => assert_eq!(entries, 4),
     }
     etcd.put_subnet("10.244.7.0-24", VALUE, None).await;
     let session = connect(&etcd.config()).await.unwrap();
     tokio::select! {
-        error = follower.run(&session, &board, &sender) => panic!("{error}"),
+        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
         event = events.recv() => assert!(matches!(event, Some(StoreEvent::Upsert(e)) if e.key == "10.244.7.0-24")),
     }
 }
@@ -208,17 +208,23 @@ async fn put_reaches_watcher_quickly() {
     let mut agent = Agent::start(etcd.config(), None);
     agent.find(snapshot_keys).await;
     let mut client = etcd.client().await;
-    let mut times = Vec::new();
+    let key = format!("{PREFIX}/subnets/10.244.1.0-24");
+    // A plain watch of the same key is the baseline: a busy machine delays both.
+    let mut plain = client.watch(key.as_str(), None).await.unwrap();
+    let mut delays = Vec::new();
     for n in 0..200 {
         let value = VALUE.replace("10.99.1.1", &format!("10.99.1.{}", n + 1));
-        client.put(format!("{PREFIX}/subnets/10.244.1.0-24"), value, None).await.unwrap();
+        client.put(key.as_str(), value, None).await.unwrap();
         let answered = Instant::now();
-        agent.find(upsert_key).await;
-        times.push(answered.elapsed());
+        let (baseline, event) = tokio::join!(async { plain.message().await.map(|_| answered.elapsed()).unwrap() }, async {
+            agent.find(upsert_key).await;
+            answered.elapsed()
+        });
+        delays.push(event.saturating_sub(baseline));
     }
-    times.sort_unstable();
-    println!("from the answer to a put to the event: median {:?}, 99th of 100 {:?}", times[100], times[198]);
-    assert!(times[100].as_millis() < 50, "{:?}", times[100]);
+    delays.sort_unstable();
+    println!("from the message of a plain watch to the event: median {:?}, 99th of 100 {:?}", delays[100], delays[198]);
+    assert!(delays[100].as_millis() < 50, "{:?}", delays[100]);
     agent.stop().await;
 }
 
@@ -228,8 +234,9 @@ async fn hanging_server_is_detected() {
     etcd.put_config(NETWORK).await;
     let mut agent = Agent::start(etcd.config(), None);
     agent.find(snapshot_keys).await;
-    // Once the watch is established, only the ping can detect the failure.
-    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    // A change that arrives proves that the watch is established: from here on only the ping can detect the failure.
+    etcd.put_subnet("10.244.1.0-24", VALUE, None).await;
+    agent.find(upsert_key).await;
     etcd.set_suspended(true);
     let begun = Instant::now();
     agent.find(|event| matches!(event, StoreEvent::Connection(Connection::Down { .. })).then_some(())).await;
