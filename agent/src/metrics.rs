@@ -391,7 +391,7 @@ mod tests {
         assert_eq!(metrics.drift_repairs(), 3);
     }
 
-    /// Families in the order of `docs/metrics.md`, label values in their order here: pages of two starts can be compared.
+    /// Families and label values keep their order, so that pages can be compared.
     #[test]
     fn samples_have_fixed_order() {
         let page = Metrics::new().render();

@@ -3,10 +3,10 @@
 //! Constants have their values and names from `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`.
 //! Headers are in host byte order, numbers inside attributes in network byte order.
 
-use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
 pub(super) use netlink_packet_core::{
     NLA_F_NESTED, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
 };
+use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
 
 use crate::kernel::nlmsg::{self, u32_at};
 use crate::kernel::route_socket::{KernelError, parse_ack};
