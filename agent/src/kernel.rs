@@ -5,15 +5,14 @@
 //! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
 //! share one cache of its state (`cache`).
 //!
-//! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes through `rtnetlink`. `objects` reads
-//! them with `netlink-packet-route` over a blocking socket (`route_socket`). Entries whose number grows with the peers use
-//! messages of our own (`peer_messages`, `batch`).
+//! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes with `rtnetlink`'s builders;
+//! `objects` reads them with `netlink-packet-route`; both use a blocking socket (`route_socket`). Entries whose number grows with
+//! the peers use messages of our own (`peer_messages`, `batch`).
 //!
 //! The kernel processes a request before `send` returns, in the thread that sends it. So a single request is sent in place.
 //! Longer work runs in `blocking`, which keeps it away from the runtime's other tasks.
 //!
-//! Two tasks run: that of the `rtnetlink` connection, owned by `rtnl`, and the monitor's, run by `app`. The monitor ends when the
-//! connection ends.
+//! One task runs: the monitor's, run by `app`.
 
 pub mod abstract_socket;
 mod address;
@@ -62,7 +61,6 @@ use self::link::Links;
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
-use self::rtnl::Rtnl;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Ipv6ConfDir;
 use crate::blocking::blocking;
@@ -97,7 +95,6 @@ impl Default for KernelOptions {
 /// State shared by the data path, the port manager and the monitor; each locks it while it works. So the monitor processes an
 /// event before or after one of our changes, never during it.
 struct Shared {
-    rtnl: Rtnl,
     socket: RouteSocket,
     ethtool: Ethtool,
     nft: Nft,
@@ -107,7 +104,7 @@ struct Shared {
 
 impl Shared {
     fn links(&mut self) -> Links<'_> {
-        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
+        Links { socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
     }
 }
 
@@ -133,7 +130,6 @@ impl Kernel {
     /// A socket cannot be opened: no file descriptors left, no netlink, or no permission.
     pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         let mut shared = Shared {
-            rtnl: Rtnl::open()?,
             socket: RouteSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
@@ -142,7 +138,7 @@ impl Kernel {
         };
         let batch = BatchSocket::open()?;
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
-        let own_ports = [shared.rtnl.port_id(), batch.port_id(), shared.socket.port_id().map_err(read)?];
+        let own_ports = [batch.port_id(), shared.socket.port_id().map_err(read)?];
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let host_interfaces = HostInterfaces::read(&mut shared.socket)?;
@@ -192,11 +188,6 @@ impl Kernel {
     }
 
     #[cfg(test)]
-    async fn abort_connection(&self) {
-        self.shared.lock().await.rtnl.abort();
-    }
-
-    #[cfg(test)]
     fn batch_socket(&self) -> &BatchSocket {
         &self.batch
     }
@@ -226,7 +217,7 @@ impl DataPath for Kernel {
             }
             let mut shared = self.shared.lock().await;
             let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
-            apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
+            apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report);
             let stale = translations.stale_filters(&shared.cache.rules);
             // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
             // caches.
@@ -264,7 +255,7 @@ impl DataPath for Kernel {
 
 /// Applies ops in order. Runs of peers' entries go through the batch socket, ruleset ops form transactions, link deletions run in
 /// parallel, and all other ops are applied one by one.
-async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
+fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
@@ -287,11 +278,11 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
         } else if links > 0 {
             let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
             let names: Vec<&str> = names.collect();
-            let results = shared.links().delete_all(&names).await.into_iter().enumerate();
+            let results = shared.links().delete_all(&names).into_iter().enumerate();
             report.failed.extend(results.filter_map(|(i, result)| result.err().map(|error| (at + i, error))));
             rest = &rest[links..];
         } else {
-            if let Err(error) = apply_one(shared, op).await {
+            if let Err(error) = apply_one(shared, op) {
                 report.failed.push((at, error));
             }
             rest = &rest[1..];
@@ -340,7 +331,7 @@ fn apply_parallel(
     report.failed.extend(entries_report.failed);
 }
 
-async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
+fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
             sysctl::write(path, text)?;
@@ -349,11 +340,9 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         }
         // A sysctl cannot be removed, and its previous value is not known.
         Op::Delete(Key::Sysctl(_), _) => Ok(()),
-        Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link).await,
-        Op::Set(Key::Address(device, address), Value::Address) => {
-            address::set(&mut shared.links(), *device, *address, true).await
-        }
-        Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false).await,
+        Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link),
+        Op::Set(Key::Address(device, address), Value::Address) => address::set(&mut shared.links(), *device, *address, true),
+        Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false),
         Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
             blocking(|| shared.nft.set_forward_accept(*family, *network))?;
             shared.cache.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));

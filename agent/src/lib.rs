@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | wiring | [`app`] |
 //! | middle (siblings do not import each other) | [`network`], [`reconcile`], [`store`], [`kernel`], [`endpoint`], [`admin`] |
-//! | helpers | [`config`], [`state`], [`backoff`], [`allocator`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
+//! | helpers | [`config`], [`state`], [`backoff`], [`allocator`], [`http`], [`metrics`], [`telemetry`], [`shutdown`], [`systemd`] |
 //! | pure | [`plan`], and below it [`model`] |
 
 pub mod model;
@@ -20,6 +20,7 @@ pub mod backoff;
 pub mod blocking;
 pub mod config;
 pub mod endpoint;
+pub mod http;
 pub mod kernel;
 pub mod metrics;
 pub mod network;

@@ -2,77 +2,67 @@
 //! Callers update them through methods; `admin` serves [`Metrics::render`]. `docs/metrics.md` documents each metric.
 
 mod mesh;
-mod page;
+mod registry;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use prometheus_client::encoding::prometheus_text;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
 use crate::model::RejectReason;
-use crate::plan::Key;
 use crate::plan::mesh::{ProbePath, Summary};
+use crate::plan::{Key, ruleset};
 
 use mesh::MeshMetrics;
-use page::{Histogram, Page, seconds};
+use registry::{ByLabel, add, counters, zero};
 
 /// Upper bounds of the batch size histogram, in ops: from a single repair to a snapshot of 100,000 peers and more.
-const BATCH_SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
+const BATCH_SIZE_BOUNDS: [f64; 6] = [1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0];
 
-/// Upper bounds of the duration histograms, in nanoseconds and as Prometheus' text in seconds.
+/// Upper bounds of the duration histograms, in seconds.
 ///
 /// From 0.1 ms (one peer; etcd on the same machine) to 10 s (a very large snapshot; more than the timeout of an etcd request).
-const DURATION_BOUNDS: [(u64, &str); 11] = [
-    (100_000, "0.0001"),
-    (500_000, "0.0005"),
-    (1_000_000, "0.001"),
-    (5_000_000, "0.005"),
-    (10_000_000, "0.01"),
-    (50_000_000, "0.05"),
-    (100_000_000, "0.1"),
-    (500_000_000, "0.5"),
-    (1_000_000_000, "1"),
-    (5_000_000_000, "5"),
-    (10_000_000_000, "10"),
-];
+const DURATION_BOUNDS: [f64; 11] = [0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0];
+
+/// A count of existing things, or 0 and 1 for no and yes.
+type Number = Gauge<u64, AtomicU64>;
 
 /// The agent's metrics. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct Metrics {
-    started: SystemTime,
-    ready: AtomicBool,
-    lease_held: AtomicBool,
-    peers: AtomicU64,
-    leases: AtomicU64,
-    rejected_leases: AtomicU64,
-    rejected_values: Mutex<BTreeMap<&'static str, u64>>,
-    config_errors: AtomicU64,
-    endpoints: AtomicU64,
-    failed_entries: AtomicU64,
-    contended_entries: AtomicU64,
-    store_connected: AtomicBool,
+    ready: Number,
+    lease_held: Number,
+    peers: Number,
+    leases: Number,
+    rejected_leases: Number,
+    rejected_values: ByLabel<Counter>,
+    config_errors: Number,
+    endpoints: Number,
+    failed_entries: Number,
+    contended_entries: Number,
+    store_connected: Number,
     store_was_connected: AtomicBool,
-    store_reconnects: AtomicU64,
-    store_requests: Histogram<{ DURATION_BOUNDS.len() }>,
-    store_requests_failed: AtomicU64,
-    ops_applied: AtomicU64,
-    ops_failed: AtomicU64,
-    drift_repairs: Mutex<BTreeMap<&'static str, u64>>,
-    dropped: Mutex<BTreeMap<&'static str, u64>>,
-    batch_size: Histogram<{ BATCH_SIZE_BOUNDS.len() }>,
-    batch_duration: Histogram<{ DURATION_BOUNDS.len() }>,
+    store_reconnects: Counter,
+    store_requests: Histogram,
+    store_requests_failed: Counter,
+    ops: ByLabel<Counter>,
+    drift_repairs: ByLabel<Counter>,
+    dropped: ByLabel<Counter>,
+    batch_size: Histogram,
+    batch_duration: Histogram,
     mesh: MeshMetrics,
-    loop_iterations: AtomicU64,
-    idle_wakeups: AtomicU64,
-    events: [AtomicU64; EVENT_SOURCES.len()],
-    full_reads: [AtomicU64; FULL_READS.len()],
+    events: ByLabel<Counter>,
+    loop_iterations: Counter,
+    idle_wakeups: Counter,
+    full_reads: ByLabel<Counter>,
+    registry: Registry,
 }
-
-/// Label values of [`EventSource`].
-const EVENT_SOURCES: [&str; 2] = ["kernel", "store"];
-
-/// Label values of [`FullRead`].
-const FULL_READS: [&str; 2] = ["interfaces", "state"];
 
 /// The source of an event.
 #[derive(Debug, Clone, Copy)]
@@ -100,125 +90,171 @@ impl Default for Metrics {
 
 impl Metrics {
     /// All metrics at zero, with the current time as start.
-    ///
-    /// Counters with a label start with all label values at zero, because Prometheus would not see the first increase of a new
-    /// series.
     pub fn new() -> Metrics {
-        let zeros = |words: &[&'static str]| Mutex::new(words.iter().map(|word| (*word, 0)).collect());
+        let mut registry = Registry::default();
+        let page = &mut registry;
+        let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
+        let build = [("version", env!("CARGO_PKG_VERSION")), ("arch", std::env::consts::ARCH), ("profile", profile)];
+        page.register("overlayd_build", "The running program; the value is always 1", Info::new(build));
+        let started = ConstGauge::new(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
+        page.register("process_start_time_seconds", "Start of the process, in seconds since the epoch", started);
         Metrics {
-            started: SystemTime::now(),
-            ready: AtomicBool::default(),
-            lease_held: AtomicBool::default(),
-            peers: AtomicU64::default(),
-            leases: AtomicU64::default(),
-            rejected_leases: AtomicU64::default(),
-            rejected_values: zeros(&RejectReason::NAMES),
-            config_errors: AtomicU64::default(),
-            endpoints: AtomicU64::default(),
-            failed_entries: AtomicU64::default(),
-            contended_entries: AtomicU64::default(),
-            store_connected: AtomicBool::default(),
+            ready: zero(page, "overlayd_ready", "1 if a snapshot was received, the lease is held and no failed entry is pending"),
+            lease_held: zero(page, "overlayd_lease_held", "1 while this host holds its lease, as far as it knows"),
+            peers: zero(page, "overlayd_peers", "Peers in the data path"),
+            leases: zero(page, "overlayd_leases", "Leases in the store, including this host's"),
+            rejected_leases: zero(page, "overlayd_refused_leases", "Rejected leases, which are not in the data path"),
+            rejected_values: counters(
+                page,
+                "overlayd_refused_values",
+                "Rejected values of the store, by reason",
+                "reason",
+                RejectReason::NAMES,
+            ),
+            config_errors: zero(
+                page,
+                "overlayd_config_errors",
+                "Invalid fields of the configuration in the store; the last valid one stays in use",
+            ),
+            endpoints: zero(page, "overlayd_endpoints", "Containers of this host on the overlay"),
+            failed_entries: zero(page, "overlayd_failed_entries", "Kernel entries that failed and are retried"),
+            contended_entries: zero(
+                page,
+                "overlayd_contested_entries",
+                "Kernel entries that another process on this host changes again and again",
+            ),
+            store_connected: zero(page, "overlayd_store_connected", "1 while the store answers"),
             store_was_connected: AtomicBool::default(),
-            store_reconnects: AtomicU64::default(),
-            store_requests: Histogram::default(),
-            store_requests_failed: AtomicU64::default(),
-            ops_applied: AtomicU64::default(),
-            ops_failed: AtomicU64::default(),
-            drift_repairs: zeros(&Key::KINDS),
-            dropped: Mutex::default(),
-            batch_size: Histogram::default(),
-            batch_duration: Histogram::default(),
-            mesh: MeshMetrics::default(),
-            loop_iterations: AtomicU64::default(),
-            idle_wakeups: AtomicU64::default(),
-            events: Default::default(),
-            full_reads: Default::default(),
+            store_reconnects: zero(page, "overlayd_store_reconnects", "Reconnects to the store"),
+            store_requests: add(
+                page,
+                "overlayd_store_request_duration_seconds",
+                "Round-trip time of requests to the store, failed ones included",
+                Histogram::new(DURATION_BOUNDS),
+            ),
+            store_requests_failed: zero(
+                page,
+                "overlayd_store_request_failures",
+                "Requests to the store that were rejected or timed out",
+            ),
+            ops: counters(page, "overlayd_ops", "Kernel changes by outcome", "outcome", ["applied", "failed"]),
+            drift_repairs: counters(
+                page,
+                "overlayd_drift_repairs",
+                "Entries repaired after another process changed them, by kind of entry",
+                "kind",
+                Key::KINDS,
+            ),
+            dropped: counters(
+                page,
+                "overlayd_dropped_packets",
+                "Packets dropped by our rules, by reason",
+                "reason",
+                ruleset::Counter::ALL.map(ruleset::Counter::name),
+            ),
+            batch_size: add(page, "overlayd_batch_ops", "Kernel changes per batch", Histogram::new(BATCH_SIZE_BOUNDS)),
+            batch_duration: add(
+                page,
+                "overlayd_batch_duration_seconds",
+                "Time to apply a batch",
+                Histogram::new(DURATION_BOUNDS),
+            ),
+            mesh: MeshMetrics::new(page),
+            events: counters(page, "overlayd_events", "Events handled, by source", "source", ["kernel", "store"]),
+            loop_iterations: zero(page, "overlayd_rounds", "Iterations of the reconcile loop"),
+            idle_wakeups: zero(page, "overlayd_idle_turns", "Timer wake-ups of the reconcile loop without work"),
+            full_reads: counters(page, "overlayd_kernel_reads", "Full reads of kernel state", "what", ["interfaces", "state"]),
+            registry,
         }
     }
 
     /// Whether the agent is ready.
     pub fn set_ready(&self, ready: bool) {
-        self.ready.store(ready, Ordering::Relaxed);
+        self.ready.set(ready.into());
     }
 
     /// Whether this host holds its lease, as far as it knows.
     pub fn set_lease_held(&self, held: bool) {
-        self.lease_held.store(held, Ordering::Relaxed);
+        self.lease_held.set(held.into());
     }
 
     /// Peers in the data path.
     pub fn set_peers(&self, count: usize) {
-        self.peers.store(count as u64, Ordering::Relaxed);
+        self.peers.set(count as u64);
     }
 
     /// Leases in the store, and how many of them are rejected.
     pub fn set_leases(&self, total: usize, rejected: usize) {
-        self.leases.store(total as u64, Ordering::Relaxed);
-        self.rejected_leases.store(rejected as u64, Ordering::Relaxed);
+        self.leases.set(total as u64);
+        self.rejected_leases.set(rejected as u64);
     }
 
     /// Counts a newly rejected value of the store; `reason` is a `RejectReason::as_str`.
     pub fn count_rejected_value(&self, reason: &'static str) {
-        *lock(&self.rejected_values).entry(reason).or_default() += 1;
+        self.rejected_values.count(reason, 1);
     }
 
     /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
     pub fn set_config_errors(&self, count: usize) {
-        self.config_errors.store(count as u64, Ordering::Relaxed);
+        self.config_errors.set(count as u64);
     }
 
     /// Endpoints of this host.
     pub fn set_endpoints(&self, count: usize) {
-        self.endpoints.store(count as u64, Ordering::Relaxed);
+        self.endpoints.set(count as u64);
     }
 
     /// Entries that could not be programmed and are retried.
     pub fn set_failed_entries(&self, count: usize) {
-        self.failed_entries.store(count as u64, Ordering::Relaxed);
+        self.failed_entries.set(count as u64);
     }
 
     /// Entries that another process on this host changes again and again.
     pub fn set_contended_entries(&self, count: usize) {
-        self.contended_entries.store(count as u64, Ordering::Relaxed);
+        self.contended_entries.set(count as u64);
     }
 
     /// Whether the store answers. Each change from no to yes except the first is a reconnect.
     pub fn set_store_connected(&self, connected: bool) {
-        let was = self.store_connected.swap(connected, Ordering::Relaxed);
-        if connected && !was && self.store_was_connected.swap(true, Ordering::Relaxed) {
-            self.store_reconnects.fetch_add(1, Ordering::Relaxed);
+        let was = self.store_connected.set(connected.into());
+        if connected && was == 0 && self.store_was_connected.swap(true, Ordering::Relaxed) {
+            self.store_reconnects.inc();
         }
     }
 
     /// Records a finished request to the store: its duration, and whether it succeeded.
     pub fn store_request_finished(&self, took: Duration, answered: bool) {
-        self.store_requests.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
+        self.store_requests.observe(took.as_secs_f64());
         if !answered {
-            self.store_requests_failed.fetch_add(1, Ordering::Relaxed);
+            self.store_requests_failed.inc();
         }
     }
 
     /// Counts the repair of an entry that another process changed; `kind` is a `plan::state::Key::kind`.
     pub fn drift_repaired(&self, kind: &'static str) {
-        *lock(&self.drift_repairs).entry(kind).or_default() += 1;
+        self.drift_repairs.count(kind, 1);
     }
 
     /// Repaired entries of all kinds since the start.
     pub fn drift_repairs(&self) -> u64 {
-        lock(&self.drift_repairs).values().sum()
+        self.drift_repairs.iter().map(|(_, repairs)| repairs.get()).sum()
     }
 
     /// Packets dropped by our rules, from the kernel's counters, by reason (`plan::ruleset::Counter::name`).
     pub fn set_dropped(&self, packets: BTreeMap<&'static str, u64>) {
-        *lock(&self.dropped) = packets;
+        for (reason, packets) in packets {
+            if let Some(counter) = self.dropped.get(reason) {
+                counter.inner().store(packets, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Records an applied batch: its ops, the failed ops, and the duration.
     pub fn batch_applied(&self, ops: usize, failed: usize, took: Duration) {
-        self.ops_applied.fetch_add(ops.saturating_sub(failed) as u64, Ordering::Relaxed);
-        self.ops_failed.fetch_add(failed as u64, Ordering::Relaxed);
-        self.batch_size.observe(ops as u64, BATCH_SIZE_BOUNDS);
-        self.batch_duration.observe(nanoseconds(took), DURATION_BOUNDS.map(|(bound, _)| bound));
+        self.ops.count("applied", ops.saturating_sub(failed) as u64);
+        self.ops.count("failed", failed as u64);
+        self.batch_size.observe(ops as f64);
+        self.batch_duration.observe(took.as_secs_f64());
     }
 
     /// Records the reply to a probe of a peer.
@@ -233,147 +269,56 @@ impl Metrics {
 
     /// Whether peers are probed, and the current results.
     pub fn set_mesh(&self, probing: bool, summary: Summary) {
-        self.mesh.set(probing, summary);
+        self.mesh.set(probing, &summary);
     }
 
     /// Counts events that arrived together.
     pub fn count_events(&self, source: EventSource, count: usize) {
-        self.events[source as usize].fetch_add(count as u64, Ordering::Relaxed);
+        let source = match source {
+            EventSource::Kernel => "kernel",
+            EventSource::Store => "store",
+        };
+        self.events.count(source, count as u64);
     }
 
     /// Counts an iteration of the reconcile loop.
     pub fn count_loop_iteration(&self) {
-        self.loop_iterations.fetch_add(1, Ordering::Relaxed);
+        self.loop_iterations.inc();
     }
 
     /// Counts a timer wake-up of the reconcile loop without work.
     pub fn count_idle_wakeup(&self) {
-        self.idle_wakeups.fetch_add(1, Ordering::Relaxed);
+        self.idle_wakeups.inc();
     }
 
     /// Counts a full read of kernel state.
     pub fn count_full_read(&self, what: FullRead) {
-        self.full_reads[what as usize].fetch_add(1, Ordering::Relaxed);
+        let what = match what {
+            FullRead::Interfaces => "interfaces",
+            FullRead::State => "state",
+        };
+        self.full_reads.count(what, 1);
     }
 
     /// The page for Prometheus.
     pub fn render(&self) -> String {
-        let mut page = Page::new();
-        let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
-        let flag = |flag: &AtomicBool| u64::from(flag.load(Ordering::Relaxed));
-        page.header("overlayd_build_info", "The running program; the value is always 1.", "gauge");
-        page.line(&format!(
-            "overlayd_build_info{{version=\"{}\",arch=\"{}\",profile=\"{}\"}} 1",
-            env!("CARGO_PKG_VERSION"),
-            std::env::consts::ARCH,
-            if cfg!(debug_assertions) { "debug" } else { "release" },
-        ));
-        page.header("process_start_time_seconds", "Start of the process, in seconds since the epoch.", "gauge");
-        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-        page.line(&format!("process_start_time_seconds {}", seconds(nanoseconds(started))));
-        page.gauge(
-            "overlayd_ready",
-            "1 if a snapshot was received, the lease is held and no failed entry is pending.",
-            flag(&self.ready),
-        );
-        page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", flag(&self.lease_held));
-        page.gauge("overlayd_peers", "Peers in the data path.", value(&self.peers));
-        page.gauge("overlayd_leases", "Leases in the store, including this host's.", value(&self.leases));
-        page.gauge("overlayd_refused_leases", "Rejected leases, which are not in the data path.", value(&self.rejected_leases));
-        page.counters(
-            "overlayd_refused_values_total",
-            "Rejected values of the store, by reason.",
-            "reason",
-            lock(&self.rejected_values).iter().map(|(reason, count)| (*reason, *count)),
-        );
-        page.gauge(
-            "overlayd_config_errors",
-            "Invalid fields of the configuration in the store; the last valid one stays in use.",
-            value(&self.config_errors),
-        );
-        page.gauge("overlayd_endpoints", "Containers of this host on the overlay.", value(&self.endpoints));
-        page.gauge("overlayd_failed_entries", "Kernel entries that failed and are retried.", value(&self.failed_entries));
-        page.gauge(
-            "overlayd_contested_entries",
-            "Kernel entries that another process on this host changes again and again.",
-            value(&self.contended_entries),
-        );
-        page.gauge("overlayd_store_connected", "1 while the store answers.", flag(&self.store_connected));
-        page.counter("overlayd_store_reconnects_total", "Reconnects to the store.", value(&self.store_reconnects));
-        self.store_requests.render(
-            &mut page,
-            "overlayd_store_request_duration_seconds",
-            "Round-trip time of requests to the store, failed ones included.",
-            DURATION_BOUNDS.map(|(_, text)| text),
-            seconds,
-        );
-        page.counter(
-            "overlayd_store_request_failures_total",
-            "Requests to the store that were rejected or timed out.",
-            value(&self.store_requests_failed),
-        );
-        page.counters(
-            "overlayd_ops_total",
-            "Kernel changes by outcome.",
-            "outcome",
-            [("applied", value(&self.ops_applied)), ("failed", value(&self.ops_failed))],
-        );
-        page.counters(
-            "overlayd_drift_repairs_total",
-            "Entries repaired after another process changed them, by kind of entry.",
-            "kind",
-            lock(&self.drift_repairs).iter().map(|(kind, count)| (*kind, *count)),
-        );
-        page.counters(
-            "overlayd_dropped_packets_total",
-            "Packets dropped by our rules, by reason.",
-            "reason",
-            lock(&self.dropped).iter().map(|(reason, packets)| (*reason, *packets)),
-        );
-        let sizes = BATCH_SIZE_BOUNDS.map(|bound| bound.to_string());
-        self.batch_size.render(
-            &mut page,
-            "overlayd_batch_ops",
-            "Kernel changes per batch.",
-            std::array::from_fn(|i| sizes[i].as_str()),
-            |sum| sum.to_string(),
-        );
-        self.batch_duration.render(
-            &mut page,
-            "overlayd_batch_duration_seconds",
-            "Time to apply a batch.",
-            DURATION_BOUNDS.map(|(_, text)| text),
-            seconds,
-        );
-        self.mesh.render(&mut page);
-        let each = |names: [&'static str; 2], numbers: &[AtomicU64; 2]| {
-            let [first, second] = numbers.each_ref().map(value);
-            [(names[0], first), (names[1], second)]
-        };
-        page.counters("overlayd_events_total", "Events handled, by source.", "source", each(EVENT_SOURCES, &self.events));
-        page.counter("overlayd_rounds_total", "Iterations of the reconcile loop.", value(&self.loop_iterations));
-        page.counter(
-            "overlayd_idle_turns_total",
-            "Timer wake-ups of the reconcile loop without work.",
-            value(&self.idle_wakeups),
-        );
-        page.counters("overlayd_kernel_reads_total", "Full reads of kernel state.", "what", each(FULL_READS, &self.full_reads));
-        page.text()
+        let mut page = String::with_capacity(8 << 10);
+        // Writing to a String cannot fail.
+        let _ = prometheus_text::encode(&mut page, &self.registry);
+        page
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::api::Reachability;
+
+    /// The name with labels, and the value as a number: `60.087090000` is 60.08709.
+    fn sample(line: &str) -> Option<(&str, f64)> {
+        let (name, value) = line.rsplit_once(' ')?;
+        Some((name, value.parse().ok()?))
+    }
 
     #[test]
     fn rendered_page_contains_counted_values() {
@@ -441,9 +386,26 @@ mod tests {
             "overlayd_mesh_round_trip_seconds_sum{way=\"overlay\"} 0.000800000",
             "overlayd_mesh_round_trip_seconds_count{way=\"overlay\"} 1",
         ] {
-            assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
+            assert!(page.lines().any(|l| sample(l) == sample(line)), "{line} is not in\n{page}");
         }
         assert_eq!(metrics.drift_repairs(), 3);
+    }
+
+    /// Families and label values keep their order, so that pages can be compared.
+    #[test]
+    fn samples_have_fixed_order() {
+        let page = Metrics::new().render();
+        let names = page.lines().filter(|line| !line.starts_with('#')).filter_map(sample).map(|(name, _)| name);
+        let ops: Vec<&str> = names.filter(|name| name.contains("reason=") || name.starts_with("overlayd_mesh_p")).collect();
+        let rejected = RejectReason::NAMES.iter().map(|name| format!("overlayd_refused_values_total{{reason=\"{name}\"}}"));
+        let dropped = ["encapsulation", "loopback", "tunnel", "dhcp", "router", "source"]
+            .map(|name| format!("overlayd_dropped_packets_total{{reason=\"{name}\"}}"));
+        let peers = ["ok", "lossy", "underlay-silent", "overlay-down", "unreachable", "unknown"]
+            .map(|name| format!("overlayd_mesh_peers{{state=\"{name}\"}}"));
+        let probing = ["overlayd_mesh_probing".to_owned()];
+        let wanted: Vec<String> = rejected.chain(dropped).chain(probing).chain(peers).collect();
+        assert_eq!(ops, wanted);
+        assert!(page.contains("# HELP overlayd_peers Peers in the data path.\n# TYPE overlayd_peers gauge\noverlayd_peers 0\n"));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The systemd protocols: `sd_notify(3)` for readiness, status and watchdog, and `sd_listen_fds(3)` for the inherited socket.
 //!
-//! Without systemd nothing is sent. Both protocols are a few lines over a datagram and two environment variables; a library would
-//! add as much code as it saves.
+//! Without systemd nothing is sent. `docs/dependencies.md` says why no library is used.
 
 mod listen;
 
@@ -13,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::time::{ClockId, clock_gettime};
 use tokio::net::UnixDatagram;
 
 pub use listen::{ListenError, take_listener};
@@ -144,10 +144,7 @@ fn connect(address: PathBuf) -> Result<UnixDatagram, NotifyError> {
 
 /// `CLOCK_MONOTONIC`; systemd uses it to tell the end of an earlier reload from the start of a new one.
 fn monotonic_time() -> Duration {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid, writable timespec for the whole call.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    Duration::new(now.tv_sec.try_into().unwrap_or_default(), now.tv_nsec.try_into().unwrap_or_default())
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 #[cfg(test)]

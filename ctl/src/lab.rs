@@ -94,7 +94,7 @@ impl Lab {
 
     async fn build(&self, progress: Progress<'_>) -> Result<(), LabError> {
         let layout = &self.layout;
-        underlay::build(layout).await?;
+        underlay::build(layout)?;
         progress.step(&format!("underlay: {} hosts on a switch, a world outside", layout.hosts.len()));
         if layout.etcd.is_empty() {
             etcd::start(self).await?;

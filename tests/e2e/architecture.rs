@@ -22,18 +22,19 @@ const MAX_LINES: usize = 500;
 const LAYERS: [(&str, &[&str]); 5] = [
     ("model", &["model"]),
     ("plan", &["plan"]),
-    ("helpers", &["config", "state", "backoff", "blocking", "allocator", "metrics", "telemetry", "shutdown", "systemd"]),
+    ("helpers", &["config", "state", "backoff", "blocking", "allocator", "http", "metrics", "telemetry", "shutdown", "systemd"]),
     ("middle", &["store", "kernel", "endpoint", "admin", "network", "reconcile"]),
     ("wiring", &["app"]),
 ];
 const HELPER_LAYER: usize = 2;
 
 /// Modules of the agent that `ctl` may import: the pure layers, the command line for its manual page, the layout of the state
-/// directory and its endpoints, the store's one-shot functions, and functions for namespaces and links.
-const CTL_ALLOWED_IMPORTS: [&[&str]; 11] = [
+/// directory and its endpoints, the HTTP client, the store's one-shot functions, and functions for namespaces and links.
+const CTL_ALLOWED_IMPORTS: [&[&str]; 12] = [
     &["model"],
     &["plan"],
     &["state"],
+    &["http"],
     &["store"],
     &["endpoint", "read_stored"],
     &["endpoint", "StoredEndpoint"],

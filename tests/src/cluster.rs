@@ -33,7 +33,7 @@ pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     })
     .await;
     for member in MEMBERS {
-        add_switch_namespace(&lab, &name(member), address(member)).await;
+        add_switch_namespace(&lab, &name(member), address(member));
         start(&lab, member);
     }
     wait_members_healthy(&lab, &MEMBERS).await;
@@ -54,17 +54,17 @@ pub(crate) async fn configure_and_start_agents(lab: &TestLab, agents: bool) {
 }
 
 /// Creates a namespace with a veth pair to the underlay switch, for a server.
-pub(crate) async fn add_switch_namespace(lab: &TestLab, name: &str, address: [u8; 4]) {
+pub(crate) fn add_switch_namespace(lab: &TestLab, name: &str, address: [u8; 4]) {
     let at = "connect a server to the switch";
     let switch = NetnsBuilder::open(&lab.open_netns("net")).expect_ok("the switch");
     let netns = Netns::create(&lab.layout().namespace(name)).expect_ok("a server's namespace");
-    switch.add_veth(name, underlay::UPLINK, &netns).await.expect_ok(at);
-    switch.set_master(name, underlay::SWITCH).await.expect_ok(at);
-    switch.set_up(name).await.expect_ok(at);
+    switch.add_veth(name, underlay::UPLINK, &netns).expect_ok(at);
+    switch.set_master(name, underlay::SWITCH).expect_ok(at);
+    switch.set_up(name).expect_ok(at);
     let own = NetnsBuilder::open(&netns).expect_ok(at);
-    own.add_address(underlay::UPLINK, IpNetwork::new(address.into(), 16).expect_ok("an address")).await.expect_ok(at);
-    own.set_up("lo").await.expect_ok(at);
-    own.set_up(underlay::UPLINK).await.expect_ok(at);
+    own.add_address(underlay::UPLINK, IpNetwork::new(address.into(), 16).expect_ok("an address")).expect_ok(at);
+    own.set_up("lo").expect_ok(at);
+    own.set_up(underlay::UPLINK).expect_ok(at);
 }
 
 /// The lab's name of a member's namespace.

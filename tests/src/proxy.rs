@@ -23,12 +23,12 @@ pub async fn up(configure: impl FnOnce(&mut LabOptions)) -> TestLab {
     })
     .await;
     for member in cluster::MEMBERS {
-        cluster::add_switch_namespace(&lab, &cluster::name(member), cluster::address(member)).await;
+        cluster::add_switch_namespace(&lab, &cluster::name(member), cluster::address(member));
         cluster::start(&lab, member);
     }
     cluster::wait_members_healthy(&lab, &cluster::MEMBERS).await;
     for proxy in PROXIES {
-        cluster::add_switch_namespace(&lab, &name(proxy), address(proxy)).await;
+        cluster::add_switch_namespace(&lab, &name(proxy), address(proxy));
         start(&lab, proxy).await;
     }
     cluster::configure_and_start_agents(&lab, agents).await;

@@ -9,12 +9,12 @@ use crate::model::Device;
 use crate::plan::OpError;
 
 /// Sets or removes an address of one of our devices.
-pub async fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
+pub fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
     let verb = if present { "add" } else { "remove" };
     let what = || format!("cannot {verb} address {address} on {device}");
     let result = match links.cache.index(device) {
-        Some(index) if present => links.rtnl.add_address(index, address).await,
-        Some(index) => links.rtnl.delete_address(index, address).await,
+        Some(index) if present => links.socket.add_address(index, address),
+        Some(index) => links.socket.delete_address(index, address),
         None => Err(KernelError { errno: libc::ENODEV, detail: format!("device {device} does not exist") }),
     };
     match result {

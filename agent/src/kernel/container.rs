@@ -20,7 +20,7 @@ use rtnetlink::LinkUnspec;
 use tokio::sync::Mutex;
 
 use super::cache::{LINK_GROUP, is_own_link};
-use super::link::{alias_error, alias_message, delete_by_index, foreign_link_error};
+use super::link::{alias_error, alias_message, delete_links, foreign_link_error};
 use super::netns::{LOOPBACK_IFINDEX, Netns, NetnsError, set_loopback_up};
 use super::nft::{ConntrackCleaner, StaleFilter};
 use super::objects::{self, LinkInfo, RouteInfo};
@@ -67,7 +67,7 @@ impl PortManager {
 impl PortDriver for PortManager {
     async fn attach_port(&self, spec: &PortSpec) -> Result<SourceFilter, OpError> {
         let mut shared = self.shared.lock().await;
-        attach_port(&mut shared, spec).await
+        attach_port(&mut shared, spec)
     }
 
     fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError> {
@@ -104,7 +104,7 @@ impl PortDriver for PortManager {
             shared.cache.mark_removed(index);
             index
         };
-        let removed = delete_by_index(index).await;
+        let removed = delete_links(&[index]).into_iter().collect::<Result<(), _>>();
         let mut shared = self.shared.lock().await;
         let Err(error) = removed else { return revoke_source(&mut shared, host_interface) };
         shared.cache.unmark_removed(index);
@@ -160,7 +160,7 @@ impl PortDriver for PortManager {
     }
 }
 
-async fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
+fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
     let netns = Netns::open(&spec.netns).map_err(|e| OpError::from(&e))?;
     let bridge = spec.bridge;
     let name = bridge.name();
@@ -183,13 +183,13 @@ async fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilte
                 }
             }
             // A pair left incomplete by a crash, or one with other settings.
-            shared.links().delete(&spec.host_interface).await?;
+            shared.links().delete(&spec.host_interface)?;
         }
     }
     let built = create_port(shared, spec, &netns, bridge.index);
     let result = built.and_then(|source_filter| shared.links().refresh(&spec.host_interface).map(|()| source_filter));
     if result.is_err()
-        && let Err(error) = shared.links().delete(&spec.host_interface).await
+        && let Err(error) = shared.links().delete(&spec.host_interface)
     {
         tracing::warn!(%error, interface = spec.host_interface, "cannot remove incomplete veth pair");
     }
@@ -259,7 +259,7 @@ fn wait_until_running(socket: &mut RouteSocket, name: &str) -> Result<(), Kernel
 }
 
 fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), KernelError> {
-    socket.change(&RouteNetlinkMessage::NewLink(change))
+    socket.change_link(change)
 }
 
 /// Allows the container's own addresses as sources, or any source if its sources are not checked. Removes elements of an earlier

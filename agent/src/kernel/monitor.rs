@@ -17,7 +17,6 @@ use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -49,7 +48,7 @@ const MESSAGES_PER_LOCK: usize = 8192;
 const RESYNC_DELAY: Duration = Duration::from_millis(10);
 
 /// Number of our sockets that cause events.
-pub(super) const OWN_SOCKETS: usize = 3;
+pub(super) const OWN_SOCKETS: usize = 2;
 
 /// The monitor of one network namespace.
 pub struct Monitor {
@@ -103,11 +102,9 @@ impl Monitor {
     /// Follows the kernel until the receiver of the events is dropped. Cancel-safe: it may be aborted at any await.
     ///
     /// # Errors
-    /// A socket failed, so that the kernel's changes are no longer seen; or the connection that changes links and addresses
-    /// ended.
+    /// A socket failed, so that the kernel's changes are no longer seen.
     pub async fn run(mut self) -> Result<(), OpError> {
         let sender = self.sender.clone();
-        let mut ended = pin!(self.shared.lock().await.rtnl.closed());
         let mut reread_at = None;
         loop {
             tokio::select! {
@@ -133,7 +130,6 @@ impl Monitor {
                         permit.send(event);
                     }
                 }
-                () = &mut ended => return Err(OpError { errno: libc::EPIPE, message: "the rtnetlink connection has ended".to_owned() }),
                 () = sender.closed() => return Ok(()),
             }
         }
@@ -327,9 +323,8 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
     let family = if with_fdb { u32::MAX } else { AF_BRIDGE.into() };
     let mut program = [
         step(LOAD, 0, 0, PORT),
-        step(JUMP_IF_EQUAL, 8, 0, loaded(own_ports[0])),
-        step(JUMP_IF_EQUAL, 7, 0, loaded(own_ports[1])),
-        step(JUMP_IF_EQUAL, 6, 0, loaded(own_ports[2])),
+        step(JUMP_IF_EQUAL, 7, 0, loaded(own_ports[0])),
+        step(JUMP_IF_EQUAL, 6, 0, loaded(own_ports[1])),
         step(LOAD_BYTE, 0, 0, FAMILY),
         // Link messages have a family at the same offset, AF_BRIDGE in those of bridges about their ports: so the type is checked
         // too.
@@ -340,7 +335,7 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
         step(RETURN, 0, 0, u32::MAX),
         step(RETURN, 0, 0, 0),
     ];
-    let filter = libc::sock_fprog { len: 11, filter: program.as_mut_ptr() };
+    let filter = libc::sock_fprog { len: 10, filter: program.as_mut_ptr() };
     let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
     // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
     // net/core/filter.c).

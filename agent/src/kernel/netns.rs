@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use netlink_packet_route::RouteNetlinkMessage;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::LinkUnspec;
@@ -326,7 +325,7 @@ fn netns_cookie() -> io::Result<u64> {
 /// Sets `lo` up, over the blocking socket: namespaces are also created without a runtime.
 pub(super) fn set_loopback_up() -> Result<(), OpError> {
     let up = LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build();
-    RouteSocket::open()?.change(&RouteNetlinkMessage::SetLink(up)).map_err(|e| e.context("cannot set lo up"))
+    RouteSocket::open()?.change_link(up).map_err(|e| e.context("cannot set lo up"))
 }
 
 impl From<&NetnsError> for OpError {

@@ -1,12 +1,10 @@
-//! A blocking rtnetlink socket, for reads and for the steps that attach a container.
+//! A blocking rtnetlink socket: one request, then its answer. [`super::rtnl`] has the requests.
 //!
-//! A read is one object or one dump; one thread takes all steps of an attach in a row. The socket belongs to the network
-//! namespace of the thread that opened it, whichever thread uses it later.
+//! The socket belongs to the network namespace of the thread that opened it, whichever thread uses it later.
 //!
-//! It exists next to `rtnetlink`'s connection ([`super::rtnl`]), which changes links, addresses and single routes, for three
-//! reasons. A dump interrupted by changes must restart, and `rtnetlink` does not pass on `NLM_F_DUMP_INTR`. A reply with one
-//! undecodable attribute still counts, while `netlink-proto` would drop it and wait on. And ten thousand peers' entries are read
-//! without a channel in between.
+//! `rtnetlink`'s own connection is not used, for three reasons. The kernel answers before `send` returns, so that a task between
+//! a request and its answer only costs time. A dump interrupted by changes must restart, and `rtnetlink` does not pass on
+//! `NLM_F_DUMP_INTR`. And a reply with one undecodable attribute still counts, while `netlink-proto` would drop it and wait on.
 
 use std::io;
 use std::time::Duration;
@@ -26,7 +24,7 @@ use super::uapi::NLMSGERR_ATTR_MSG;
 use crate::plan::OpError;
 
 /// Receive timeout. The kernel answers before `send` returns; this only limits the cost of a defect.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Size of the receive buffer in bytes. A dump's datagrams are at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
 const RECEIVE_SIZE: usize = 64 * 1024;
 /// Maximum attempts at a dump that changes interrupt.
@@ -84,7 +82,7 @@ pub fn parse_ack(body: &[u8]) -> Result<(), KernelError> {
 
 /// The extended acknowledgement's message, which follows the request's header. All our sockets have `NETLINK_CAP_ACK`, so the
 /// kernel leaves out the request's body.
-pub fn ext_ack_message(payload: &[u8]) -> String {
+fn ext_ack_message(payload: &[u8]) -> String {
     let attribute = attributes(payload, NetlinkHeader::default().buffer_len()).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG);
     attribute.map(|(_, value)| text(value)).unwrap_or_default()
 }
@@ -135,14 +133,14 @@ impl RouteSocket {
         Ok(RouteSocket { socket, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE] })
     }
 
-    /// Sends a request that changes an object, and reads its acknowledgement.
-    pub fn change(&mut self, request: &impl Request) -> Result<(), KernelError> {
-        self.exchange(request, NLM_F_ACK, |_, _| ())
+    /// Sends a request that changes an object, with these flags, and reads its acknowledgement.
+    pub fn change(&mut self, request: &impl Request, flags: u16) -> Result<(), KernelError> {
+        self.exchange(request, flags | NLM_F_ACK, |_, _| ())
     }
 
     /// Like [`RouteSocket::change`], for an object that must not exist yet.
     pub fn create(&mut self, request: &impl Request) -> Result<(), KernelError> {
-        self.exchange(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, |_, _| ())
+        self.change(request, NLM_F_CREATE | NLM_F_EXCL)
     }
 
     /// The port id that identifies this socket in the kernel's events.

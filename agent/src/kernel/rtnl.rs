@@ -1,12 +1,10 @@
-//! Changes links, addresses and single routes through `rtnetlink`'s handle.
-//!
-//! One task: the connection's, which moves messages between the handle and its socket. The [`Rtnl`] that started it aborts it
-//! when dropped. If the task ends earlier, each later request fails and [`Rtnl::closed`] completes.
+//! Requests about links, addresses and single routes: `rtnetlink`'s builders over the blocking socket.
 
-use std::io;
 use std::net::IpAddr;
 
 use ipnetwork::IpNetwork;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use netlink_packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoVeth, LinkAttribute, LinkMessage,
@@ -14,164 +12,41 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{AsyncSocket, TokioSocket};
-use rtnetlink::{AddressMessageBuilder, Error, Handle, LinkMessageBuilder, LinkVeth};
-use tokio::runtime;
-use tokio::task::JoinHandle;
-use tokio::time::timeout;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use rtnetlink::{AddressMessageBuilder, LinkMessageBuilder, LinkUnspec, LinkVeth};
 
-use super::netns::Netns;
-use super::objects::{address_family, check_interface_name};
-use super::route_socket::{ANSWER_TIMEOUT, KernelError, ext_ack_message};
+use super::objects::address_family;
+use super::route_socket::{KernelError, RouteSocket};
 use crate::model::{Cidr, Family};
-use crate::plan::OpError;
 
-/// A connection to rtnetlink in one network namespace.
-#[derive(Debug)]
-pub struct Rtnl {
-    handle: Handle,
-    port_id: u32,
-    task: JoinHandle<()>,
-    closed: CancellationToken,
-}
-
-impl Drop for Rtnl {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Rtnl {
-    /// Connects in the calling thread's network namespace. Must be called inside a tokio runtime with I/O and time enabled.
-    pub fn open() -> Result<Rtnl, OpError> {
-        let runtime = runtime::Handle::try_current().map_err(io::Error::other);
-        runtime.and_then(|runtime| Rtnl::connect(&runtime)).map_err(open_error)
-    }
-
-    /// Connects in another network namespace, under the same condition.
-    pub fn open_in(netns: &Netns) -> Result<Rtnl, OpError> {
-        let runtime = runtime::Handle::try_current().map_err(|e| open_error(io::Error::other(e)))?;
-        let connected = netns.run(|| {
-            // The thread that enters the namespace does not belong to the runtime.
-            let _entered = runtime.enter();
-            Rtnl::connect(&runtime)
-        });
-        connected.map_err(|e| OpError::from(&e))?.map_err(open_error)
-    }
-
-    fn connect(runtime: &runtime::Handle) -> io::Result<Rtnl> {
-        let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
-        let socket = listener.socket_mut();
-        let port_id = socket.bind_auto()?.port_number();
-        socket.set_cap_ack(true)?;
-        socket.set_ext_ack(true)?;
-        let (mut connection, handle, _) = rtnetlink::from_socket(listener);
-        // Otherwise a request that waits for its acknowledgement takes the connection's end for success: see `expect_ack`.
-        connection.set_forward_ack(true);
-        let closed = CancellationToken::new();
-        let guard = closed.clone().drop_guard();
-        let task = runtime.spawn(async move {
-            let _guard = guard;
-            connection.await;
-        });
-        Ok(Rtnl { handle, port_id, task, closed })
-    }
-
-    /// The port id that identifies this connection in the kernel's events.
-    pub fn port_id(&self) -> u32 {
-        self.port_id
-    }
-
-    /// Completes when the connection ends; nothing can be changed afterwards.
-    pub fn closed(&self) -> WaitForCancellationFutureOwned {
-        self.closed.clone().cancelled_owned()
-    }
-
-    /// Ends the connection, as a socket failure would.
-    #[cfg(test)]
-    pub fn abort(&self) {
-        self.task.abort();
-    }
-
-    /// The interface index of the link with that name.
-    pub async fn link_index(&self, name: &str) -> Result<u32, KernelError> {
-        use futures_util::TryStreamExt;
-        let mut replies = std::pin::pin!(self.handle.link().get().match_name(check_interface_name(name)?).execute());
-        match with_timeout(replies.try_next()).await? {
-            Ok(Some(link)) => Ok(link.header.index),
-            Ok(None) => Err(connection_closed()),
-            Err(error) => Err(error.into()),
-        }
-    }
-
+impl RouteSocket {
     /// Creates a link. Fails with `EEXIST` if the name is taken.
-    pub async fn add_link(&self, link: LinkMessage) -> Result<(), KernelError> {
-        expect_ack(self.handle.link().add(link).execute()).await
+    pub fn add_link(&mut self, link: LinkMessage) -> Result<(), KernelError> {
+        self.create(&RouteNetlinkMessage::NewLink(link))
     }
 
     /// Changes the link whose index is in the message.
-    pub async fn change_link(&self, link: LinkMessage) -> Result<(), KernelError> {
-        expect_ack(self.handle.link().change(link).execute()).await
+    pub fn change_link(&mut self, link: LinkMessage) -> Result<(), KernelError> {
+        self.change(&RouteNetlinkMessage::NewLink(link), 0)
     }
 
-    /// Removes a link.
-    pub async fn delete_link(&self, index: u32) -> Result<(), KernelError> {
-        expect_ack(self.handle.link().del(index).execute()).await
+    /// Removes a link. The kernel takes some 15 ms: see `link::delete_links`.
+    pub fn delete_link(&mut self, index: u32) -> Result<(), KernelError> {
+        self.change(&RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build()), 0)
     }
 
     /// Adds an address, without duplicate address detection. Succeeds if the address exists already.
-    pub async fn add_address(&self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
-        let mut request = self.handle.address().add(index, address.ip(), address.prefix()).replace();
-        *request.message_mut() = new_address(index, address);
-        expect_ack(request.execute()).await
+    pub fn add_address(&mut self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
+        self.change(&RouteNetlinkMessage::NewAddress(new_address(index, address)), NLM_F_CREATE | NLM_F_REPLACE)
     }
 
     /// Removes an address.
-    pub async fn delete_address(&self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
-        expect_ack(self.handle.address().del(address_message(index, address)).execute()).await
+    pub fn delete_address(&mut self, index: u32, address: IpNetwork) -> Result<(), KernelError> {
+        self.change(&RouteNetlinkMessage::DelAddress(address_message(index, address)), 0)
     }
 
     /// Adds a route, or replaces the one to that destination.
-    pub async fn replace_route(&self, route: RouteMessage) -> Result<(), KernelError> {
-        expect_ack(self.handle.route().add(route).replace().execute()).await
-    }
-}
-
-/// Limits a request to `ANSWER_TIMEOUT`.
-async fn with_timeout<T>(request: impl Future<Output = T>) -> Result<T, KernelError> {
-    let timed_out = |_| KernelError { errno: libc::ETIMEDOUT, detail: "no readable reply".to_owned() };
-    timeout(ANSWER_TIMEOUT, request).await.map_err(timed_out)
-}
-
-/// Awaits the acknowledgement of a request. `rtnetlink` delivers it as an error without a number; without one, the connection
-/// ended first.
-async fn expect_ack(request: impl Future<Output = Result<(), Error>>) -> Result<(), KernelError> {
-    match with_timeout(request).await? {
-        Err(Error::NetlinkError(message)) if message.code.is_none() => Ok(()),
-        Err(error) => Err(error.into()),
-        Ok(()) => Err(connection_closed()),
-    }
-}
-
-fn connection_closed() -> KernelError {
-    KernelError { errno: libc::EPIPE, detail: "the rtnetlink connection has ended: restart the agent".to_owned() }
-}
-
-fn open_error(error: io::Error) -> OpError {
-    KernelError::from(error).context("cannot open an rtnetlink connection")
-}
-
-impl From<Error> for KernelError {
-    fn from(error: Error) -> KernelError {
-        match error {
-            Error::NetlinkError(message) => {
-                KernelError { errno: message.raw_code().saturating_neg(), detail: ext_ack_message(&message.header) }
-            }
-            Error::RequestFailed => connection_closed(),
-            other => KernelError { errno: libc::EPROTO, detail: other.to_string() },
-        }
+    pub fn replace_route(&mut self, route: RouteMessage) -> Result<(), KernelError> {
+        self.change(&RouteNetlinkMessage::NewRoute(route), NLM_F_CREATE | NLM_F_REPLACE)
     }
 }
 

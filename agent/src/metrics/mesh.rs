@@ -1,33 +1,23 @@
 //! Metrics of the peer probes. Their number does not grow with the number of peers; `overlayctl mesh` names the unreachable
 //! peers.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use super::nanoseconds;
-use super::page::{Histogram, Page, seconds};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use super::Number;
+use super::registry::{ByLabel, add, counters, zero};
 use crate::model::api::Reachability;
 use crate::plan::mesh::{ProbePath, Summary};
 
-/// Upper bounds of the round-trip histogram, in nanoseconds and as Prometheus' text in seconds.
+/// Upper bounds of the round-trip histogram, in seconds.
 ///
 /// From 0.1 ms, within a rack, to 1 s; a reply may take up to [`PROBE_TIMEOUT`](crate::plan::mesh::PROBE_TIMEOUT).
-const ROUND_TRIP_BOUNDS: [(u64, &str); 12] = [
-    (100_000, "0.0001"),
-    (250_000, "0.00025"),
-    (500_000, "0.0005"),
-    (1_000_000, "0.001"),
-    (2_500_000, "0.0025"),
-    (5_000_000, "0.005"),
-    (10_000_000, "0.01"),
-    (25_000_000, "0.025"),
-    (50_000_000, "0.05"),
-    (100_000_000, "0.1"),
-    (250_000_000, "0.25"),
-    (1_000_000_000, "1"),
-];
+const ROUND_TRIP_BOUNDS: [f64; 12] = [0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0];
 
 /// The states of current peers; departed peers are not counted.
 const STATES: [Reachability; 6] = [
@@ -39,70 +29,68 @@ const STATES: [Reachability; 6] = [
     Reachability::Unknown,
 ];
 
-/// The metrics of one probe path: overlay or underlay.
-#[derive(Debug, Default)]
-struct PathMetrics {
-    answered: Histogram<{ ROUND_TRIP_BOUNDS.len() }>,
-    lost: AtomicU64,
-}
+/// The values of the label `way`.
+const PATHS: [&str; 2] = [ProbePath::Overlay.as_str(), ProbePath::Underlay.as_str()];
 
 /// All metrics of the probes.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct MeshMetrics {
-    overlay: PathMetrics,
-    underlay: PathMetrics,
-    current: Mutex<(bool, Summary)>,
+    probing: Number,
+    peers: ByLabel<Number>,
+    worst: ByLabel<Gauge<f64, AtomicU64>>,
+    lost: ByLabel<Counter>,
+    answered: ByLabel<Histogram>,
 }
 
 impl MeshMetrics {
-    fn path_metrics(&self, path: ProbePath) -> &PathMetrics {
-        match path {
-            ProbePath::Overlay => &self.overlay,
-            ProbePath::Underlay => &self.underlay,
+    pub(super) fn new(page: &mut Registry) -> MeshMetrics {
+        MeshMetrics {
+            probing: zero(page, "overlayd_mesh_probing", "1 while peers are probed; 0 if probing is disabled or not permitted"),
+            peers: add(
+                page,
+                "overlayd_mesh_peers",
+                "Peers by reachability; each address family counts separately",
+                ByLabel::new("state", STATES.map(Reachability::as_str), Gauge::default),
+            ),
+            worst: add(
+                page,
+                "overlayd_mesh_worst_round_trip_seconds",
+                "The longest mean round trip of all peers",
+                ByLabel::new("way", PATHS, Gauge::default),
+            ),
+            lost: counters(
+                page,
+                "overlayd_mesh_lost_probes",
+                "Probes without a reply in time, or that could not be sent",
+                "way",
+                PATHS,
+            ),
+            answered: add(
+                page,
+                "overlayd_mesh_round_trip_seconds",
+                "Round trips of answered probes",
+                ByLabel::new("way", PATHS, || Histogram::new(ROUND_TRIP_BOUNDS)),
+            ),
         }
     }
 
     pub(super) fn answered(&self, path: ProbePath, took: Duration) {
-        self.path_metrics(path).answered.observe(nanoseconds(took), ROUND_TRIP_BOUNDS.map(|(bound, _)| bound));
+        if let Some(round_trips) = self.answered.get(path.as_str()) {
+            round_trips.observe(took.as_secs_f64());
+        }
     }
 
     pub(super) fn lost(&self, path: ProbePath) {
-        self.path_metrics(path).lost.fetch_add(1, Ordering::Relaxed);
+        self.lost.count(path.as_str(), 1);
     }
 
-    pub(super) fn set(&self, probing: bool, summary: Summary) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = (probing, summary);
-    }
-
-    pub(super) fn render(&self, page: &mut Page) {
-        let (probing, summary) = self.current.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        page.gauge(
-            "overlayd_mesh_probing",
-            "1 while peers are probed; 0 if probing is disabled or not permitted.",
-            u64::from(probing),
-        );
-        page.header("overlayd_mesh_peers", "Peers by reachability; each address family counts separately.", "gauge");
-        let counts: BTreeMap<Reachability, u64> = summary.states;
-        for state in STATES {
-            let count = counts.get(&state).copied().unwrap_or_default();
-            page.line(&format!("overlayd_mesh_peers{{state=\"{}\"}} {count}", state.as_str()));
+    pub(super) fn set(&self, probing: bool, summary: &Summary) {
+        self.probing.set(probing.into());
+        for (state, gauge) in STATES.iter().zip(self.peers.iter().map(|(_, gauge)| gauge)) {
+            gauge.set(summary.states.get(state).copied().unwrap_or_default());
         }
-        let paths = [(ProbePath::Overlay, summary.worst_overlay), (ProbePath::Underlay, summary.worst_underlay)];
-        page.header("overlayd_mesh_worst_round_trip_seconds", "The longest mean round trip of all peers.", "gauge");
-        for (path, worst) in paths {
-            let worst = seconds(worst.saturating_mul(1_000));
-            page.line(&format!("overlayd_mesh_worst_round_trip_seconds{{way=\"{}\"}} {worst}", path.as_str()));
-        }
-        page.header("overlayd_mesh_lost_probes_total", "Probes without a reply in time, or that could not be sent.", "counter");
-        for (path, _) in paths {
-            let lost = self.path_metrics(path).lost.load(Ordering::Relaxed);
-            page.line(&format!("overlayd_mesh_lost_probes_total{{way=\"{}\"}} {lost}", path.as_str()));
-        }
-        page.header("overlayd_mesh_round_trip_seconds", "Round trips of answered probes.", "histogram");
-        for (path, _) in paths {
-            let label = format!("way=\"{}\"", path.as_str());
-            let bounds = ROUND_TRIP_BOUNDS.map(|(_, text)| text);
-            self.path_metrics(path).answered.samples(page, "overlayd_mesh_round_trip_seconds", &label, bounds, seconds);
+        for (worst, (_, gauge)) in [summary.worst_overlay, summary.worst_underlay].into_iter().zip(self.worst.iter()) {
+            gauge.set(Duration::from_micros(worst).as_secs_f64());
         }
     }
 }

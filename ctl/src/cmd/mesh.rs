@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use overlay_agent::http::{self, Response};
 use overlay_agent::model::Cidr;
 use overlay_agent::model::api::{Mesh, MeshEntry, PathView, Reachability, SubnetEntry};
 use serde::{Deserialize, Serialize};
@@ -204,20 +205,16 @@ async fn query_host(lease: &SubnetEntry, port: u16) -> Result<Mesh, String> {
     Err(errors.join("; "))
 }
 
-/// Sends one HTTP/1.0 request; the response ends with the connection.
 async fn fetch(address: SocketAddr) -> Result<Mesh, String> {
     let mut stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
-    let request = format!("GET /mesh HTTP/1.0\r\nHost: {address}\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.map_err(|e| e.to_string())?;
+    stream.write_all(&http::request("GET", "/mesh", address, &[])).await.map_err(|e| e.to_string())?;
     let mut answer = Vec::new();
     stream.take(MAX_RESPONSE_BYTES).read_to_end(&mut answer).await.map_err(|e| e.to_string())?;
-    let split = answer.windows(4).position(|w| w == b"\r\n\r\n").ok_or("not an HTTP response")?;
-    let head = String::from_utf8_lossy(&answer[..split]);
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    if status != "200" {
-        return Err(format!("HTTP response {}", head.lines().next().unwrap_or_default()));
+    let response = Response::parse(answer).map_err(|e| e.to_string())?;
+    if response.status != 200 {
+        return Err(format!("HTTP response {}", response.head.lines().next().unwrap_or_default()));
     }
-    serde_json::from_slice(&answer[split + 4..]).map_err(|e| format!("cannot parse its response: {e}"))
+    serde_json::from_slice(&response.body).map_err(|e| format!("cannot parse its response: {e}"))
 }
 
 #[derive(Serialize)]

@@ -1,10 +1,9 @@
 //! Blocking client of the agent's socket, with one deadline per verb.
 //!
 //! An agent that is absent, closes the connection or is not ready may be restarting: the client retries until the deadline. Each
-//! request is idempotent, because the agent answers the same attach with the same endpoint. HTTP/1.0, so that a response ends
-//! with the connection.
+//! request is idempotent, because the agent answers the same attach with the same endpoint.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
+use overlay_agent::http::{self, Response};
 use overlay_agent::model::api::{AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, VERSION};
 use overlay_agent::model::endpoint::EndpointName;
 use serde::de::DeserializeOwned;
@@ -116,42 +116,19 @@ impl<'a> AgentClient<'a> {
         let socket = self.socket.display();
         self.log.debug(format_args!("{method} {path}"));
         let mut stream = connect(self.socket, self.time_left()?)?;
-        let broken = |e: std::io::Error| match e.kind() {
+        let exchange = || {
+            stream.write_all(&http::request(method, path, "overlayd", body))?;
+            let mut bytes = Vec::new();
+            DeadlineReader { stream, client: self }.take(MAX_RESPONSE_BYTES).read_to_end(&mut bytes)?;
+            Response::parse(bytes)
+        };
+        let response = exchange().map_err(|e: io::Error| match e.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => self.deadline_exceeded(),
             _ => Failure::Retryable(format!("the agent at {socket} closed the connection during {method} {path}: {e}")),
-        };
-        let head = format!(
-            "{method} {path} HTTP/1.0\r\nHost: overlayd\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        stream.write_all(&[head.as_bytes(), body].concat()).map_err(broken)?;
-        let mut response = Vec::new();
-        let mut chunk = [0; 16 << 10];
-        let (status, start) = loop {
-            // One deadline covers all reads of a response that arrives in pieces.
-            stream.set_read_timeout(Some(self.time_left()?)).map_err(broken)?;
-            let read = match stream.read(&mut chunk) {
-                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-                read => read.map_err(broken)?,
-            };
-            response.extend_from_slice(&chunk[..read]);
-            if response.len() as u64 > MAX_RESPONSE_BYTES {
-                return Err(broken(ErrorKind::FileTooLarge.into()));
-            }
-            match parse_head(&response) {
-                Some(ResponseHead { status, start, end: Some(end) }) if response.len() >= end => {
-                    response.truncate(end);
-                    break (status, start);
-                }
-                Some(ResponseHead { status, start, end: None }) if read == 0 => break (status, start),
-                _ if read == 0 => return Err(broken(ErrorKind::UnexpectedEof.into())),
-                _ => {}
-            }
-        };
-        let body = response.split_off(start);
-        match status {
-            200..=299 => Ok(body),
-            status => Err(error_response(status, &body, method, path)),
+        })?;
+        match response.status {
+            200..=299 => Ok(response.body),
+            status => Err(error_response(status, &response.body, method, path)),
         }
     }
 
@@ -201,26 +178,18 @@ fn connect(path: &Path, timeout: Duration) -> Result<UnixStream, Failure> {
     Ok(UnixStream::from(fd))
 }
 
-/// Head of a response.
-struct ResponseHead {
-    status: u16,
-    /// Offset of the body.
-    start: usize,
-    /// End of the body, if the head has a content length.
-    end: Option<usize>,
+/// Reads until the client's deadline, which covers all reads of a response.
+struct DeadlineReader<'a> {
+    stream: UnixStream,
+    client: &'a AgentClient<'a>,
 }
 
-/// Parses the head, once it is complete.
-fn parse_head(bytes: &[u8]) -> Option<ResponseHead> {
-    let start = bytes.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
-    let head = String::from_utf8_lossy(&bytes[..start]);
-    let mut lines = head.lines();
-    let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
-    let length = lines.find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<usize>().ok())?
-    });
-    Some(ResponseHead { status, start, end: length.and_then(|length| start.checked_add(length)) })
+impl Read for DeadlineReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.client.time_left().map_err(|_| ErrorKind::TimedOut)?;
+        self.stream.set_read_timeout(Some(left))?;
+        self.stream.read(buffer)
+    }
 }
 
 /// Parses the agent's error response (`docs/api.md`, "Errors").

@@ -17,59 +17,54 @@ pub const SWITCH: &str = "switch";
 pub const UPLINK: &str = "eth0";
 
 /// Creates the namespaces, links, addresses and routes, before any process starts.
-pub async fn build(layout: &Layout) -> Result<(), LabError> {
+pub fn build(layout: &Layout) -> Result<(), LabError> {
     let net = Netns::create(&layout.namespace("net"))?;
     let switch = NetnsBuilder::open(&net).map_err(link_error("net"))?;
-    switch.add_bridge(SWITCH).await.map_err(link_error("net"))?;
-    add_addresses(&switch, SWITCH, layout, etcd_address).await.map_err(link_error("net"))?;
-    switch.set_up(SWITCH).await.map_err(link_error("net"))?;
+    switch.add_bridge(SWITCH).map_err(link_error("net"))?;
+    add_addresses(&switch, SWITCH, layout, etcd_address).map_err(link_error("net"))?;
+    switch.set_up(SWITCH).map_err(link_error("net"))?;
 
     let world = Netns::create(&layout.namespace("world"))?;
-    let setup = connect_to_switch(&switch, "world", &world).await.map_err(link_error("world"))?;
-    let result = async {
-        add_addresses(&setup, UPLINK, layout, gateway_address).await?;
+    let setup = connect_to_switch(&switch, "world", &world).map_err(link_error("world"))?;
+    let configure = || {
+        add_addresses(&setup, UPLINK, layout, gateway_address)?;
         for family in layout.families() {
-            setup.add_address("lo", IpNetwork::from(outside_address(family))).await?;
+            setup.add_address("lo", IpNetwork::from(outside_address(family)))?;
         }
-        setup.set_up(UPLINK).await
+        setup.set_up(UPLINK)
     };
-    result.await.map_err(link_error("world"))?;
+    configure().map_err(link_error("world"))?;
 
     for host in &layout.hosts {
         let netns = Netns::create(&layout.namespace(&host.name))?;
-        let setup = connect_to_switch(&switch, &host.name, &netns).await.map_err(link_error(&host.name))?;
-        configure_host(&setup, &host.addresses).await.map_err(link_error(&host.name))?;
+        let setup = connect_to_switch(&switch, &host.name, &netns).map_err(link_error(&host.name))?;
+        configure_host(&setup, &host.addresses).map_err(link_error(&host.name))?;
     }
     Ok(())
 }
 
 /// Creates a veth pair from a switch port to `eth0` of a namespace.
-async fn connect_to_switch(switch: &NetnsBuilder, port: &str, netns: &Netns) -> Result<NetnsBuilder, OpError> {
-    switch.add_veth(port, UPLINK, netns).await?;
-    switch.set_master(port, SWITCH).await?;
-    switch.set_up(port).await?;
+fn connect_to_switch(switch: &NetnsBuilder, port: &str, netns: &Netns) -> Result<NetnsBuilder, OpError> {
+    switch.add_veth(port, UPLINK, netns)?;
+    switch.set_master(port, SWITCH)?;
+    switch.set_up(port)?;
     NetnsBuilder::open(netns)
 }
 
-async fn configure_host(setup: &NetnsBuilder, addresses: &PerFamily<IpAddr>) -> Result<(), OpError> {
+fn configure_host(setup: &NetnsBuilder, addresses: &PerFamily<IpAddr>) -> Result<(), OpError> {
     for (family, address) in addresses.iter() {
-        setup.add_address(UPLINK, on_underlay(family, *address)).await?;
+        setup.add_address(UPLINK, on_underlay(family, *address))?;
     }
-    setup.set_up(UPLINK).await?;
+    setup.set_up(UPLINK)?;
     for family in addresses.families() {
-        setup.add_route(None, Some(gateway_address(family)), Some(UPLINK)).await?;
+        setup.add_route(None, Some(gateway_address(family)), Some(UPLINK))?;
     }
     Ok(())
 }
 
-async fn add_addresses(
-    setup: &NetnsBuilder,
-    link: &str,
-    layout: &Layout,
-    address: impl Fn(Family) -> IpAddr,
-) -> Result<(), OpError> {
+fn add_addresses(setup: &NetnsBuilder, link: &str, layout: &Layout, address: impl Fn(Family) -> IpAddr) -> Result<(), OpError> {
     for family in layout.families() {
-        setup.add_address(link, on_underlay(family, address(family))).await?;
+        setup.add_address(link, on_underlay(family, address(family)))?;
     }
     Ok(())
 }

@@ -62,7 +62,7 @@ enum Method<'a> {
     /// A plugin, one process per verb.
     Plugin { program: PathBuf, config: String },
     /// Only a veth pair and a bridge port.
-    Kernel { setup: NetnsBuilder, runtime: &'a Runtime },
+    Kernel { setup: NetnsBuilder },
 }
 
 /// One method on one host.
@@ -122,19 +122,16 @@ impl Competitor<'_> {
                 Ok(())
             }
             Method::Plugin { program, config } => run_plugin(program, config, verb, slot),
-            Method::Kernel { setup, runtime } => {
+            Method::Kernel { setup } => {
                 // A distinct name for each slot, short enough for an interface.
                 let port = format!("k-{}", slot.name.rsplit('-').next().unwrap_or_default());
                 let netns = Netns::open(&slot.path)?;
-                runtime.block_on(async {
-                    if verb == Verb::Del {
-                        return setup.delete_link(&port).await;
-                    }
-                    setup.add_veth(&port, "eth9", &netns).await?;
-                    setup.set_master(&port, BRIDGE).await?;
-                    setup.set_up(&port).await
-                })?;
-                Ok(())
+                if verb == Verb::Del {
+                    return Ok(setup.delete_link(&port)?);
+                }
+                setup.add_veth(&port, "eth9", &netns)?;
+                setup.set_master(&port, BRIDGE)?;
+                Ok(setup.set_up(&port)?)
             }
         }
     }
@@ -200,7 +197,7 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
     );
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let bench = runtime.block_on(BenchLab::for_containers(2))?;
-    let netns_guards = (0..4).map(|_| runtime.block_on(NetnsGuard::new())).collect::<anyhow::Result<Vec<_>>>()?;
+    let netns_guards = (0..4).map(|_| NetnsGuard::new()).collect::<anyhow::Result<Vec<_>>>()?;
     let data = tempfile::tempdir()?;
     let slots = ContainerNetns::create_many("s", CONCURRENCY)?;
     let mut competitors = Vec::new();
@@ -219,9 +216,9 @@ pub fn measure(arguments: &AttachArguments, report: &mut Report) -> anyhow::Resu
         let method = Method::Plugin { program: bridge.clone(), config: reference };
         competitors.push(competitor("reference", netns_guards[n].netns().clone(), method));
         let kernel_guard = &netns_guards[2 + n];
-        runtime.block_on(kernel_guard.add_bridge())?;
-        let setup = runtime.block_on(async { NetnsBuilder::open(kernel_guard.netns()) })?;
-        competitors.push(competitor("kernel", kernel_guard.netns().clone(), Method::Kernel { setup, runtime: &runtime }));
+        kernel_guard.add_bridge()?;
+        let setup = NetnsBuilder::open(kernel_guard.netns())?;
+        competitors.push(competitor("kernel", kernel_guard.netns().clone(), Method::Kernel { setup }));
     }
     progress(&format!("{} endpoints on the second host, and as many of the reference's", arguments.endpoints));
     let preload =

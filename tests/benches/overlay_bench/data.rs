@@ -77,7 +77,7 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
         return add_ablation(report, &hosts, arguments, Setting { with, without });
     }
     if arguments.turns > 0 {
-        let plain = runtime.block_on(PlainBridge::new(family, UNDERLAY_MTU - family.vxlan_overhead()))?;
+        let plain = PlainBridge::new(family, UNDERLAY_MTU - family.vxlan_overhead())?;
         let paths = [hosts.underlay()?, hosts.overlay()?, plain.path(family)?, hosts.bridge()?];
         add_throughput(report, family, &paths, arguments.turns, time)?;
     }

@@ -63,7 +63,7 @@ pub struct AgentTiming {
 
 /// Measures the agent in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_agent(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<AgentTiming> {
-    let netns_guard = NetnsGuard::new().await?;
+    let netns_guard = NetnsGuard::new()?;
     let peers = fleet.first().map_or(0, |peers| peers.len());
     let peer = |n: usize| store_entry(&fleet.iter().filter_map(|peers| peers.get(n).copied()).collect::<Vec<_>>());
     let entries = (0..peers).map(peer).collect::<anyhow::Result<Vec<_>>>()?;
@@ -84,7 +84,7 @@ async fn run_snapshots(
     let mut agent = Agent::start(&families).await?;
     let mut device_peers: Vec<DevicePeers<'_>> = Vec::new();
     for (peers, family) in fleet.iter().zip(&families) {
-        device_peers.push((peers, netns_guard.link_index(&Device::vxlan(*family, Vni::DEFAULT).name()).await?));
+        device_peers.push((peers, netns_guard.link_index(&Device::vxlan(*family, Vni::DEFAULT).name())?));
     }
     let set = agent.apply_snapshot(entries.clone()).await?;
     KernelEntryCounts::assert_all(&device_peers, true)?;
@@ -104,7 +104,7 @@ async fn run_snapshots(
     KernelEntryCounts::assert_all(&device_peers, false)?;
     for family in families {
         let device = Device::vxlan(family, Vni::DEFAULT).name();
-        ensure!(netns_guard.link_index(&device).await.is_err(), "{device} is still there");
+        ensure!(netns_guard.link_index(&device).is_err(), "{device} is still there");
     }
     Ok(AgentTiming { set, removed, cleanup: cleanup_time, cleanup_apply: cleanup_apply_time })
 }

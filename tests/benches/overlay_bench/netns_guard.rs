@@ -21,17 +21,17 @@ pub struct NetnsGuard {
 
 impl NetnsGuard {
     /// Creates a namespace with an underlay of both families.
-    pub async fn new() -> anyhow::Result<NetnsGuard> {
+    pub fn new() -> anyhow::Result<NetnsGuard> {
         static COUNTER: AtomicU32 = AtomicU32::new(0);
         let name = format!("ovbench-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
         let netns = Netns::create(&name)?;
         let netns_guard = NetnsGuard { name, netns };
         let setup = NetnsBuilder::open(&netns_guard.netns)?;
-        setup.add_bridge(UNDERLAY).await?;
+        setup.add_bridge(UNDERLAY)?;
         for address in ["10.99.0.1/16", "fd99::1/64"] {
-            setup.add_address(UNDERLAY, address.parse()?).await?;
+            setup.add_address(UNDERLAY, address.parse()?)?;
         }
-        setup.set_up(UNDERLAY).await?;
+        setup.set_up(UNDERLAY)?;
         Ok(netns_guard)
     }
 
@@ -41,12 +41,12 @@ impl NetnsGuard {
     }
 
     /// The interface index of a link.
-    pub async fn link_index(&self, link: &str) -> anyhow::Result<u32> {
-        Ok(NetnsBuilder::open(&self.netns)?.link_index(link).await?)
+    pub fn link_index(&self, link: &str) -> anyhow::Result<u32> {
+        Ok(NetnsBuilder::open(&self.netns)?.link_index(link)?)
     }
 
     /// Creates the agent's VXLAN device with `ip`, up and with its own address. Returns its interface index.
-    pub async fn add_vxlan(&self, family: Family) -> anyhow::Result<u32> {
+    pub fn add_vxlan(&self, family: Family) -> anyhow::Result<u32> {
         let (device, local, address) = match family {
             Family::V4 => ("ovx.1", "10.99.0.1", "10.255.255.0/32"),
             Family::V6 => ("ovx6.1", "fd99::1", "fd10:ff:ffff:ffff::/128"),
@@ -55,15 +55,15 @@ impl NetnsGuard {
         self.ip(&[&["link", "add", device][..], &vxlan].concat())?;
         self.ip(&["address", "add", address, "dev", device])?;
         self.ip(&["link", "set", device, "up"])?;
-        self.link_index(device).await
+        self.link_index(device)
     }
 
     /// Creates the agent's bridge, up. Returns its interface index.
-    pub async fn add_bridge(&self) -> anyhow::Result<u32> {
+    pub fn add_bridge(&self) -> anyhow::Result<u32> {
         let setup = NetnsBuilder::open(&self.netns)?;
-        setup.add_bridge(BRIDGE).await?;
-        setup.set_up(BRIDGE).await?;
-        self.link_index(BRIDGE).await
+        setup.add_bridge(BRIDGE)?;
+        setup.set_up(BRIDGE)?;
+        self.link_index(BRIDGE)
     }
 
     fn ip(&self, arguments: &[&str]) -> anyhow::Result<()> {

@@ -121,13 +121,13 @@ pub struct RawTiming {
 
 /// Measures the raw limit in its own namespace, for the peers of each family. The kernel's entries are counted after each step.
 pub async fn measure_raw(fleet: &[&[SyntheticPeer]]) -> anyhow::Result<RawTiming> {
-    let netns_guard = NetnsGuard::new().await?;
+    let netns_guard = NetnsGuard::new()?;
     let mut device_peers = Vec::new();
     for peers in fleet {
         let family = peers.first().context("a fleet without members")?.subnet.family();
-        device_peers.push((*peers, netns_guard.add_vxlan(family).await?));
+        device_peers.push((*peers, netns_guard.add_vxlan(family)?));
     }
-    let bridge = netns_guard.add_bridge().await?;
+    let bridge = netns_guard.add_bridge()?;
     let (set, remove, tear_down) =
         (Requests::set(&device_peers), Requests::remove(&device_peers), Requests::tear_down(&device_peers, bridge));
     netns_guard.netns().run(|| {

@@ -3,6 +3,14 @@
 //! Constants have their values and names from `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`.
 //! Headers are in host byte order, numbers inside attributes in network byte order.
 
+pub(super) use netlink_packet_core::{
+    NLA_F_NESTED, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST,
+};
+use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
+
+use crate::kernel::nlmsg::{self, u32_at};
+use crate::kernel::route_socket::{KernelError, parse_ack};
+
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Subsystem of ctnetlink.
@@ -82,26 +90,6 @@ pub(super) const NFT_OBJECT_COUNTER: u32 = 1;
 pub(super) const NF_DROP: u32 = 0;
 pub(super) const NF_ACCEPT: u32 = 1;
 
-pub(super) const NLM_F_REQUEST: u16 = 0x1;
-pub(super) const NLM_F_ACK: u16 = 0x4;
-pub(super) const NLM_F_DUMP_INTR: u16 = 0x10;
-pub(super) const NLM_F_DUMP: u16 = 0x300;
-pub(super) const NLM_F_CREATE: u16 = 0x400;
-pub(super) const NLM_F_APPEND: u16 = 0x800;
-/// In answers: the refused request is not quoted after its header.
-const NLM_F_CAPPED: u16 = 0x100;
-/// In answers: attributes of an extended acknowledgement follow.
-const NLM_F_ACK_TLVS: u16 = 0x200;
-const NLMSGERR_ATTR_MSG: u16 = 1;
-
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-pub(super) const NLA_F_NESTED: u16 = 0x8000;
-/// Both flag bits of an attribute type: nested, and network byte order.
-const NLA_TYPE_FLAGS: u16 = 0xc000;
-
-/// Length of `struct nlmsghdr`.
-const NLMSG_HDRLEN: usize = 16;
 /// Length of `struct nfgenmsg`, after the header.
 const NFGENMSG_LEN: usize = 4;
 
@@ -240,37 +228,22 @@ pub(super) struct ReceivedMessage<'a> {
 }
 
 /// The messages of a datagram. Stops at the first invalid length.
-pub(super) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = ReceivedMessage<'_>> {
-    std::iter::from_fn(move || {
-        let length = usize::try_from(native_u32(datagram, 0)?).ok()?;
-        if length < NLMSG_HDRLEN || length > datagram.len() {
-            return None;
-        }
-        let (message, _) = datagram.split_at(length);
-        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
-        let flags = native_u16(message, 6)?;
-        Some(ReceivedMessage {
-            sequence: native_u32(message, 8)?,
-            port_id: native_u32(message, 12)?,
-            interrupted: flags & NLM_F_DUMP_INTR != 0,
-            payload: parse_payload(native_u16(message, 4)?, flags, &message[NLMSG_HDRLEN..]),
-        })
+pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = ReceivedMessage<'_>> {
+    nlmsg::messages(datagram).map(|(header, body)| ReceivedMessage {
+        sequence: header.sequence_number,
+        port_id: header.port_number,
+        interrupted: header.flags & NLM_F_DUMP_INTR != 0,
+        payload: parse_payload(header.message_type, body),
     })
 }
 
-fn parse_payload(kind: u16, flags: u16, payload: &[u8]) -> Payload<'_> {
-    let errno = || native_u32(payload, 0).map_or(0, |code| code.cast_signed().saturating_neg());
+fn parse_payload(kind: u16, payload: &[u8]) -> Payload<'_> {
     match kind {
-        NLMSG_ERROR => {
-            let quoted = if flags & NLM_F_CAPPED != 0 { Some(NLMSG_HDRLEN) } else { native_u32(payload, 4).map(|n| n as usize) };
-            let tail = quoted.and_then(|length| payload.get(4 + length.next_multiple_of(4)..));
-            let text = (flags & NLM_F_ACK_TLVS != 0)
-                .then(|| tail.and_then(|tail| attribute(tail, NLMSGERR_ATTR_MSG)))
-                .flatten()
-                .map(|text| String::from_utf8_lossy(strip_nul(text)).into_owned());
-            Payload::Ack { errno: errno(), text }
-        }
-        NLMSG_DONE => Payload::Done { errno: errno() },
+        NLMSG_ERROR => match parse_ack(payload) {
+            Ok(()) => Payload::Ack { errno: 0, text: None },
+            Err(KernelError { errno, detail }) => Payload::Ack { errno, text: Some(detail).filter(|text| !text.is_empty()) },
+        },
+        NLMSG_DONE => Payload::Done { errno: u32_at(payload, 0).map_or(0, |code| code.cast_signed().saturating_neg()) },
         kind => match (kind.to_be_bytes(), payload.get(NFGENMSG_LEN..)) {
             // Begin and end of a transaction have no subsystem.
             ([1..=u8::MAX, kind], Some(attributes)) => Payload::Object(Object { kind, family: payload[0], attributes }),
@@ -280,17 +253,8 @@ fn parse_payload(kind: u16, flags: u16, payload: &[u8]) -> Payload<'_> {
 }
 
 /// The attributes in a buffer, as type and payload. Stops at the first invalid length.
-pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = usize::from(native_u16(bytes, 0)?);
-        let kind = native_u16(bytes, 2)? & !NLA_TYPE_FLAGS;
-        if length < 4 {
-            return None;
-        }
-        let payload = bytes.get(4..length)?;
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, payload))
-    })
+pub(super) fn attributes(bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    nlmsg::attributes(bytes, 0)
 }
 
 /// The first attribute of that type.
@@ -318,19 +282,12 @@ pub(super) fn attribute_u32(bytes: &[u8], kind: u16) -> Option<u32> {
     attribute(bytes, kind).and_then(be32)
 }
 
-fn native_u16(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
-}
-
-fn native_u32(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::kernel::uapi::NLMSGERR_ATTR_MSG;
 
     #[test]
     fn written_messages_read_back() {
@@ -365,11 +322,11 @@ mod tests {
     fn error_carries_extended_ack_text() {
         // Layout of linux/netlink.h: error, header of the refused request, attributes.
         let mut payload = (-libc::EPERM).to_ne_bytes().to_vec();
-        payload.extend_from_slice(&[0; NLMSG_HDRLEN]);
+        payload.extend_from_slice(&[0; 16]);
         let mut text = Writer::default();
         text.text(NLMSGERR_ATTR_MSG, "no way");
         payload.extend_from_slice(text.finish().expect("fits"));
-        match parse_payload(NLMSG_ERROR, NLM_F_CAPPED | NLM_F_ACK_TLVS, &payload) {
+        match parse_payload(NLMSG_ERROR, &payload) {
             Payload::Ack { errno, text } => assert_eq!((errno, text.as_deref()), (libc::EPERM, Some("no way"))),
             _ => panic!("not an answer"),
         }

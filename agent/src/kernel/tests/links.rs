@@ -1,5 +1,7 @@
 //! Links, addresses and sysctls are set, read back, changed in place and refused.
 
+use std::time::Instant;
+
 use super::support::*;
 use crate::kernel::KernelOptions;
 use crate::kernel::sysctl;
@@ -95,6 +97,32 @@ fn foreign_link_with_own_name_is_refused() {
         assert!(error_message("ovb.1", 0).contains("kind veth"));
         assert_eq!(before, run("ip -d link"), "untouched");
         assert!(report.failed.is_sorted_by_key(|(i, _)| *i));
+    });
+}
+
+/// Each of more links than threads has its own result. Together they take less than half of their time in turn.
+#[test]
+fn many_links_are_deleted_in_parallel() {
+    on_host("manylinks", KernelOptions::default(), async |host| {
+        let name = |n: u32| format!("ove{n}");
+        let delete = |n: u32| Op::Delete(Key::Link(name(n).as_str().into()), Value::Link(Box::new(bridge_link())));
+        for n in 0..73 {
+            let group = if n == 40 { 0 } else { 22_102 };
+            run(&format!("ip link add {} group {group} type veth peer name far{n}", name(n)));
+        }
+        let started = Instant::now();
+        for n in 65..73 {
+            host.apply(&vec![delete(n)]).await;
+        }
+        let eight = started.elapsed();
+        let started = Instant::now();
+        let report = host.kernel.apply(&(0..65).map(delete).collect()).await;
+        let elapsed = started.elapsed();
+        let failed: Vec<(usize, i32)> = report.failed.iter().map(|(at, error)| (*at, error.errno)).collect();
+        assert_eq!(failed, [(40, libc::EEXIST)], "only the foreign link is kept");
+        let kept = run("ip -br link show type veth");
+        assert_eq!(kept.lines().filter(|line| line.starts_with("ove")).count(), 1, "{kept}");
+        assert!(elapsed < 4 * eight, "64 links took {elapsed:?}, 8 in turn {eight:?}");
     });
 }
 

@@ -80,30 +80,29 @@ fn pids_lists_processes_in_namespace() {
 #[test]
 fn veth_pair_connects_two_namespaces() {
     let (left, right) = (TestNetns::new("left"), TestNetns::new("right"));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-    let error = runtime.block_on(async {
+    let connect = || {
         let (l, r) = (NetnsBuilder::open(&left.netns)?, NetnsBuilder::open(&right.netns)?);
-        l.add_bridge("br0").await?;
-        l.add_veth("port", "eth0", &right.netns).await?;
-        l.set_master("port", "br0").await?;
-        l.set_mtu("port", 1400).await?;
-        r.set_mac("eth0", Mac([2, 0, 0, 0, 0, 7])).await?;
+        l.add_bridge("br0")?;
+        l.add_veth("port", "eth0", &right.netns)?;
+        l.set_master("port", "br0")?;
+        l.set_mtu("port", 1400)?;
+        r.set_mac("eth0", Mac([2, 0, 0, 0, 0, 7]))?;
         for (setup, name, host) in [(&l, "br0", 1), (&r, "eth0", 2)] {
             for address in [format!("10.9.0.{host}/24"), format!("fd00:9::{host}/64")] {
                 let address = address.parse().expect("an address");
-                setup.add_address(name, address).await?;
-                setup.add_address(name, address).await?;
+                setup.add_address(name, address)?;
+                setup.add_address(name, address)?;
             }
-            setup.set_up(name).await?;
+            setup.set_up(name)?;
         }
-        l.set_up("port").await?;
-        r.add_route(None, Some("10.9.0.1".parse().expect("address")), None).await?;
-        r.add_route(None, Some("fd00:9::1".parse().expect("address")), Some("eth0")).await?;
-        r.add_route(Some("10.77.0.0/16".parse().expect("cidr")), None, Some("eth0")).await?;
-        l.delete_link("none").await?;
-        r.link_index("none").await
-    });
-    let error = error.expect_err("no such link");
+        l.set_up("port")?;
+        r.add_route(None, Some("10.9.0.1".parse().expect("address")), None)?;
+        r.add_route(None, Some("fd00:9::1".parse().expect("address")), Some("eth0"))?;
+        r.add_route(Some("10.77.0.0/16".parse().expect("cidr")), None, Some("eth0"))?;
+        l.delete_link("none")?;
+        r.link_index("none")
+    };
+    let error = connect().expect_err("no such link");
     assert_eq!(error.errno, libc::ENODEV);
     assert!(error.message.contains("cannot find interface none"), "{error}");
     let (address, routes) = right.netns.run(|| (run("ip -br address"), run("ip route") + &run("ip -6 route"))).expect("run");

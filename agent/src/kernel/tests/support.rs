@@ -96,16 +96,16 @@ fn on_host_in(
     let netns = scratch.netns.clone();
     scratch.block_on(async move || {
         let setup = NetnsBuilder::open(&netns).expect("a socket");
-        setup.add_veth("eth0", "far", &netns).await.expect("a pair");
+        setup.add_veth("eth0", "far", &netns).expect("a pair");
         for address in ["10.99.0.1/24", "fd99::1/64"] {
-            setup.add_address("eth0", address.parse().expect("address")).await.expect("an address");
+            setup.add_address("eth0", address.parse().expect("address")).expect("an address");
         }
-        setup.set_up("far").await.expect("up");
-        setup.set_up("eth0").await.expect("up");
+        setup.set_up("far").expect("up");
+        setup.set_up("eth0").expect("up");
         for gateway in ["10.99.0.254", "fd99::fe"] {
-            setup.add_route(None, Some(gateway.parse().expect("address")), Some("eth0")).await.expect("a route");
+            setup.add_route(None, Some(gateway.parse().expect("address")), Some("eth0")).expect("a route");
         }
-        let underlay = setup.link_index("eth0").await.expect("eth0");
+        let underlay = setup.link_index("eth0").expect("eth0");
         let (kernel, events, monitor) = Kernel::open(&options).expect("the kernel");
         configure(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });

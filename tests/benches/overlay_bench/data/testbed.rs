@@ -103,8 +103,8 @@ pub struct PlainBridge {
 
 impl PlainBridge {
     /// Creates it.
-    pub async fn new(family: Family, mtu: u32) -> anyhow::Result<PlainBridge> {
-        let netns_guard = NetnsGuard::new().await?;
+    pub fn new(family: Family, mtu: u32) -> anyhow::Result<PlainBridge> {
+        let netns_guard = NetnsGuard::new()?;
         let host = NetnsBuilder::open(netns_guard.netns())?;
         let mut bridge = PlainBridge { containers: Vec::new(), names: Vec::new(), _netns_guard: netns_guard };
         for number in 2..4 {
@@ -112,14 +112,14 @@ impl PlainBridge {
             let container = Netns::create(&name)?;
             bridge.names.push(name);
             let port = format!("port{number}");
-            host.add_veth(&port, "eth0", &container).await?;
-            host.set_master(&port, UNDERLAY).await?;
-            host.set_mtu(&port, mtu).await?;
-            host.set_up(&port).await?;
+            host.add_veth(&port, "eth0", &container)?;
+            host.set_master(&port, UNDERLAY)?;
+            host.set_mtu(&port, mtu)?;
+            host.set_up(&port)?;
             let container_links = NetnsBuilder::open(&container)?;
-            container_links.set_mtu("eth0", mtu).await?;
-            container_links.add_address("eth0", address(family, number, true).parse()?).await?;
-            container_links.set_up("eth0").await?;
+            container_links.set_mtu("eth0", mtu)?;
+            container_links.add_address("eth0", address(family, number, true).parse()?)?;
+            container_links.set_up("eth0")?;
             bridge.containers.push(container);
         }
         Ok(bridge)
