@@ -47,6 +47,15 @@ fn case_of_keys_is_ignored() {
 }
 
 #[test]
+fn json_form_names_the_backend() {
+    let config = parse_valid(r#"{"Network":"10.244.0.0/16","Backend":{"MTU":9000}}"#);
+    let json = serde_json::to_string(&config).expect("JSON");
+    let pool = r#"{"network":"10.244.0.0/16","subnet_length":24,"min":"10.244.1.0/24","max":"10.244.255.0/24"}"#;
+    assert_eq!(json, format!(r#"{{"pools":{{"v4":{pool}}},"vxlan":{{"vni":1,"port":8472,"mtu":9000}}}}"#));
+    assert_eq!(serde_json::from_str::<NetworkConfig>(&json).expect("its own JSON"), config);
+}
+
+#[test]
 fn every_error_names_field_value_and_rule() {
     for (text, wanted) in [
         ("[]", "is not a JSON object"),
