@@ -30,6 +30,7 @@ async fn network_without_tunnel_routes_by_the_underlay() {
         let kernel = fixture.kernel.lock();
         let links: Vec<String> = kernel.state.keys().filter(|key| matches!(key, Key::Link(_))).map(ToString::to_string).collect();
         assert_eq!(links, ["link ovb.1"]);
+        assert!(kernel.state.keys().any(|key| key.to_string() == "address 10.244.100.0/32 dev ovb.1"));
         let Some(Value::Ruleset(rules)) = kernel.state.get(&Key::Ruleset(Table::Inet)) else { panic!("no rules") };
         let chains: Vec<&str> = rules.chains.iter().map(|chain| chain.name.as_str()).collect();
         assert_eq!(chains, ["incoming", "overlay", "postrouting"]);
