@@ -36,7 +36,7 @@ pub struct InetTableSpec {
 }
 
 impl InetTableSpec {
-    /// Builds the table `inet overlayd`:
+    /// Builds the table `inet overlayd`. Without a tunnel it lacks `tunnel`, `vxlan`, `encapsulated` and `outgoing`:
     ///
     /// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner
     ///   source in that peer's subnet. The hook is input, after fragment reassembly, so that a later fragment cannot hide a
