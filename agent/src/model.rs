@@ -1,6 +1,7 @@
 //! Pure types of the overlay: network, subnet, lease, peer, endpoint. No I/O, no clock, no kernel.
 
 pub mod api;
+pub mod backend;
 pub mod device;
 pub mod docker;
 pub mod endpoint;
@@ -15,11 +16,12 @@ pub mod publish;
 pub mod subnet;
 pub mod vni;
 
+pub use backend::{BackendConfig, BackendData, PeerEndpoint};
 pub use device::{Device, Role};
 pub use docker::DockerShare;
 pub use endpoint::{Endpoint, Mode, Port};
 pub use family::{Cidr, Family, PerFamily};
-pub use lease::{Backend, ExpiryId, Lease, LeaseRecord, Node, RejectReason, RejectedLease, StorePosition};
+pub use lease::{ExpiryId, Lease, LeaseRecord, Node, RejectReason, RejectedLease, StorePosition};
 pub use mac::Mac;
 pub use network::NetworkConfig;
 pub use network_name::NetworkName;

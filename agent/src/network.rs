@@ -26,6 +26,7 @@ use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
+use crate::plan::Key;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::lease_table::LeaseKey;
 use crate::plan::underlay::UnderlaySelector;
@@ -88,12 +89,14 @@ pub type SubnetRow = (api::SubnetEntry, Option<ExpiryId>);
 /// A peer in one family.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerRow {
-    /// Our device towards it.
-    pub device: Device,
+    /// Name of the interface towards it.
+    pub interface: String,
     /// Its subnet and addresses.
     pub remote: RemoteSubnet,
     /// Name of its host, if the lease has one.
     pub host: Option<String>,
+    /// Its entries in the kernel's tables.
+    pub entries: Vec<Key>,
 }
 
 /// A network's part of the status.
@@ -309,8 +312,9 @@ impl<M: NetworkStateStore> Network<M> {
                 self.planner.host.as_ref().map(|host| host.subnet).or_else(|| self.state_store.preferred_subnet())
             }
         };
-        let vtep = self.vtep(&network.restricted_to(underlay.local.families()));
-        let request = LeaseRequest { node: self.settings.node.clone(), public_ip: underlay.public_ip, vtep, preferred, network };
+        let backend = self.lease_data(&network.restricted_to(underlay.local.families()));
+        let request =
+            LeaseRequest { node: self.settings.node.clone(), public_ip: underlay.public_ip, backend, preferred, network };
         replace_if_changed(&channels.lease_request, Some(request));
     }
 
@@ -348,7 +352,7 @@ impl<M: NetworkStateStore> Network<M> {
             let overlay = Overlay {
                 network: host.network.clone(),
                 subnet: host.subnet,
-                bridge: Device::bridge(host.network.vxlan.vni),
+                bridge: host.backend().bridge(),
                 mtu: host.mtu(),
                 public_ip: host.underlay.public_ip,
             };

@@ -1,8 +1,9 @@
 //! Pure functions that compute kernel changes from the agent's inputs. No tokio, no I/O.
 //!
-//! [`desired`] computes desired kernel state, [`diff`] the changes to reach it, [`lease_table`] the accepted leases, [`underlay`]
-//! the external interface, and [`mesh`] the schedule and the results of probes.
+//! [`desired`] computes desired kernel state, by the network's [`backend`], [`diff`] the changes to reach it, [`lease_table`] the
+//! accepted leases, [`underlay`] the external interface, and [`mesh`] the schedule and the results of probes.
 
+pub mod backend;
 pub mod bulk;
 pub mod contribution;
 pub mod desired;

@@ -85,8 +85,8 @@ pub trait SysctlStore: Send {
 pub enum ReconcilerQuery {
     /// The state of the data path.
     Status(oneshot::Sender<DataPathReport>),
-    /// The state of these peers' entries: device and subnet of each.
-    Peers(Vec<(Device, crate::model::peer::RemoteSubnet)>, oneshot::Sender<Vec<PeerState>>),
+    /// The state of these peers' entries.
+    Peers(Vec<Vec<Key>>, oneshot::Sender<Vec<PeerState>>),
 }
 
 /// The reconciler's ends of its channels; all are bounded.

@@ -221,13 +221,14 @@ impl SubnetsWatch {
 #[cfg(test)]
 mod tests {
     use overlay_agent::model::event::StoreEntry;
-    use overlay_agent::model::{Backend, Lease, LeaseRecord, PerFamily, StorePosition, Subnet, Vni};
+    use overlay_agent::model::{BackendData, Lease, LeaseRecord, PerFamily, StorePosition, Subnet, Vni};
 
     use super::*;
 
     fn entry(key: &str, lease: Option<i64>) -> StoreEntry {
         let subnet = Subnet::from_key(key).expect(key);
-        let backend = Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: "02:00:00:00:00:01".parse().ok(), v6: None } };
+        let backend =
+            BackendData::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: "02:00:00:00:00:01".parse().ok(), v6: None } };
         let public_ip = PerFamily { v4: "10.99.1.1".parse().ok(), v6: None };
         let record = LeaseRecord {
             subnet,

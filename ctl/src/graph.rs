@@ -11,6 +11,7 @@ mod text;
 use std::collections::BTreeMap;
 
 use overlay_agent::model::api::{Endpoints, PeerEntry, Peers, Status, Subnets};
+use overlay_agent::plan::backend;
 use serde::{Deserialize, Serialize};
 
 pub use dot::dot;
@@ -151,7 +152,9 @@ fn title(status: &Status) -> String {
         None => "overlay network, not configured yet".to_owned(),
         Some(network) => {
             let pools = joined(network.pools.iter().map(|(_, pool)| pool.network));
-            format!("overlay {pools}, VXLAN VNI {}, UDP port {}", network.vxlan.vni, network.vxlan.port)
+            let backend = backend::of(network);
+            let port = backend.tunnel().map_or_else(String::new, |tunnel| format!(", UDP port {}", tunnel.port));
+            format!("overlay {pools}, {}{port}", backend.label())
         }
     }
 }

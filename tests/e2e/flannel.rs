@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use overlay_agent::model::Family;
+use overlay_agent::model::{Family, Vni};
+use overlay_agent::plan::backend;
 use overlay_tests::notify::{self, Notifications};
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
 use overlay_tests::{ExpectContext, TestLab, etcd, kernel};
@@ -51,7 +52,7 @@ async fn flannel_hosts_become_peers() {
         assert!(peers.iter().all(|p| p.host.is_none() && p.state == "programmed"), "{name}: {peers:#?}");
         for peer in &peers {
             let (_, value) = all.iter().find(|(_, v)| v.contains(&peer.public_ip.to_string())).expect_ok("its recording");
-            assert!(value.contains(&peer.vtep.to_string()), "{name}: {peer:?}");
+            assert!(value.contains(&peer.vtep.expect_ok("its MAC").to_string()), "{name}: {peer:?}");
         }
         let table = lab.ctl("h3", &["subnets"]).assert_code(0).stdout;
         assert_eq!(table.matches(" ok").count(), 2, "{name}: {table}");
@@ -85,7 +86,8 @@ async fn sizes_and_unknown_fields_are_understood() {
     replay_recording(&lab, "vxlan-directrouting");
     let status = lab.start_agent("h3").await;
     let network = status.network.expect_ok("a network");
-    assert_eq!((network.vxlan.vni.get(), network.vxlan.port), (4242, 4789));
+    let tunnel = backend::of(&network).tunnel().expect_ok("a tunnel");
+    assert_eq!((tunnel.vni.map(Vni::get), tunnel.port), (Some(4242), 4789));
     let own = status.lease.expect_ok("a lease").subnet.get(Family::V4).expect_ok("a range");
     assert_eq!(own.length(), 26);
     let bound = |text: &str| text.parse::<std::net::IpAddr>().expect_ok(text);

@@ -81,7 +81,10 @@ async fn trace_passes_on_healthy_lab() {
             assert!(hop_names(&over).iter().any(|s| s == step), "{step} in {over:#?}");
         }
         let answer = |step: &str| over.hops.iter().find(|h| h.step == step).expect_ok(step).answer.clone();
-        assert!(answer("fdb").contains(&peer.vtep.to_string()) && answer("fdb").contains(&peer.public_ip.to_string()));
+        assert!(
+            answer("fdb").contains(&peer.vtep.expect_ok("its MAC").to_string())
+                && answer("fdb").contains(&peer.public_ip.to_string())
+        );
         assert!(over.end.contains("h2") && over.to.what == "on host h2" && over.from.address == near, "{over:#?}");
         assert!(over.hops.iter().any(|h| h.step == "translation" && h.answer.starts_with("none")), "{over:#?}");
         // The other host's half, from its side.
@@ -165,7 +168,7 @@ async fn trace_names_each_broken_part() {
         assert_eq!(trace(&lab, &["c1", &far]).outcome, TraceOutcome::Ok, "before: {what}");
         lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("stop the agent");
         let id = peer.nexthop_id.expect_ok("a next hop").to_string();
-        let (mac, base) = (peer.vtep.to_string(), peer.subnet.base().to_string());
+        let (mac, base) = (peer.vtep.expect_ok("its MAC").to_string(), peer.subnet.base().to_string());
         kernel::run(&lab, "h1", &["sh", "-ec", script, "sh", &far, &mac, &base, &id, &port]);
         let found = trace(&lab, &["c1", &far]);
         assert_stops_at(&found, at, words, what);

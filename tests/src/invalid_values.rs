@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 
 use overlay_agent::model::event::StoreEntry;
-use overlay_agent::model::{Cidr, Family, Mac, NetworkConfig, PerFamily, Subnet};
+use overlay_agent::model::{Cidr, Family, Mac, NetworkConfig, PeerEndpoint, PerFamily, Subnet};
 use overlay_agent::plan::lease_table::{Classification, LeaseTable, LocalHost};
 use overlay_agent::store::read_entry;
 use rand::rngs::StdRng;
@@ -78,7 +78,8 @@ pub fn check_entry(key: &str, value: &[u8]) {
                     remote.public_ip
                 );
                 assert_ne!(Some(&remote.public_ip), own.public_ip.get(family), "our own address");
-                assert!(remote.vtep.is_unicast() && Some(&remote.vtep) != own.vtep.get(family), "{}", remote.vtep);
+                let mac = remote.endpoint.and_then(PeerEndpoint::mac).expect_ok("a VTEP");
+                assert!(mac.is_unicast() && remote.endpoint.as_ref() != own.endpoints.get(family), "{mac}");
             }
         }
     }
@@ -118,9 +119,9 @@ fn addresses(number: u8) -> PerFamily<IpAddr> {
 }
 
 fn own_host() -> LocalHost {
-    let mac = Mac([2, 0, 0, 0, 0, OWN_LEASE.1]);
+    let own = PeerEndpoint::Vxlan(Mac([2, 0, 0, 0, 0, OWN_LEASE.1]));
     let subnet = Subnet::from_key(OWN_LEASE.0).expect_ok("a key");
-    LocalHost { subnet, public_ip: addresses(OWN_LEASE.1), vtep: PerFamily { v4: Some(mac), v6: Some(mac) } }
+    LocalHost { subnet, public_ip: addresses(OWN_LEASE.1), endpoints: PerFamily { v4: Some(own), v6: Some(own) } }
 }
 
 fn host_entry((key, number): (&str, u8), revision: i64) -> StoreEntry {

@@ -12,7 +12,8 @@ use crate::endpoint::{EndpointError, Endpoints, ErrorClass};
 use crate::kernel::PortManager;
 use crate::metrics::Metrics;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Device, ExpiryId, NetworkName, api};
+use crate::model::{ExpiryId, NetworkName, api};
+use crate::plan::backend;
 use crate::store::{self, StoreConfig};
 use crate::telemetry::LevelHandle;
 
@@ -147,7 +148,8 @@ impl Backend for AgentBackend {
         let missing =
             || ApiError::new(ErrorKind::NotReady, "the network's configuration is not known yet: see `overlayctl status`");
         let network = status.network.ok_or_else(missing)?;
-        let (port_manager, bridge) = (self.port_manager.clone(), Device::bridge(network.vxlan.vni));
+        let (backend, port_manager) = (backend::of(&network), self.port_manager.clone());
+        let (bridge, tunnel) = (backend.bridge(), backend.tunnel());
         let result = tokio::task::spawn_blocking(move || port_manager.snapshot(bridge)).await;
         let internal = |error: &dyn std::fmt::Display| ApiError::new(ErrorKind::Internal, error);
         let mut snapshot = result.map_err(|error| internal(&error))?.map_err(|error| internal(&error))?;
@@ -163,9 +165,9 @@ impl Backend for AgentBackend {
         }
         Ok(api::NetworkView {
             name: NetworkName::default().to_string(),
-            driver: "vxlan".to_owned(),
-            vni: network.vxlan.vni,
-            port: network.vxlan.port,
+            driver: backend.name().to_owned(),
+            vni: tunnel.and_then(|tunnel| tunnel.vni),
+            port: tunnel.map(|tunnel| tunnel.port),
             mtu: status.data_path.mtu,
             masquerade: self.masquerade,
             ipam: self.endpoints.ipam(&network),

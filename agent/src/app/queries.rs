@@ -2,6 +2,7 @@
 
 use tokio::sync::{mpsc, oneshot};
 
+use crate::model::PeerEndpoint;
 use crate::model::api::{Health, PeerEntry, Peers, Status};
 use crate::network::{NetworkQuery, NetworkStatus, PeerRow, SubnetRow};
 use crate::reconcile::{DataPathReport, PeerState, ReconcilerQuery};
@@ -30,8 +31,8 @@ impl Queries {
 
     /// Every peer in the data path.
     pub async fn peers(&self) -> Option<Peers> {
-        let rows = send_query(&self.network, NetworkQuery::Peers).await?;
-        let keys = rows.iter().map(|row| (row.device, row.remote)).collect();
+        let mut rows = send_query(&self.network, NetworkQuery::Peers).await?;
+        let keys = rows.iter_mut().map(|row| std::mem::take(&mut row.entries)).collect();
         let states = send_query(&self.reconciler, |reply| ReconcilerQuery::Peers(keys, reply)).await?;
         let mut peers: Vec<PeerEntry> = rows.into_iter().zip(states).map(peer_entry).collect();
         peers.sort_by_key(|peer| peer.subnet);
@@ -62,14 +63,14 @@ fn merge_status(network: NetworkStatus, data_path: DataPathReport) -> Status {
 }
 
 fn peer_entry((row, state): (PeerRow, PeerState)) -> PeerEntry {
-    let PeerRow { device, remote, host } = row;
+    let PeerRow { interface, remote, host, entries: _ } = row;
     let PeerState { nexthop_id, state, last_repair } = state;
     PeerEntry {
         subnet: remote.subnet,
         host,
         public_ip: remote.public_ip,
-        vtep: remote.vtep,
-        device: device.name(),
+        vtep: remote.endpoint.and_then(PeerEndpoint::mac),
+        device: interface,
         nexthop_id,
         state,
         last_repair,

@@ -124,6 +124,7 @@ pub fn state_change(cache: &KernelCache, entry: &KernelEntry, present: bool) -> 
                 KernelRouteTarget::Gateway(index, gateway) => {
                     cache.device(index).map_or(RouteTarget::Foreign, |device| RouteTarget::Gateway(device, gateway))
                 }
+                KernelRouteTarget::Via(gateway) => RouteTarget::Via(gateway),
                 KernelRouteTarget::Local(index) => cache.device(index).map_or(RouteTarget::Foreign, RouteTarget::Local),
                 KernelRouteTarget::Other => RouteTarget::Foreign,
             };

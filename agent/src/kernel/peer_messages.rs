@@ -87,6 +87,8 @@ pub enum KernelRouteTarget {
     Nexthop(u32),
     /// An onlink gateway on an interface.
     Gateway(u32, IpAddr),
+    /// A gateway that another route leads to.
+    Via(IpAddr),
     /// This host, on an interface.
     Local(u32),
     /// Any other target.
@@ -129,13 +131,19 @@ pub fn write_set(buffer: &mut Vec<u8>, sequence: u32, index: u32, key: &Key, val
         }
         (
             Key::Route(destination),
-            Value::Route(via @ (RouteTarget::Nexthop(_) | RouteTarget::Gateway(..) | RouteTarget::Local(_))),
+            Value::Route(
+                via @ (RouteTarget::Nexthop(_) | RouteTarget::Gateway(..) | RouteTarget::Via(_) | RouteTarget::Local(_)),
+            ),
         ) => {
             let mut m = Message::begin(buffer, libc::RTM_NEWROUTE, flags, sequence);
             match via {
                 RouteTarget::Gateway(_, gateway) => {
                     put_rtmsg(&mut m, *destination, RT_SCOPE_UNIVERSE, RTN_UNICAST, RTNH_F_ONLINK);
                     m.put_address(RTA_GATEWAY, *gateway).put_u32(RTA_OIF, index);
+                }
+                RouteTarget::Via(gateway) => {
+                    put_rtmsg(&mut m, *destination, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0);
+                    m.put_address(RTA_GATEWAY, *gateway);
                 }
                 RouteTarget::Nexthop(id) => {
                     put_rtmsg(&mut m, *destination, RT_SCOPE_UNIVERSE, RTN_UNICAST, 0);
@@ -363,6 +371,7 @@ fn read_route(body: &[u8]) -> Option<KernelEntry> {
         (None, Some(gateway), Some(index)) if unicast && !multipath && flags & RTNH_F_ONLINK != 0 => {
             KernelRouteTarget::Gateway(index, gateway)
         }
+        (None, Some(gateway), _) if unicast && !multipath => KernelRouteTarget::Via(gateway),
         (None, None, Some(index)) if kind == RTN_LOCAL && !multipath => KernelRouteTarget::Local(index),
         _ => KernelRouteTarget::Other,
     };
@@ -409,6 +418,7 @@ mod tests {
             for (via, hop) in [
                 (RouteTarget::Nexthop(5), KernelRouteTarget::Nexthop(5)),
                 (RouteTarget::Gateway(device, base), KernelRouteTarget::Gateway(7, base)),
+                (RouteTarget::Via(public), KernelRouteTarget::Via(public)),
                 (RouteTarget::Local(device), KernelRouteTarget::Local(7)),
             ] {
                 let mut buffer = Vec::new();

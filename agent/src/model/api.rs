@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::endpoint::{EndpointName, Mode};
 use super::network::FieldError;
-use super::{Backend, Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
+use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
 
 pub use mesh::{Mesh, MeshEntry, PathView, Reachability};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
@@ -189,10 +189,6 @@ impl SubnetEntry {
     /// Converts a stored lease. The caller adds `own` and `refused`.
     pub fn from_record(key: &str, record: &LeaseRecord) -> SubnetEntry {
         let lease = &record.lease;
-        let (vni, vtep) = match &lease.backend {
-            Backend::Vxlan { vni, vtep } => (Some(*vni), *vtep),
-            Backend::Other { .. } => (None, PerFamily::default()),
-        };
         SubnetEntry {
             key: key.to_owned(),
             subnet: Some(record.subnet),
@@ -200,8 +196,8 @@ impl SubnetEntry {
             node_id: lease.node.as_ref().map(|node| node.id.clone()),
             public_ip: lease.public_ip,
             backend: Some(lease.backend.name().to_owned()),
-            vni,
-            vtep,
+            vni: lease.backend.vni(),
+            vtep: lease.backend.endpoints().iter().filter_map(|(family, end)| Some((family, end.mac()?))).collect(),
             expires_in_seconds: None,
             reservation: record.expiry.is_none(),
             own: false,
@@ -244,8 +240,8 @@ pub struct PeerEntry {
     pub host: Option<String>,
     /// The peer's underlay address.
     pub public_ip: IpAddr,
-    /// The MAC of the peer's VXLAN device.
-    pub vtep: Mac,
+    /// The MAC of the peer's VXLAN device; absent with other backends.
+    pub vtep: Option<Mac>,
     /// Our device towards it.
     pub device: String,
     /// The next-hop object's ID; absent with classic routes.

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::lease::Node;
 use super::network::ConfigErrors;
-use super::{ExpiryId, LeaseRecord, Mac, NetworkConfig, PerFamily, RejectedLease, StorePosition, Subnet};
+use super::{BackendData, ExpiryId, LeaseRecord, NetworkConfig, PerFamily, RejectedLease, StorePosition, Subnet};
 
 /// One entry below `<prefix>/subnets/`: the last part of its key, and its decoded value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,8 +62,8 @@ pub struct LeaseRequest {
     pub node: Node,
     /// This host's underlay addresses; one for each family of the network.
     pub public_ip: PerFamily<IpAddr>,
-    /// The MACs of this host's VXLAN devices; one for each family of the network.
-    pub vtep: PerFamily<Mac>,
+    /// What the lease carries for the network's backend.
+    pub backend: BackendData,
     /// The subnet in the state file.
     pub preferred: Option<Subnet>,
 }

@@ -34,15 +34,6 @@ impl Family {
         }
     }
 
-    /// Bytes that VXLAN adds in front of the inner packet: outer IP header (20 or 40), UDP (8), VXLAN (8), inner Ethernet (14).
-    /// RFC 7348 section 5.
-    pub const fn vxlan_overhead(self) -> u32 {
-        match self {
-            Family::V4 => 50,
-            Family::V6 => 70,
-        }
-    }
-
     /// The unspecified address of this family (`0.0.0.0`, `::`).
     pub const fn unspecified(self) -> IpAddr {
         match self {

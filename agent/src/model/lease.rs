@@ -1,39 +1,13 @@
 //! A lease in etcd: the holder of a subnet, and how to reach it.
 
+pub mod fields;
+
 use std::fmt;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cidr, Mac, PerFamily, Subnet, Vni};
-
-/// How a host's subnet is reached.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
-pub enum Backend {
-    /// By VXLAN: one tunnel endpoint MAC per overlay family.
-    Vxlan {
-        /// The VNI that the host uses.
-        vni: Vni,
-        /// The VTEP's MAC in each family's device.
-        vtep: PerFamily<Mac>,
-    },
-    /// By a backend that this agent does not support. Such a peer is listed but excluded from the data path.
-    Other {
-        /// The `BackendType` of the lease.
-        name: String,
-    },
-}
-
-impl Backend {
-    /// The `BackendType` in etcd.
-    pub fn name(&self) -> &str {
-        match self {
-            Backend::Vxlan { .. } => "vxlan",
-            Backend::Other { name } => name,
-        }
-    }
-}
+use super::{BackendData, Cidr, Mac, PerFamily, Subnet, Vni};
 
 /// The host that wrote a lease. This is our extension, which flannel ignores; a lease without it belongs to a flannel host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,7 +24,7 @@ pub struct Lease {
     /// The host's underlay addresses, by overlay family: the IPv4 overlay runs over the IPv4 underlay, IPv6 over IPv6.
     pub public_ip: PerFamily<IpAddr>,
     /// How the host is reached.
-    pub backend: Backend,
+    pub backend: BackendData,
     /// The host that wrote it.
     pub node: Option<Node>,
 }
@@ -196,7 +170,7 @@ pub enum RejectReason {
         ours: Vni,
     },
     /// The host uses another backend.
-    #[error("its backend is `{name}`, only vxlan is supported")]
+    #[error("its backend is `{name}`, which is not the network's")]
     OtherBackend {
         /// The `BackendType`.
         name: String,

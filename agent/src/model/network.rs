@@ -2,6 +2,7 @@
 //!
 //! Source of the rules: `docs/wire.md`. Keys are matched case-insensitively, like Go does.
 
+mod fields;
 mod pool;
 
 use std::net::IpAddr;
@@ -11,9 +12,10 @@ use serde_json::{Map, Value};
 
 use super::device::MAX_BRIDGE_PORTS;
 use super::family::address_value;
-use super::lease::printable;
-use super::{Cidr, Family, PerFamily, Subnet, Vni};
+use super::{BackendConfig, Cidr, Family, PerFamily, Subnet};
 
+pub(in crate::model) use fields::FieldReader;
+use fields::field_error;
 pub use pool::Pool;
 
 /// The configured network.
@@ -21,23 +23,10 @@ pub use pool::Pool;
 pub struct NetworkConfig {
     /// The pool of each enabled family.
     pub pools: PerFamily<Pool>,
-    /// VXLAN settings.
-    pub vxlan: VxlanConfig,
+    /// The backend.
+    #[serde(flatten)]
+    pub backend: BackendConfig,
 }
-
-/// Settings of the VXLAN backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VxlanConfig {
-    /// The VXLAN network identifier; default 1.
-    pub vni: Vni,
-    /// The UDP destination port; default 8472.
-    pub port: u16,
-    /// The underlay's MTU in bytes; default: the external interface's MTU.
-    pub mtu: Option<u32>,
-}
-
-/// flannel's default VXLAN port. It is Linux's default from before RFC 7348, which assigns 4789.
-pub const DEFAULT_PORT: u16 = 8472;
 
 /// IPv6's minimum MTU in bytes (RFC 8200, section 5). Below it the kernel disables IPv6 on an interface.
 pub const IPV6_MIN_MTU: u32 = 1280;
@@ -116,17 +105,13 @@ impl NetworkConfig {
         if reader.boolean("EnableNFTables").is_some() {
             reader.warn("EnableNFTables", "has no effect: nftables is always used");
         }
-        let vxlan = reader.vxlan();
+        let backend = reader.backend();
         let (errors, warnings) = reader.finish();
-        match (errors.is_empty(), vxlan) {
-            (true, Some(vxlan)) => Ok(ParsedConfig { config: NetworkConfig { pools, vxlan }, warnings }),
+        match (errors.is_empty(), backend) {
+            (true, Some(backend)) => Ok(ParsedConfig { config: NetworkConfig { pools, backend }, warnings }),
             _ => Err(ConfigErrors(errors)),
         }
     }
-}
-
-fn field_error(field: &str, value: &str, rule: &str) -> FieldError {
-    FieldError { field: field.to_owned(), value: printable(value), rule: rule.to_owned() }
 }
 
 /// The raw fields of one family.
@@ -161,68 +146,7 @@ impl Family {
     }
 }
 
-/// Takes known fields out of a JSON object; the remaining fields are unknown.
-struct FieldReader {
-    path: String,
-    fields: Map<String, Value>,
-    errors: Vec<FieldError>,
-    warnings: Vec<FieldError>,
-}
-
 impl FieldReader {
-    fn new(path: &str, fields: Map<String, Value>) -> FieldReader {
-        FieldReader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
-    }
-
-    /// Takes a field by case-insensitive name. Of several spellings the last one wins, as in Go. `null` counts as absent.
-    fn take_field(&mut self, name: &str) -> Option<Value> {
-        let spellings: Vec<String> = self.fields.keys().filter(|k| k.eq_ignore_ascii_case(name)).cloned().collect();
-        let mut found = None;
-        for key in spellings {
-            found = self.fields.remove(&key);
-        }
-        found.filter(|value| !value.is_null())
-    }
-
-    fn fail(&mut self, name: &str, value: &str, rule: &str) {
-        self.errors.push(field_error(&format!("{}{name}", self.path), value, rule));
-    }
-
-    fn warn(&mut self, name: &str, rule: &str) {
-        self.warnings.push(field_error(&format!("{}{name}", self.path), "", rule));
-    }
-
-    fn boolean(&mut self, name: &str) -> Option<bool> {
-        match self.take_field(name)? {
-            Value::Bool(value) => Some(value),
-            other => {
-                self.fail(name, &other.to_string(), "is neither true nor false");
-                None
-            }
-        }
-    }
-
-    fn number(&mut self, name: &str, min: u64, max: u64) -> Option<u64> {
-        let value = self.take_field(name)?;
-        match value.as_u64() {
-            Some(number) if (min..=max).contains(&number) => Some(number),
-            _ => {
-                self.fail(name, &value.to_string(), &format!("is not a whole number from {min} to {max}"));
-                None
-            }
-        }
-    }
-
-    fn string(&mut self, name: &str) -> Option<String> {
-        match self.take_field(name)? {
-            Value::String(text) => Some(text),
-            other => {
-                self.fail(name, &other.to_string(), "is not a string");
-                None
-            }
-        }
-    }
-
     fn family(&mut self, family: Family) -> FamilyFields {
         let enabled = match family {
             Family::V4 => self.boolean("EnableIPv4").unwrap_or(true),
@@ -346,58 +270,22 @@ impl FieldReader {
         None
     }
 
-    fn vxlan(&mut self) -> Option<VxlanConfig> {
-        let defaults = VxlanConfig { vni: Vni::DEFAULT, port: DEFAULT_PORT, mtu: None };
+    fn backend(&mut self) -> Option<BackendConfig> {
         let fields = match self.take_field("Backend") {
-            None => return Some(defaults),
+            None => Map::new(),
             Some(Value::Object(fields)) => fields,
             Some(other) => {
                 self.fail("Backend", &other.to_string(), "is not a JSON object");
                 return None;
             }
         };
-        let mut backend = FieldReader::new("Backend.", fields);
-        let kind = backend.string("Type").unwrap_or_else(|| "vxlan".to_owned());
-        if kind != "vxlan" {
-            backend.fail("Type", &kind, "is not supported: only vxlan is");
-        }
-        // As in flannel, 0 means the default.
-        let vni = backend.number("VNI", 0, (1 << 24) - 1).filter(|v| *v != 0);
-        let port = backend.number("Port", 0, u64::from(u16::MAX)).filter(|p| *p != 0);
-        let mtu = backend.number("MTU", 0, 65_535).filter(|m| *m != 0);
-        if let Some(mtu) = mtu.filter(|m| *m < 1350) {
-            // IPV6_MIN_MTU plus the VXLAN overhead over IPv6.
-            backend.fail("MTU", &mtu.to_string(), "is below 1350 bytes: IPv6 needs 1280, and VXLAN takes up to 70");
-        }
-        for (name, why) in [
-            ("GBP", "is not supported: group policy tags are not set"),
-            ("Learning", "is not supported: forwarding entries come from leases only"),
-            ("DirectRouting", "is not supported: all peers are reached by VXLAN, which also works on a shared link"),
-        ] {
-            if backend.boolean(name) == Some(true) {
-                backend.warn(name, why);
-            }
-        }
-        let (errors, warnings) = backend.finish();
-        let good = errors.is_empty();
+        let mut reader = FieldReader::new("Backend.", fields);
+        let backend = BackendConfig::parse(&mut reader);
+        let (errors, warnings) = reader.finish();
+        let valid = errors.is_empty();
         self.errors.extend(errors);
         self.warnings.extend(warnings);
-        good.then(|| VxlanConfig {
-            vni: vni.and_then(|v| u32::try_from(v).ok()).and_then(|v| Vni::try_from(v).ok()).unwrap_or(defaults.vni),
-            port: port.and_then(|p| u16::try_from(p).ok()).unwrap_or(defaults.port),
-            mtu: mtu.and_then(|m| u32::try_from(m).ok()),
-        })
-    }
-
-    fn finish(mut self) -> (Vec<FieldError>, Vec<FieldError>) {
-        for (name, value) in std::mem::take(&mut self.fields) {
-            self.warnings.push(field_error(
-                &format!("{}{}", self.path, printable(&name)),
-                &value.to_string(),
-                "is an unknown field, ignored",
-            ));
-        }
-        (self.errors, self.warnings)
+        valid.then_some(backend)
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cidr, Mac, PerFamily};
+use super::{Cidr, PeerEndpoint, PerFamily};
 
 /// How one family of a peer's subnet is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,13 +13,13 @@ pub struct RemoteSubnet {
     pub subnet: Cidr,
     /// The peer's underlay address.
     pub public_ip: IpAddr,
-    /// The MAC of the peer's VXLAN device.
-    pub vtep: Mac,
+    /// What packets to it need besides that address; `None` if nothing.
+    pub endpoint: Option<PeerEndpoint>,
 }
 
 /// A peer whose lease has passed every check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Peer {
-    /// The peer's subnet and its tunnel endpoint, per family.
+    /// The peer's subnet and how it is reached, per family.
     pub remote_subnets: PerFamily<RemoteSubnet>,
 }

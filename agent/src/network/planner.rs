@@ -6,7 +6,8 @@ use std::time::Instant;
 use super::{Dirty, Network, NetworkStateStore};
 use crate::metrics::Metrics;
 use crate::model::event::OwnLease;
-use crate::model::{Device, Family, Mac, NetworkConfig, NetworkName, Peer, PerFamily, RejectedLease};
+use crate::model::{BackendData, Device, Family, Mac, NetworkConfig, NetworkName, Peer, RejectedLease};
+use crate::plan::backend;
 use crate::plan::bulk::{is_bulk, merge};
 use crate::plan::contribution::{Contribution, EntryChange};
 use crate::plan::desired::HostSpec;
@@ -103,7 +104,8 @@ impl Planner {
     }
 
     fn replan_all(&mut self, host: HostSpec, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
-        self.local_host = Some(LocalHost { subnet: host.subnet, public_ip: host.underlay.public_ip, vtep: host.vtep });
+        self.local_host =
+            Some(LocalHost { subnet: host.subnet, public_ip: host.underlay.public_ip, endpoints: host.backend_data.endpoints() });
         self.peers.clear();
         let rejected_before = std::mem::take(&mut self.rejected);
         let mut entries: Vec<(Key, Value)> = host.entries().into_iter().collect();
@@ -214,11 +216,11 @@ impl<M: NetworkStateStore> Network<M> {
             network.pools.get(Family::of(*address)).is_some_and(|pool| pool.covers_address(*address))
         };
         let reserved = required.filter(leasable).collect();
-        let vtep = self.vtep(&network);
-        let bridge_mac = self.device_mac(Device::bridge(network.vxlan.vni));
+        let backend_data = self.lease_data(&network);
+        let bridge_mac = self.device_mac(backend::of(&network).bridge());
         Some(HostSpec {
             subnet,
-            vtep,
+            backend_data,
             bridge_mac,
             masquerade: self.settings.masquerade,
             tx_checksum: self.settings.tx_checksum,
@@ -230,10 +232,9 @@ impl<M: NetworkStateStore> Network<M> {
         })
     }
 
-    /// The MACs of the VXLAN devices.
-    pub(super) fn vtep(&mut self, network: &NetworkConfig) -> PerFamily<Mac> {
-        let families: Vec<Family> = network.families().collect();
-        families.into_iter().map(|family| (family, self.device_mac(Device::vxlan(family, network.vxlan.vni)))).collect()
+    /// What this host's lease carries.
+    pub(super) fn lease_data(&mut self, network: &NetworkConfig) -> BackendData {
+        backend::of(network).lease_data(network, &mut |device| self.device_mac(device))
     }
 
     fn device_mac(&mut self, device: Device) -> Mac {

@@ -5,6 +5,7 @@ use crate::model::api::{DataPathStatus, Health, LeaseStatus, Status, StoreStatus
 use crate::model::event::{Connection, OwnLease};
 use crate::model::network::IPV6_MIN_MTU;
 use crate::model::{Device, Family, StorePosition};
+use crate::plan::Key;
 use crate::plan::desired::HostSpec;
 
 /// Maximum number of rejected leases that the status lists; the count is complete.
@@ -137,14 +138,17 @@ impl<M: NetworkStateStore> Network<M> {
     fn peers(&self) -> Vec<PeerRow> {
         let mut rows = Vec::new();
         let Some(host) = &self.planner.host else { return rows };
+        let (backend, mut entries) = (host.backend(), Vec::new());
         for (key, peer) in &self.planner.peers {
             let name = match self.store.leases.get(key) {
                 Some(Ok(record)) => record.lease.node.as_ref().map(|node| node.name.clone()),
                 _ => None,
             };
             for (family, remote) in peer.remote_subnets.iter() {
-                let device = Device::vxlan(family, host.network.vxlan.vni);
-                rows.push(PeerRow { device, remote: *remote, host: name.clone() });
+                let interface = backend.device(family).map_or_else(|| host.underlay.name.clone(), Device::name);
+                backend.peer_entries(host, family, remote, &mut entries);
+                let keys = entries.drain(..).map(|(key, _)| key).filter(|key| !matches!(key, Key::Element(_)));
+                rows.push(PeerRow { interface, remote: *remote, host: name.clone(), entries: keys.collect() });
             }
         }
         rows

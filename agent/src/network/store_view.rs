@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::Dirty;
-use crate::model::NetworkConfig;
 use crate::model::event::{Connection, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
+use crate::model::{NetworkConfig, Vni};
+use crate::plan::backend;
 use crate::plan::lease_table::LeaseTable;
 
 /// State of the store.
@@ -76,12 +77,9 @@ impl StoreView {
                 self.config_errors = None;
                 if self.config.as_ref() != Some(&config) {
                     let ranges = config.pools.iter().map(|(_, pool)| pool.network.to_string()).collect::<Vec<_>>().join(" ");
-                    tracing::info!(
-                        network = ranges,
-                        vni = config.vxlan.vni.get(),
-                        port = config.vxlan.port,
-                        "network configured"
-                    );
+                    let tunnel = backend::of(&config).tunnel();
+                    let (vni, port) = (tunnel.and_then(|tunnel| tunnel.vni).map(Vni::get), tunnel.map(|tunnel| tunnel.port));
+                    tracing::info!(network = ranges, vni, port, "network configured");
                     self.config = Some(config);
                     self.config_changed = true;
                     dirty.host = true;

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::{Network, NetworkStateStore};
 use crate::model::network::Pool;
-use crate::model::{Device, Family, NetworkConfig, PerFamily};
-use crate::plan::LinkKind;
+use crate::model::{Family, NetworkConfig, PerFamily};
+use crate::plan::backend;
 use crate::plan::contribution::HostView;
 use crate::plan::underlay::{CurrentUnderlay, SelectionReason, Underlay, UnderlayChoice, ipv6_remedy};
 
@@ -82,7 +82,7 @@ impl<M: NetworkStateStore> Network<M> {
         self.dirty.host = true;
     }
 
-    /// The underlay in use, or that of an earlier run: read from its VXLAN devices, else from the last published addresses (after
+    /// The underlay in use, or that of an earlier run: read from its devices, else from the last published addresses (after
     /// a reboot).
     fn current_underlay(&self, network: &NetworkConfig, view: &HostView) -> CurrentUnderlay {
         if let Some(underlay) = &self.underlay.selected {
@@ -91,14 +91,12 @@ impl<M: NetworkStateStore> Network<M> {
         let published = self.state_store.published_addresses();
         let mut in_use = CurrentUnderlay::default();
         for family in network.families() {
-            let existing_vxlan = match view.devices.get(&Device::vxlan(family, network.vxlan.vni)).map(|link| &link.kind) {
-                Some(LinkKind::Vxlan(vxlan)) => Some(vxlan),
-                _ => None,
-            };
-            in_use.link = in_use.link.or(existing_vxlan.map(|vxlan| vxlan.underlay));
+            let device = backend::of(network).device(family).and_then(|device| view.devices.get(&device));
+            let (link, local) = device.and_then(|link| link.kind.underlay()).unzip();
+            in_use.link = in_use.link.or(link);
             // Behind NAT the published address is not the source.
             let published = published.get(family).filter(|_| self.settings.selection.public_ip.get(family).is_none());
-            *in_use.local.slot(family) = existing_vxlan.map(|vxlan| vxlan.local);
+            *in_use.local.slot(family) = local;
             *in_use.published.slot(family) = published.copied();
         }
         in_use

@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
-use super::ruleset::{Element, InetTableSpec, PeerPair};
+use super::backend::{self, Backend};
+use super::ruleset::{Element, InetTableSpec};
 use super::shared::SharedSpec;
-use super::state::{Key, LinkKind, LinkState, RouteTarget, State, Value, Vxlan};
+use super::state::{Key, LinkKind, LinkState, State, Value};
 use super::underlay::Underlay;
-use crate::model::peer::RemoteSubnet;
-use crate::model::{Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, PublishedPort, Role, Subnet};
+use crate::model::{BackendData, Endpoint, Family, Mac, NetworkConfig, Peer, Port, PublishedPort, Subnet};
 
 /// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
 /// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it
@@ -29,8 +29,8 @@ pub struct HostSpec {
     pub subnet: Subnet,
     /// The external interface.
     pub underlay: Underlay,
-    /// The MACs of the VXLAN devices.
-    pub vtep: PerFamily<Mac>,
+    /// What this host's lease carries.
+    pub backend_data: BackendData,
     /// The MAC of the bridge.
     pub bridge_mac: Mac,
     /// Whether packets that leave the overlay are masqueraded with the host's address.
@@ -56,18 +56,24 @@ impl HostSpec {
         self.network == other.network
             && self.subnet == other.subnet
             && self.underlay.public_ip == other.underlay.public_ip
-            && self.vtep == other.vtep
+            && self.backend_data == other.backend_data
             && self.masquerade == other.masquerade
     }
 
-    /// MTU of a family's VXLAN device in bytes: the underlay's MTU minus the encapsulation.
-    pub fn vxlan_mtu(&self, family: Family) -> u32 {
-        self.network.vxlan.mtu.unwrap_or(self.underlay.mtu).saturating_sub(family.vxlan_overhead())
+    /// The network's backend.
+    pub fn backend(&self) -> &dyn Backend {
+        backend::of(&self.network)
+    }
+
+    /// MTU of a family's packets in bytes: the underlay's MTU minus the encapsulation.
+    pub fn family_mtu(&self, family: Family) -> u32 {
+        let backend = self.backend();
+        backend.underlay_mtu().unwrap_or(self.underlay.mtu).saturating_sub(backend.overhead(family))
     }
 
     /// MTU of the bridge and the containers in bytes: the minimum over the families, since one interface carries all of them.
     pub fn mtu(&self) -> u32 {
-        self.families().map(|family| self.vxlan_mtu(family)).min().unwrap_or(self.underlay.mtu)
+        self.families().map(|family| self.family_mtu(family)).min().unwrap_or(self.underlay.mtu)
     }
 
     /// Inputs of the entries that this network shares with others in its network namespace.
@@ -77,7 +83,7 @@ impl HostSpec {
             external: self.underlay.index,
             // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter.
             forwarded: self.network.pools.map(|_, pool| pool.span()),
-            bridge: Device::bridge(self.network.vxlan.vni),
+            bridge: self.backend().bridge(),
             inet: InetTableSpec {
                 network: self.network.clone(),
                 subnet: self.subnet,
@@ -90,32 +96,17 @@ impl HostSpec {
 
     /// The entries that belong to this network alone and do not depend on peers.
     pub fn entries(&self) -> State {
-        let vni = self.network.vxlan.vni;
-        let bridge = Device::bridge(vni);
+        let backend = self.backend();
+        let bridge = backend.bridge();
         let mut state = State::new();
         for family in self.families() {
-            let device = Device::vxlan(family, vni);
-            if let (Some(local), Some(mac)) = (self.underlay.local.get(family), self.vtep.get(family)) {
-                let vxlan = Vxlan {
-                    vni,
-                    port: self.network.vxlan.port,
-                    local: *local,
-                    underlay: self.underlay.index,
-                    learning: false,
-                    tx_checksum: self.tx_checksum,
-                };
-                let link = LinkState {
-                    kind: LinkKind::Vxlan(vxlan),
-                    mac: Some(*mac),
-                    mtu: self.vxlan_mtu(family),
-                    up: true,
-                    master: None,
-                    hairpin: false,
-                };
+            let device = backend.device(family);
+            if let (Some(device), Some(link)) = (device, backend.link(self, family)) {
                 state.insert(Key::Link(device.name().into()), Value::Link(Box::new(link)));
             }
             if let Some(subnet) = self.subnet.get(family) {
-                state.insert(Key::Address(device, IpNetwork::from(subnet.base())), Value::Address);
+                // The host's own address in the overlay.
+                state.insert(Key::Address(device.unwrap_or(bridge), IpNetwork::from(subnet.base())), Value::Address);
                 if let Some(gateway) = subnet.nth(1).and_then(|a| IpNetwork::new(a, subnet.length()).ok()) {
                     state.insert(Key::Address(bridge, gateway), Value::Address);
                 }
@@ -130,7 +121,8 @@ impl HostSpec {
                     }
                 }
             }
-            for (path, value) in [bridge, device].into_iter().flat_map(|device| sysctls::device_settings(device, family)) {
+            let devices = [Some(bridge), device].into_iter().flatten();
+            for (path, value) in devices.flat_map(|device| sysctls::device_settings(device, family)) {
                 sysctls::insert(&mut state, path, value);
             }
         }
@@ -142,7 +134,7 @@ impl HostSpec {
         }
         // Our devices accept no router advertisements, neither from a container nor through the tunnel. This also applies to a
         // network without IPv6, because the host may have IPv6.
-        for device in self.families().map(|family| Device::vxlan(family, vni)).chain([bridge]) {
+        for device in self.families().filter_map(|family| backend.device(family)).chain([bridge]) {
             sysctls::insert(&mut state, sysctls::interface_path(&device.name(), Family::V6, "accept_ra"), "0");
         }
         let mac = Some(self.bridge_mac);
@@ -160,7 +152,7 @@ impl HostSpec {
 
     /// The entries of an endpoint with a port on the bridge.
     fn port_entries<'a>(&self, endpoint: &'a Endpoint) -> impl Iterator<Item = (Key, Value)> + use<'a> {
-        let bridge = Device::bridge(self.network.vxlan.vni);
+        let bridge = self.backend().bridge();
         let mtu = self.mtu();
         endpoint.port.iter().flat_map(move |port| {
             // With br_netfilter, DNAT happens in the bridge: a packet from an endpoint to its own published port returns through
@@ -190,11 +182,12 @@ impl HostSpec {
 
     /// Whether both are equal except for their ports.
     fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
-        let HostSpec { network, subnet, underlay, vtep, bridge_mac, masquerade, tx_checksum, docker, ports: _, reserved } = self;
+        let HostSpec { network, subnet, underlay, backend_data, bridge_mac, masquerade, tx_checksum, docker, ports: _, reserved } =
+            self;
         *network == other.network
             && *subnet == other.subnet
             && *underlay == other.underlay
-            && *vtep == other.vtep
+            && *backend_data == other.backend_data
             && *bridge_mac == other.bridge_mac
             && *masquerade == other.masquerade
             && *tx_checksum == other.tx_checksum
@@ -207,27 +200,14 @@ impl HostSpec {
         self.ports.iter().any(|endpoint| !endpoint.published.is_empty())
     }
 
-    /// The source addresses that a peer may use in the tunnel: its subnet, and without masquerade also its host address, for its
-    /// replies to containers.
-    fn tunnel_elements(&self, family: Family, remote: &RemoteSubnet) -> impl Iterator<Item = Element> {
-        let RemoteSubnet { subnet, public_ip, .. } = *remote;
-        let has_pool_length = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
-        let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| has_pool_length);
-        let source = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
-        [Some(source), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
-    }
-
-    /// The entries of a peer: five per family, or four with classic routes.
+    /// The entries of a peer in each family; with VXLAN four, and five with next-hop objects.
     pub fn peer_entries(&self, peer: &Peer) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
+        let backend = self.backend();
         for family in self.families() {
-            let Some(remote) = peer.remote_subnets.get(family) else { continue };
-            let device = Device { role: Role::Vxlan(family), vni: self.network.vxlan.vni };
-            let gateway = remote.subnet.base();
-            entries.extend(self.tunnel_elements(family, remote).map(|element| (Key::Element(element), Value::Element(None))));
-            entries.push((Key::Fdb(device, remote.vtep), Value::Fdb(remote.public_ip)));
-            entries.push((Key::Neigh(device, gateway), Value::Neigh(remote.vtep)));
-            entries.push((Key::Route(remote.subnet), Value::Route(RouteTarget::Gateway(device, gateway))));
+            if let Some(remote) = peer.remote_subnets.get(family) {
+                backend.peer_entries(self, family, remote, &mut entries);
+            }
         }
         entries
     }

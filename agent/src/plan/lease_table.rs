@@ -1,7 +1,7 @@
 //! Table of all leases in the store, and their classification. Indexes make one change independent of the number of leases.
 //!
 //! A lease is rejected if it is invalid by itself (outside the network, another backend), if it conflicts with this host (subnet,
-//! address or MAC), or if it conflicts with a lease that ranks before it. Leases that the network's pools could allocate rank
+//! address or endpoint), or if it conflicts with a lease that ranks before it. Leases that the network's pools could allocate rank
 //! before others; then older ones rank before younger ones. A rejected lease keeps its rank, so that a classification depends on
 //! directly conflicting leases only, never on a chain of them.
 
@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::backend;
 use crate::model::event::StoreEntry;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{
-    Backend, Cidr, Family, LeaseRecord, Mac, NetworkConfig, Peer, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet,
+    Cidr, Family, LeaseRecord, NetworkConfig, Peer, PeerEndpoint, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet,
 };
 
 /// The part of a lease's key after `<prefix>/subnets/`.
@@ -25,8 +26,8 @@ pub struct LocalHost {
     pub subnet: Subnet,
     /// Its underlay addresses.
     pub public_ip: PerFamily<IpAddr>,
-    /// The MACs of its VXLAN devices.
-    pub vtep: PerFamily<Mac>,
+    /// Its endpoints.
+    pub endpoints: PerFamily<PeerEndpoint>,
 }
 
 /// Classification of a lease from this host's view.
@@ -47,12 +48,12 @@ pub struct LeaseTable {
     by_cidr: BTreeMap<Cidr, Owners>,
     /// Number of ranges of each prefix length. Usually all have the same, and no lookup of shorter ones is needed.
     prefix_lengths: BTreeMap<(Family, u8), usize>,
-    by_mac: HashMap<(Family, Mac), Owners>,
-    /// Whether two leases may share an address or a MAC. Usually none do, and then classification skips the search for conflicts.
+    by_endpoint: HashMap<(Family, PeerEndpoint), Owners>,
+    /// Whether two leases may share an address or an endpoint. Usually none do, and then classification skips the search for conflicts.
     has_conflicts: bool,
 }
 
-/// Sorted keys of the leases of one range or one MAC. Usually there is one, which needs no allocation.
+/// Sorted keys of the leases of one range or one endpoint. Usually there is one, which needs no allocation.
 #[derive(Debug)]
 enum Owners {
     One(LeaseKey),
@@ -142,17 +143,17 @@ impl LeaseTable {
     /// Fills an empty table. It builds each index in bulk, in a quarter of the time of inserting lease by lease.
     fn fill(&mut self, snapshot: Vec<StoreEntry>) {
         self.entries = snapshot.into_iter().map(|entry| (entry.key.into(), entry.value)).collect();
-        self.by_mac.reserve(self.entries.len());
+        self.by_endpoint.reserve(self.entries.len());
         let mut ranges: Vec<(Cidr, &LeaseKey)> = Vec::with_capacity(self.entries.len());
         for (key, value) in &self.entries {
             let Ok(record) = value else { continue };
             ranges.extend(record.subnet.iter().map(|(_, cidr)| (cidr, key)));
-            for mac in macs(record) {
+            for endpoint in endpoints(record) {
                 let add_owner = |keys: &mut Owners| {
                     keys.insert(key);
                     self.has_conflicts = true;
                 };
-                self.by_mac.entry(mac).and_modify(add_owner).or_insert_with(|| Owners::One(key.clone()));
+                self.by_endpoint.entry(endpoint).and_modify(add_owner).or_insert_with(|| Owners::One(key.clone()));
             }
         }
         ranges.sort_unstable();
@@ -196,8 +197,8 @@ impl LeaseTable {
                     Owners::One(key.clone())
                 });
             }
-            for mac in macs(record) {
-                self.by_mac.entry(mac).and_modify(|keys| keys.insert(&key)).or_insert_with(|| Owners::One(key.clone()));
+            for endpoint in endpoints(record) {
+                self.by_endpoint.entry(endpoint).and_modify(|keys| keys.insert(&key)).or_insert_with(|| Owners::One(key.clone()));
             }
             let candidates = self.conflict_candidates(record);
             self.has_conflicts |= candidates.iter().any(|other| *other != key);
@@ -219,11 +220,11 @@ impl LeaseTable {
             for (_, cidr) in record.subnet.iter() {
                 self.remove_range(cidr, &key);
             }
-            for mac in macs(record) {
-                if let Some(keys) = self.by_mac.get_mut(&mac) {
+            for endpoint in endpoints(record) {
+                if let Some(keys) = self.by_endpoint.get_mut(&endpoint) {
                     keys.remove(&key);
                     if keys.is_empty() {
-                        self.by_mac.remove(&mac);
+                        self.by_endpoint.remove(&endpoint);
                     }
                 }
             }
@@ -315,26 +316,26 @@ impl LeaseTable {
                 return Some(RejectReason::Overlap { other: other.to_string() });
             }
         }
-        macs(record).find_map(|(family, mac)| {
-            let other = self.by_mac.get(&(family, mac))?.iter().find(|other| {
-                // Two leases of one host (one of them stale) have the same address for the MAC, which is no conflict.
+        endpoints(record).find_map(|(family, endpoint)| {
+            let other = self.by_endpoint.get(&(family, endpoint))?.iter().find(|other| {
+                // Two leases of one host (one of them stale) have the same address for the endpoint, which is no conflict.
                 let same_host = self.entries.get(*other).is_some_and(|value| {
                     value.as_ref().is_ok_and(|o| o.lease.public_ip.get(family) == record.lease.public_ip.get(family))
                 });
                 !same_host && precedes(other)
             })?;
-            Some(RejectReason::DuplicateMac { mac, other: other.to_string() })
+            Some(endpoint.conflict(Some(other.to_string())))
         })
     }
 
-    /// The leases that share an address or a MAC with a record.
+    /// The leases that share an address or an endpoint with a record.
     fn conflict_candidates(&self, record: &LeaseRecord) -> BTreeSet<LeaseKey> {
         let mut keys = BTreeSet::new();
         for (_, cidr) in record.subnet.iter() {
             keys.extend(self.overlapping(cidr));
         }
-        for mac in macs(record) {
-            keys.extend(self.by_mac.get(&mac).into_iter().flat_map(Owners::iter).cloned());
+        for endpoint in endpoints(record) {
+            keys.extend(self.by_endpoint.get(&endpoint).into_iter().flat_map(Owners::iter).cloned());
         }
         keys
     }
@@ -380,23 +381,15 @@ fn rank(record: &LeaseRecord, network: &NetworkConfig) -> (bool, StorePosition) 
     (!is_in_pools, record.created)
 }
 
-fn macs(record: &LeaseRecord) -> impl Iterator<Item = (Family, Mac)> + '_ {
-    let vtep = match &record.lease.backend {
-        Backend::Vxlan { vtep, .. } => Some(vtep),
-        Backend::Other { .. } => None,
-    };
-    vtep.into_iter().flat_map(|vtep| vtep.iter().map(|(family, mac)| (family, *mac)))
+fn endpoints(record: &LeaseRecord) -> impl Iterator<Item = (Family, PeerEndpoint)> {
+    let endpoints = record.lease.backend.endpoints();
+    Family::ALL.into_iter().filter_map(move |family| Some((family, *endpoints.get(family)?)))
 }
 
 /// Checks a record without regard to other leases.
 fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&LocalHost>) -> Result<Peer, RejectReason> {
-    let (vni, vtep) = match &record.lease.backend {
-        Backend::Vxlan { vni, vtep } => (*vni, vtep),
-        Backend::Other { name } => return Err(RejectReason::OtherBackend { name: name.clone() }),
-    };
-    if vni != network.vxlan.vni {
-        return Err(RejectReason::OtherVni { theirs: vni, ours: network.vxlan.vni });
-    }
+    backend::of(network).check_lease(record)?;
+    let endpoints = record.lease.backend.endpoints();
     let mut remote_subnets = PerFamily::default();
     for (family, subnet) in record.subnet.iter() {
         let Some(pool) = network.pools.get(family) else { continue };
@@ -407,19 +400,19 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
         if subnet.length() < pool.network.length() + 2 {
             return Err(RejectReason::TooWide { subnet, network: pool.network });
         }
-        let missing = |field: &str| RejectReason::Field {
-            field: field.to_owned(),
+        let missing = || RejectReason::Field {
+            field: "PublicIP".to_owned(),
             value: "null".to_owned(),
             rule: format!("needed for {subnet}"),
         };
-        let public_ip = *record.lease.public_ip.get(family).ok_or_else(|| missing("PublicIP"))?;
-        let vtep = *vtep.get(family).ok_or_else(|| missing("VtepMAC"))?;
+        let public_ip = *record.lease.public_ip.get(family).ok_or_else(missing)?;
+        let endpoint = endpoints.get(family).copied();
         if let Some(own) = own {
             if own.public_ip.get(family) == Some(&public_ip) {
                 return Err(RejectReason::OwnAddress { address: public_ip });
             }
-            if own.vtep.get(family) == Some(&vtep) {
-                return Err(RejectReason::OwnMac { mac: vtep });
+            if let Some(endpoint) = endpoint.filter(|endpoint| own.endpoints.get(family) == Some(endpoint)) {
+                return Err(endpoint.conflict(None));
             }
         }
         if pool.covers_address(public_ip) || subnet.contains(public_ip) {
@@ -434,7 +427,7 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
                 ),
             });
         }
-        *remote_subnets.slot(family) = Some(RemoteSubnet { subnet, public_ip, vtep });
+        *remote_subnets.slot(family) = Some(RemoteSubnet { subnet, public_ip, endpoint });
     }
     if let Some(own) = own
         && own.subnet.overlaps(&record.subnet)

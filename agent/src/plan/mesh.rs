@@ -261,7 +261,7 @@ mod tests {
             subnet: format!("10.244.{number}.0/24").parse().expect("cidr"),
             host: Some(format!("h{number}")),
             public_ip: format!("192.0.2.{number}").parse().expect("ip"),
-            vtep: crate::model::Mac([2, 0, 0, 0, 0, number]),
+            vtep: Some(crate::model::Mac([2, 0, 0, 0, 0, number])),
             device: "ovx.1".to_owned(),
             nexthop_id: None,
             state: "programmed".to_owned(),

@@ -94,6 +94,8 @@ pub enum RouteTarget {
     Nexthop(u32),
     /// A gateway on link at our device (kernel without next-hop objects).
     Gateway(Device, IpAddr),
+    /// A gateway that the host's other routes lead to: a peer on the same link.
+    Via(IpAddr),
     /// This host, for packets received on our device.
     Local(Device),
     /// A foreign route to the same destination. Only in actual state.
@@ -133,6 +135,16 @@ pub enum LinkKind {
         /// The kernel's name of the kind: `vxlan`, `dummy`; empty for hardware.
         kind: String,
     },
+}
+
+impl LinkKind {
+    /// Index and source address of the underlay that the link sends by; `None` if it has none.
+    pub fn underlay(&self) -> Option<(u32, IpAddr)> {
+        match self {
+            LinkKind::Vxlan(vxlan) => Some((vxlan.underlay, vxlan.local)),
+            LinkKind::Bridge | LinkKind::Port | LinkKind::Foreign { .. } => None,
+        }
+    }
 }
 
 /// Settings of a VXLAN device.
@@ -310,6 +322,7 @@ impl fmt::Display for Value {
             Value::Nexthop { device, gateway } => write!(f, "via {gateway} dev {device}"),
             Value::Route(RouteTarget::Nexthop(id)) => write!(f, "nhid {id}"),
             Value::Route(RouteTarget::Gateway(device, gateway)) => write!(f, "via {gateway} dev {device} onlink"),
+            Value::Route(RouteTarget::Via(gateway)) => write!(f, "via {gateway}"),
             Value::Route(RouteTarget::Local(device)) => write!(f, "local dev {device}"),
             Value::Route(RouteTarget::Foreign) => f.write_str("foreign"),
         }

@@ -3,9 +3,7 @@
 use std::time::Instant;
 
 use super::{Reconciler, ReconcilerQuery, SysctlStore};
-use crate::model::Device;
 use crate::model::api::{Drift, FailedOp};
-use crate::model::peer::RemoteSubnet;
 use crate::plan::state::{Entries, RouteTarget, Value};
 use crate::plan::{DataPath, Key};
 
@@ -44,7 +42,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         match query {
             ReconcilerQuery::Status(reply) => drop(reply.send(self.report(Instant::now()))),
             ReconcilerQuery::Peers(peers, reply) => {
-                let states = peers.iter().map(|(device, remote)| self.peer_state(*device, remote)).collect();
+                let states = peers.into_iter().map(|entries| self.peer_state(entries)).collect();
                 drop(reply.send(states));
             }
         }
@@ -90,22 +88,17 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         self.desired.iter().filter(blocked).count()
     }
 
-    fn peer_state(&self, device: Device, remote: &RemoteSubnet) -> PeerState {
-        let route = Key::Route(remote.subnet);
-        let nexthop_id = match self.desired.get(&route) {
+    /// State of a peer with these entries, of which the route is the last.
+    fn peer_state(&self, mut keys: Vec<Key>) -> PeerState {
+        let nexthop_id = match keys.last().and_then(|route| self.desired.get(route)) {
             Some(Value::Route(RouteTarget::Nexthop(id))) => Some(*id),
             _ => None,
         };
-        let keys = [
-            Some(Key::Fdb(device, remote.vtep)),
-            Some(Key::Neigh(device, remote.subnet.base())),
-            nexthop_id.map(Key::Nexthop),
-            Some(route),
-        ];
+        keys.extend(nexthop_id.map(Key::Nexthop));
+        keys.sort();
         let is_set = |key: &Key| self.desired.get(key) == self.actual.get(key);
         let missing: Vec<String> = keys
             .iter()
-            .flatten()
             .filter(|key| !is_set(key))
             .map(|key| match (self.desired.get(key).and_then(|value| self.blocked_by(key, value)), self.retries.error_of(key)) {
                 (Some(cause), _) => format!("{}: waits for {cause}", key.kind()),
@@ -116,7 +109,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         PeerState {
             nexthop_id,
             state: if missing.is_empty() { "programmed".to_owned() } else { format!("missing {}", missing.join(", ")) },
-            last_repair: keys.iter().flatten().filter_map(|key| self.drift.last_repair_of(key)).max(),
+            last_repair: keys.iter().filter_map(|key| self.drift.last_repair_of(key)).max(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Tests of the loop with a fake kernel, for faults that a real kernel shows only by chance. `tests/e2e` uses real kernels.
 
+mod backend;
 mod failures;
 mod fake_kernel;
 mod liveness;
@@ -10,8 +11,8 @@ use crate::app::queries::Queries;
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    Backend, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason, RejectedLease,
-    StorePosition, Subnet, Vni, api,
+    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason,
+    RejectedLease, StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network, NetworkStateStore};
 use crate::plan::state::{LinkState, device_of};
@@ -75,7 +76,7 @@ fn entry(number: u8, ip: u8) -> StoreEntry {
     let subnet = subnet(number);
     let lease = Lease {
         public_ip: PerFamily { v4: Some(format!("192.0.2.{ip}").parse().unwrap()), v6: None },
-        backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, ip])), v6: None } },
+        backend: BackendData::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, ip])), v6: None } },
         node: None,
     };
     let record = LeaseRecord {
@@ -437,7 +438,7 @@ async fn invalid_leases_are_reported_and_ignored() {
     fixture.send(StoreEvent::Upsert(StoreEntry { key: key.clone(), value: Err(RejectedLease { key: key.clone(), kind }) })).await;
     let mut own_address = entry(8, 100);
     if let Ok(record) = &mut own_address.value {
-        record.lease.backend = Backend::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2; 6])), v6: None } };
+        record.lease.backend = BackendData::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2; 6])), v6: None } };
     }
     fixture.send(StoreEvent::Upsert(own_address)).await;
     let status = fixture.status().await;

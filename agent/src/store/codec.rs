@@ -9,9 +9,10 @@ use serde_json::{Map, Value};
 
 use super::read::RawEntry;
 use crate::model::event::StoreEntry;
+use crate::model::lease::fields::{field_error, get, text};
 use crate::model::lease::printable;
 use crate::model::{
-    Backend, ExpiryId, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet, Vni,
+    BackendData, ExpiryId, Family, Lease, LeaseRecord, Node, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet,
 };
 
 /// Maximum size of a value, in bytes. This agent's leases take some 300.
@@ -69,7 +70,7 @@ pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, Rejec
     if kind.is_empty() || kind.len() > MAX_BACKEND_NAME || !kind.bytes().all(|b| b.is_ascii_graphic()) {
         return Err(field_error("BackendType", &kind, "must be a word of at most 32 printable characters"));
     }
-    let backend = if kind == "vxlan" { vxlan(&fields, subnet)? } else { Backend::Other { name: kind } };
+    let backend = BackendData::decode(kind, &fields, subnet)?;
     let node = match get(&fields, "Node") {
         None => None,
         Some(Value::Object(node)) => Some(decode_node(node)?),
@@ -80,16 +81,12 @@ pub(super) fn decode_value(subnet: &Subnet, value: &[u8]) -> Result<Lease, Rejec
 
 /// Encodes a lease in flannel's format, with our field `Node`.
 pub(super) fn encode(lease: &Lease) -> Result<String, serde_json::Error> {
-    let data = |family: Family| match &lease.backend {
-        Backend::Vxlan { vni, vtep } => vtep.get(family).map(|mac| VxlanData { vni: *vni, vtep_mac: *mac }),
-        Backend::Other { .. } => None,
-    };
     serde_json::to_string(&LeaseValue {
         public_ip: lease.public_ip.v4,
         public_ipv6: lease.public_ip.v6,
         backend_type: lease.backend.name(),
-        backend_data: data(Family::V4),
-        backend_v6_data: data(Family::V6),
+        backend_data: lease.backend.encode(Family::V4),
+        backend_v6_data: lease.backend.encode(Family::V6),
         node: lease.node.as_ref().map(|node| NodeValue { name: &node.name, id: &node.id }),
     })
 }
@@ -117,19 +114,11 @@ struct LeaseValue<'a> {
     #[serde(rename = "BackendType")]
     backend_type: &'a str,
     #[serde(rename = "BackendData", skip_serializing_if = "Option::is_none")]
-    backend_data: Option<VxlanData>,
+    backend_data: Option<Value>,
     #[serde(rename = "BackendV6Data", skip_serializing_if = "Option::is_none")]
-    backend_v6_data: Option<VxlanData>,
+    backend_v6_data: Option<Value>,
     #[serde(rename = "Node", skip_serializing_if = "Option::is_none")]
     node: Option<NodeValue<'a>>,
-}
-
-#[derive(Serialize)]
-struct VxlanData {
-    #[serde(rename = "VNI")]
-    vni: Vni,
-    #[serde(rename = "VtepMAC")]
-    vtep_mac: Mac,
 }
 
 #[derive(Serialize)]
@@ -140,33 +129,11 @@ struct NodeValue<'a> {
     id: &'a str,
 }
 
-fn field_error(name: &str, value: &str, rule: &str) -> RejectReason {
-    let value = if value.is_empty() { "missing".to_owned() } else { format!("`{}`", printable(value)) };
-    RejectReason::Field { field: name.to_owned(), value, rule: rule.to_owned() }
-}
-
 fn object(value: &[u8]) -> Result<Map<String, Value>, RejectReason> {
     match serde_json::from_slice(value) {
         Ok(Value::Object(fields)) => Ok(fields),
         Ok(_) => Err(RejectReason::Malformed { detail: "it is not a JSON object".to_owned() }),
         Err(e) => Err(RejectReason::Malformed { detail: format!("it is not JSON: {}", printable(&e.to_string())) }),
-    }
-}
-
-/// Looks up a field by its exact name, then case-insensitively as Go does. `null` counts as absent.
-fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
-    fields
-        .get(name)
-        .or_else(|| fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value))
-        .filter(|value| !value.is_null())
-}
-
-/// A field that must be a string; empty if absent.
-fn text(fields: &Map<String, Value>, name: &str, path: &str) -> Result<String, RejectReason> {
-    match get(fields, name) {
-        None => Ok(String::new()),
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => Err(field_error(&format!("{path}{name}"), &other.to_string(), "must be a string")),
     }
 }
 
@@ -204,39 +171,6 @@ fn unusable_reason(address: IpAddr) -> Option<&'static str> {
             _ => None,
         }
     }
-}
-
-fn vxlan(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Backend, RejectReason> {
-    let mut vtep = PerFamily::default();
-    let mut vni: Option<Vni> = None;
-    for family in subnet.families() {
-        let name = match family {
-            Family::V4 => "BackendData",
-            Family::V6 => "BackendV6Data",
-        };
-        let data = match get(fields, name) {
-            Some(Value::Object(data)) => data,
-            Some(other) => return Err(field_error(name, &other.to_string(), "must be an object with VNI and VtepMAC")),
-            None => return Err(field_error(name, "", "a vxlan lease must have its VNI and VTEP MAC here")),
-        };
-        let path = format!("{name}.");
-        let number = get(data, "VNI").map(ToString::to_string).unwrap_or_default();
-        let family_vni = number.parse::<u32>().ok().and_then(|n| Vni::try_from(n).ok());
-        let family_vni =
-            family_vni.ok_or_else(|| field_error(&format!("{path}VNI"), &number, "must be a whole number from 1 to 16777215"))?;
-        if vni.is_some_and(|other| other != family_vni) {
-            return Err(field_error(&format!("{path}VNI"), &number, "must be the same VNI for both families of a host"));
-        }
-        vni = Some(family_vni);
-        let mac = text(data, "VtepMAC", &path)?;
-        let parsed = mac.parse::<Mac>().ok().filter(|mac| mac.is_unicast());
-        let parsed = parsed.ok_or_else(|| {
-            field_error(&format!("{path}VtepMAC"), &mac, "must be a unicast MAC address, six bytes as in 02:00:5e:10:00:01")
-        })?;
-        *vtep.slot(family) = Some(parsed);
-    }
-    // A subnet has at least one family.
-    Ok(Backend::Vxlan { vni: vni.unwrap_or(Vni::DEFAULT), vtep })
 }
 
 fn decode_node(fields: &Map<String, Value>) -> Result<Node, RejectReason> {

@@ -10,7 +10,7 @@ use super::pick;
 use super::read::{Listing, RawConfig, RawEntry};
 use crate::model::event::{self, LeaseOrigin, LeaseRequest};
 use crate::model::lease::printable;
-use crate::model::{Backend, Cidr, ExpiryId, Lease, NetworkConfig, PerFamily, Subnet};
+use crate::model::{Cidr, ExpiryId, Lease, NetworkConfig, PerFamily, Subnet};
 
 /// Delay before a host that cannot get a subnet reads a new snapshot without a change.
 pub(super) const RETRY_INTERVAL: Duration = Duration::from_secs(10);
@@ -161,8 +161,7 @@ impl LeaseEntry {
 
 /// The lease value for a lease request.
 pub(super) fn lease_value(request: &LeaseRequest) -> Lease {
-    let backend = Backend::Vxlan { vni: request.network.vxlan.vni, vtep: request.vtep };
-    Lease { public_ip: request.public_ip, backend, node: Some(request.node.clone()) }
+    Lease { public_ip: request.public_ip, backend: request.backend.clone(), node: Some(request.node.clone()) }
 }
 
 fn shares_address(one: &PerFamily<IpAddr>, other: &PerFamily<IpAddr>) -> bool {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use overlay_agent::model::api::{NetworkView, PeerEntry, Status};
 use overlay_agent::model::network::Pool;
 use overlay_agent::model::{Family, PerFamily};
+use overlay_agent::plan::backend::{self, Backend, Tunnel};
 use serde_json::Value;
 
 use super::Findings;
@@ -76,9 +77,14 @@ impl Facts {
         self.status().and_then(|status| status.network.as_ref()).map(|network| network.pools).unwrap_or_default()
     }
 
-    /// VXLAN port.
-    pub(super) fn port(&self) -> Option<u16> {
-        self.status()?.network.as_ref().map(|network| network.vxlan.port)
+    /// The network's backend.
+    pub(super) fn backend(&self) -> Option<&dyn Backend> {
+        Some(backend::of(self.status()?.network.as_ref()?))
+    }
+
+    /// The tunnel between hosts.
+    pub(super) fn tunnel(&self) -> Option<Tunnel> {
+        self.backend()?.tunnel()
     }
 
     /// Names of the links that match the predicate.

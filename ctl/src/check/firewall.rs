@@ -13,8 +13,9 @@ use std::net::IpAddr;
 use overlay_agent::kernel::trace::packet::{Flow, Interface, Packet, TCP, UDP};
 use overlay_agent::kernel::trace::{RuleRef, RulesetSnapshot, legacy_tables};
 use overlay_agent::model::api::{PeerEntry, Status, UnderlayStatus};
-use overlay_agent::model::{Cidr, Device, Family, Mac};
+use overlay_agent::model::{Cidr, Device, Family};
 use overlay_agent::plan::OpError;
+use overlay_agent::plan::backend::{self, Tunnel};
 use overlay_agent::plan::ruleset::{Hook, TABLE};
 
 use super::facts::run_tool;
@@ -144,7 +145,7 @@ async fn rule_text(rule: &RuleRef) -> String {
 /// The packets that the overlay depends on.
 fn probes(facts: &Facts) -> Vec<Probe> {
     let mut all = Vec::new();
-    let (Some(status), Some(port)) = (facts.status(), facts.port()) else { return all };
+    let Some(status) = facts.status() else { return all };
     let Some(underlay) = &status.underlay else { return all };
     let interface = |name: &str| {
         let index = facts.link(name).and_then(|link| link["ifindex"].as_u64()).and_then(|index| u32::try_from(index).ok());
@@ -164,23 +165,25 @@ fn probes(facts: &Facts) -> Vec<Probe> {
     let physical = interface(&underlay.interface);
     for peer in facts.peers.iter().chain(&samples).take(MAX_PEERS) {
         let Some(own) = underlay.public_ip.get(Family::of(peer.public_ip)).copied() else { continue };
-        let tunnel = |source, destination| Flow { source, destination, protocol: UDP, port };
-        all.push(Probe {
-            description: format!("the tunnel's packets (UDP port {port}) from peers"),
-            required,
-            hook: Hook::Input,
-            flow: tunnel(peer.public_ip, own),
-            input: physical.clone(),
-            output: None,
-        });
-        all.push(Probe {
-            description: format!("the tunnel's packets (UDP port {port}) to peers"),
-            required,
-            hook: Hook::Output,
-            flow: tunnel(own, peer.public_ip),
-            input: None,
-            output: physical.clone(),
-        });
+        if let Some(Tunnel { port, .. }) = facts.tunnel() {
+            let tunnel = |source, destination| Flow { source, destination, protocol: UDP, port };
+            all.push(Probe {
+                description: format!("the tunnel's packets (UDP port {port}) from peers"),
+                required,
+                hook: Hook::Input,
+                flow: tunnel(peer.public_ip, own),
+                input: physical.clone(),
+                output: None,
+            });
+            all.push(Probe {
+                description: format!("the tunnel's packets (UDP port {port}) to peers"),
+                required,
+                hook: Hook::Output,
+                flow: tunnel(own, peer.public_ip),
+                input: None,
+                output: physical.clone(),
+            });
+        }
         let family = peer.subnet.family();
         let subnet = status.lease.as_ref().and_then(|lease| lease.subnet.get(family));
         let (Some(subnet), Some(_)) = (subnet, &bridge) else { continue };
@@ -215,8 +218,8 @@ fn sample_peers(status: &Status, underlay: &UnderlayStatus) -> Vec<PeerEntry> {
             subnet: if pool.min == own { pool.max } else { pool.min },
             host: None,
             public_ip,
-            vtep: Mac([2, 0, 0, 0, 0, 1]),
-            device: Device::vxlan(family, network.vxlan.vni).name(),
+            vtep: None,
+            device: backend::of(network).device(family).map_or_else(|| underlay.interface.clone(), Device::name),
             nexthop_id: None,
             state: String::new(),
             last_repair: None,

@@ -55,8 +55,8 @@ fn read(path: &Path) -> String {
 }
 
 fn flannel(facts: &Facts, findings: &mut Findings) {
-    let port = facts.port();
-    let vni = facts.status().and_then(|status| status.network.as_ref()).map(|network| u64::from(network.vxlan.vni.get()));
+    let port = facts.tunnel().map(|tunnel| tunnel.port);
+    let vni = facts.tunnel().and_then(|tunnel| tunnel.vni).map(|vni| u64::from(vni.get()));
     let mut leftovers = Vec::new();
     for name in facts.link_names(|name| name.starts_with("flannel") || name == "cni0") {
         let info = facts.link(&name).map(|link| &link["linkinfo"]["info_data"]);

@@ -79,7 +79,7 @@ pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
     let probes = stream::iter(probed).map(|peer| probe_peer(peer, underlay.mtu, overlay_mtu));
     let results: Vec<PeerProbe> = probes.buffered(MAX_CONCURRENT).collect().await;
     for probe in &results {
-        report(probe, underlay.mtu, overlay_mtu, findings);
+        report(facts, probe, underlay.mtu, overlay_mtu, findings);
     }
 }
 
@@ -163,7 +163,7 @@ async fn udp_segments_answered(address: IpAddr, mtu: u32) -> bool {
     matches!(probe.await, Ok(Ok(true)))
 }
 
-fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
+fn report(facts: &Facts, probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut Findings) {
     let PeerProbe { name, peer, underlay, overlay, cached_path_mtu, tcp, segments } = probe;
     let (public, overlay_address) = (peer.public_ip, peer.subnet.base());
     if *overlay == 0 {
@@ -196,7 +196,7 @@ fn report(probe: &PeerProbe, underlay_mtu: u32, overlay_mtu: u32, findings: &mut
             "raise the MTU on the path to {public} by {} bytes, or set `Backend.MTU`, the underlay's, to {} in the network's configuration \
              (overlayctl config set)",
             overlay_mtu - overlay,
-            overlay + Family::of(public).vxlan_overhead()
+            overlay + facts.backend().map_or(0, |backend| backend.overhead(Family::of(public)))
         );
         match cached_path_mtu {
             Some(mtu) => findings.warning(

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use overlay_agent::model::network::{ConfigErrors, FieldError, NetworkConfig, ParsedConfig, Pool};
+use overlay_agent::plan::backend;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
@@ -157,8 +158,10 @@ fn pool_line(pool: &Pool) -> String {
 
 fn summary(config: &NetworkConfig) -> Vec<String> {
     let mut lines: Vec<String> = config.pools.iter().map(|(_, pool)| pool_line(pool)).collect();
-    let mtu = config.vxlan.mtu.map_or_else(String::new, |mtu| format!(", underlay MTU {mtu}"));
-    lines.push(format!("VXLAN VNI {}, UDP port {}{mtu}", config.vxlan.vni, config.vxlan.port));
+    let backend = backend::of(config);
+    let port = backend.tunnel().map(|tunnel| format!(", UDP port {}", tunnel.port));
+    let mtu = backend.underlay_mtu().map(|mtu| format!(", underlay MTU {mtu}"));
+    lines.push([Some(backend.label()), port, mtu].into_iter().flatten().collect());
     lines
 }
 

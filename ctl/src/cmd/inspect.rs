@@ -65,9 +65,12 @@ struct NetworkSummaryView<'a>(&'a NetworkView);
 impl View for NetworkSummaryView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
         let network = self.0;
+        let vni = network.vni.map(|vni| format!(", VNI {vni}"));
+        let port = network.port.map(|port| format!(", UDP port {port}"));
+        let driver = [Some(network.driver.clone()), vni, port].into_iter().flatten().collect();
         let mut pairs = vec![
             ("network", network.name.clone()),
-            ("driver", format!("{}, VNI {}, UDP port {}", network.driver, network.vni, network.port)),
+            ("driver", driver),
             ("MTU", network.mtu.map_or("-".to_owned(), |mtu| mtu.to_string())),
             ("masquerade", if network.masquerade { "yes" } else { "no" }.to_owned()),
         ];
@@ -153,7 +156,8 @@ struct TreeView<'a>(&'a NetworkView);
 impl View for TreeView<'_> {
     fn text(&self, style: Style, _wide: bool) -> String {
         let network = self.0;
-        let mut text = vec![format!("{}  {} {}", network.name, network.driver, network.vni)];
+        let vni = network.vni.map_or_else(String::new, |vni| format!(" {vni}"));
+        let mut text = vec![format!("{}  {}{vni}", network.name, network.driver)];
         let last = network.devices.len() + usize::from(network.bridge.is_some());
         let branch = |n: usize, of: usize| if n + 1 == of { "└─ " } else { "├─ " };
         for (n, found) in network.devices.iter().enumerate() {

@@ -42,7 +42,7 @@ impl View for PeersView<'_> {
             ];
             if wide {
                 let hop = peer.nexthop_id.map_or_else(|| "classic route".to_owned(), |id| format!("id {id}"));
-                row.extend([cell(Some(peer.vtep)), cell(Some(hop)), cell(peer.last_repair.map(format_ago))]);
+                row.extend([cell(peer.vtep), cell(Some(hop)), cell(peer.last_repair.map(format_ago))]);
             }
             table.row(row);
         }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use overlay_agent::model::api::{Health, Status};
+use overlay_agent::plan::backend;
 use overlay_agent::plan::underlay::SelectionReason;
 use serde::Serialize;
 use tokio::time::Instant;
@@ -170,7 +171,9 @@ fn network(status: &Status) -> String {
         None => "none yet: write one with `overlayctl config set FILE`".to_owned(),
         Some(network) => {
             let pools = joined(network.pools.iter().map(|(_, pool)| pool.network));
-            format!("{pools}, VXLAN VNI {} port {}", network.vxlan.vni, network.vxlan.port)
+            let backend = backend::of(network);
+            let port = backend.tunnel().map_or_else(String::new, |tunnel| format!(" port {}", tunnel.port));
+            format!("{pools}, {}{port}", backend.label())
         }
     }
 }

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use overlay_agent::kernel::trace::packet::{Flow, Packet, UDP};
 use overlay_agent::kernel::trace::{Link, Route, RouteLookup};
 use overlay_agent::model::Family;
+use overlay_agent::plan::backend::vxlan;
 use overlay_agent::plan::ruleset::Hook;
 
 use super::hop_log::{Step, Stop};
@@ -117,7 +118,7 @@ impl Tracer<'_> {
         let Some(exit) = exit else {
             return Err(self.log.stop(HOST, "outer route", "the route has no interface", REPAIR_HINT));
         };
-        let required_mtu = device.mtu + Family::of(remote.public).vxlan_overhead();
+        let required_mtu = device.mtu + vxlan::overhead(Family::of(remote.public));
         if exit.mtu < required_mtu {
             let message = format!(
                 "{} has MTU {}, a full packet of {} needs {required_mtu}: large packets are lost",

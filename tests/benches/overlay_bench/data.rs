@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::Args;
 use overlay_agent::model::Family;
+use overlay_agent::plan::backend::vxlan;
 
 use super::progress;
 use super::report::{Report, Row};
@@ -77,7 +78,7 @@ pub fn measure(arguments: &DataArguments, report: &mut Report) -> anyhow::Result
         return add_ablation(report, &hosts, arguments, Setting { with, without });
     }
     if arguments.turns > 0 {
-        let plain = PlainBridge::new(family, UNDERLAY_MTU - family.vxlan_overhead())?;
+        let plain = PlainBridge::new(family, UNDERLAY_MTU - vxlan::overhead(family))?;
         let paths = [hosts.underlay()?, hosts.overlay()?, plain.path(family)?, hosts.bridge()?];
         add_throughput(report, family, &paths, arguments.turns, time)?;
     }

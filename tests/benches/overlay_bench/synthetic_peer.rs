@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use anyhow::Context;
 use overlay_agent::model::event::StoreEntry;
 use overlay_agent::model::{
-    Backend, Cidr, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, StorePosition, Subnet, Vni,
+    BackendData, Cidr, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, StorePosition, Subnet, Vni,
 };
 
 /// One peer in one family.
@@ -94,7 +94,7 @@ pub fn store_entry(peer: &[SyntheticPeer]) -> anyhow::Result<StoreEntry> {
     let vtep = peer.iter().map(|entry| (entry.subnet.family(), entry.mac)).collect();
     let lease = Lease {
         public_ip: peer.iter().map(|entry| (entry.subnet.family(), entry.public_ip)).collect(),
-        backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep },
+        backend: BackendData::Vxlan { vni: Vni::DEFAULT, vtep },
         node: Some(Node { name: format!("n{number}"), id: format!("{number:032x}") }),
     };
     let revision = i64::from(number);

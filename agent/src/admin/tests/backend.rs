@@ -110,8 +110,8 @@ impl Backend for FakeBackend {
         Ok(NetworkView {
             name: "default".to_owned(),
             driver: "vxlan".to_owned(),
-            vni: crate::model::Vni::DEFAULT,
-            port: 8472,
+            vni: Some(crate::model::Vni::DEFAULT),
+            port: Some(8472),
             mtu: None,
             masquerade: true,
             ipam: PerFamily::default(),

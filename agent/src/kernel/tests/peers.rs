@@ -59,6 +59,23 @@ fn peers_with_classic_routes_are_applied() {
 }
 
 #[test]
+fn route_by_the_underlay_is_applied() {
+    on_host("via", KernelOptions::default(), async |host| {
+        for (subnet, gateway, other) in [("10.244.3.0/24", "10.99.0.3", "10.99.0.4"), ("fd00:3::/64", "fd99::3", "fd99::4")] {
+            let route = Key::Route(subnet.parse().expect(subnet));
+            for gateway in [gateway, other] {
+                let batch = vec![Op::Set(route.clone(), Value::Route(RouteTarget::Via(ip(gateway))))];
+                host.apply(&batch).await;
+                assert_eq!(peer_entries(host.dump().await), state_of(&batch));
+            }
+            host.expect_no_events().await;
+            run(&format!("ip route del {subnet}"));
+            assert_eq!(host.wait_for_change(&route).await, None);
+        }
+    });
+}
+
+#[test]
 fn values_are_replaced_in_place() {
     on_host("replace", KernelOptions::default(), async |host| {
         host.create_devices().await;

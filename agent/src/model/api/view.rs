@@ -14,10 +14,10 @@ pub struct NetworkView {
     pub name: String,
     /// The encapsulation between hosts: `vxlan`.
     pub driver: String,
-    /// VXLAN network identifier.
-    pub vni: Vni,
-    /// UDP port of the tunnel.
-    pub port: u16,
+    /// VXLAN network identifier; absent with other backends.
+    pub vni: Option<Vni>,
+    /// UDP port of the tunnel; absent without a tunnel.
+    pub port: Option<u16>,
     /// The overlay's MTU in bytes; absent until the overlay is in place.
     pub mtu: Option<u32>,
     /// Whether traffic that leaves the overlay is masqueraded.

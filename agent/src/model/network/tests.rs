@@ -1,6 +1,8 @@
 //! Tests of each configuration rule with a valid or invalid value.
 
 use super::*;
+use crate::model::Vni;
+use crate::model::backend::VxlanConfig;
 
 fn parse_valid(text: &str) -> NetworkConfig {
     NetworkConfig::parse(text).unwrap_or_else(|e| panic!("{text}: {e}")).config
@@ -20,7 +22,7 @@ fn omitted_fields_use_defaults() {
     assert_eq!((pool.subnet_length, pool.count()), (24, 255));
     assert_eq!(pool.min.to_string(), "10.244.1.0/24");
     assert_eq!(pool.max.to_string(), "10.244.255.0/24");
-    assert_eq!(config.vxlan, VxlanConfig { vni: Vni::DEFAULT, port: 8472, mtu: None });
+    assert_eq!(config.backend, BackendConfig::Vxlan(VxlanConfig { vni: Vni::DEFAULT, port: 8472, mtu: None }));
     assert_eq!(config.pools.v6, None);
 }
 
@@ -37,8 +39,20 @@ fn small_networks_use_longer_subnet_prefix() {
 #[test]
 fn case_of_keys_is_ignored() {
     let config = parse_valid(r#"{"network":"10.244.0.0/16","subnetlen":26,"backend":{"type":"vxlan","vni":42,"PORT":4789}}"#);
-    assert_eq!(config.vxlan, VxlanConfig { vni: Vni::try_from(42).expect("a VNI"), port: 4789, mtu: None });
+    assert_eq!(
+        config.backend,
+        BackendConfig::Vxlan(VxlanConfig { vni: Vni::try_from(42).expect("a VNI"), port: 4789, mtu: None })
+    );
     assert_eq!(config.pools.v4.map(|p| p.subnet_length), Some(26));
+}
+
+#[test]
+fn json_form_names_the_backend() {
+    let config = parse_valid(r#"{"Network":"10.244.0.0/16","Backend":{"MTU":9000}}"#);
+    let json = serde_json::to_string(&config).expect("JSON");
+    let pool = r#"{"network":"10.244.0.0/16","subnet_length":24,"min":"10.244.1.0/24","max":"10.244.255.0/24"}"#;
+    assert_eq!(json, format!(r#"{{"pools":{{"v4":{pool}}},"vxlan":{{"vni":1,"port":8472,"mtu":9000}}}}"#));
+    assert_eq!(serde_json::from_str::<NetworkConfig>(&json).expect("its own JSON"), config);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Tests of desired state, entry by entry.
 
 use super::*;
-use crate::model::Cidr;
 use crate::model::peer::RemoteSubnet;
+use crate::model::{Cidr, PeerEndpoint, PerFamily};
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, shared_entries};
@@ -25,7 +25,7 @@ fn host(config: &str, key: &str) -> HostSpec {
     HostSpec {
         subnet: Subnet::from_key(key).expect("a key"),
         underlay: Underlay { index: 2, name: "eth0".to_owned(), mtu: 1500, public_ip: local, local },
-        vtep: network.families().map(|family| (family, Mac([2, 1, 0, 0, 0, 1]))).collect(),
+        backend_data: backend::of(&network).lease_data(&network, &mut |_| Mac([2, 1, 0, 0, 0, 1])),
         bridge_mac: Mac([0xc6, 0xb3, 0xec, 0x32, 0x65, 0x47]),
         network,
         masquerade: true,
@@ -61,7 +61,7 @@ fn peer() -> Peer {
     let remote = |subnet: &str, public_ip: &str, last: u8| RemoteSubnet {
         subnet: cidr(subnet),
         public_ip: address(public_ip),
-        vtep: Mac([2, 0, 0, 0, 9, last]),
+        endpoint: Some(PeerEndpoint::Vxlan(Mac([2, 0, 0, 0, 9, last]))),
     };
     Peer {
         remote_subnets: PerFamily {
@@ -320,7 +320,7 @@ fn mtu_leaves_room_for_the_encapsulation() {
         (DUAL, DUAL_KEY, PerFamily { v4: Some(1450), v6: Some(1430) }, 1430),
     ] {
         let host = host(config, key);
-        let found: PerFamily<u32> = host.families().map(|family| (family, host.vxlan_mtu(family))).collect();
+        let found: PerFamily<u32> = host.families().map(|family| (family, host.family_mtu(family))).collect();
         assert_eq!((found, host.mtu()), (vxlan, bridge), "{config}");
     }
     let set = host(r#"{"Network":"10.244.0.0/16","Backend":{"MTU":9000}}"#, "10.244.7.0-24");

@@ -42,7 +42,7 @@ fn resolve(state: &State, subnet: Cidr) -> Option<(Mac, IpAddr)> {
             _ => return None,
         },
         RouteTarget::Gateway(device, gateway) => (*device, *gateway),
-        RouteTarget::Local(_) | RouteTarget::Foreign => return None,
+        RouteTarget::Via(_) | RouteTarget::Local(_) | RouteTarget::Foreign => return None,
     };
     let up = matches!(state.get(&Key::Link(device.name().into())), Some(Value::Link(link)) if link.up);
     let Some(Value::Neigh(mac)) = state.get(&Key::Neigh(device, gateway)) else { return None };

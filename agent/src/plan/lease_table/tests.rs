@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::model::{ExpiryId, Lease, Vni};
+use crate::model::{BackendData, ExpiryId, Lease, Mac, Vni};
 
 fn network() -> NetworkConfig {
     NetworkConfig::parse(r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#)
@@ -25,7 +25,7 @@ fn record(key: &str, revision: i64, ip: u8, mac: u8) -> StoreEntry {
         key: key.to_owned(),
         value: Ok(LeaseRecord {
             subnet,
-            lease: Lease { public_ip, backend: Backend::Vxlan { vni: Vni::DEFAULT, vtep }, node: None },
+            lease: Lease { public_ip, backend: BackendData::Vxlan { vni: Vni::DEFAULT, vtep }, node: None },
             created: StorePosition(revision),
             changed: StorePosition(revision),
             expiry: Some(ExpiryId(1)),
@@ -41,7 +41,7 @@ fn local_host() -> LocalHost {
     LocalHost {
         subnet: Subnet::from_key("10.244.9.0-24").expect("a key"),
         public_ip: PerFamily { v4: "192.0.2.9".parse().ok(), v6: None },
-        vtep: PerFamily { v4: Some(Mac([2, 0, 0, 0, 0, 9])), v6: None },
+        endpoints: PerFamily { v4: Some(PeerEndpoint::Vxlan(Mac([2, 0, 0, 0, 0, 9]))), v6: None },
     }
 }
 

@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
 use crate::model::network::Pool;
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet};
+use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
+use crate::plan::backend::{self, Backend, Tunnel};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
@@ -35,7 +36,7 @@ pub struct InetTableSpec {
 }
 
 impl InetTableSpec {
-    /// Builds the table `inet overlayd`:
+    /// Builds the table `inet overlayd`. Without a tunnel it lacks `tunnel`, `vxlan`, `encapsulated` and `outgoing`:
     ///
     /// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner
     ///   source in that peer's subnet. The hook is input, after fragment reassembly, so that a later fragment cannot hide a
@@ -58,20 +59,14 @@ impl InetTableSpec {
     pub fn ruleset(&self) -> Ruleset {
         let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
         let families: Vec<Family> = self.network.families().collect();
-        let mut chains = vec![
-            self.tunnel_chain(),
-            self.vxlan_chain(&families),
-            self.incoming_chain(&families),
-            self.encapsulated_chain(&families),
-            base_chain(
-                "outgoing",
-                Hook::Output,
-                ChainKind::Filter,
-                NF_IP_PRI_RAW,
-                vec![rule([self.vxlan_port_match(), vec![Expr::Untrack]].concat())],
-            ),
-            self.overlay_chain(),
-        ];
+        let mut chains = vec![self.incoming_chain(&families), self.overlay_chain()];
+        if let Some(tunnel) = self.backend().tunnel() {
+            let untrack = vec![rule([port_match(tunnel), vec![Expr::Untrack]].concat())];
+            chains.push(self.encapsulated_chain(&families));
+            chains.push(base_chain("outgoing", Hook::Output, ChainKind::Filter, NF_IP_PRI_RAW, untrack));
+            chains.extend(tunnel.vni.map(|_| tunnel_chain(tunnel)));
+            chains.extend(tunnel.vni.map(|vni| self.vxlan_chain(vni, &families)));
+        }
         if !families.contains(&Family::V4) {
             counters.retain(|counter| *counter != Counter::Loopback);
         }
@@ -111,21 +106,15 @@ impl InetTableSpec {
     }
 
     fn bridge_name(&self) -> String {
-        Device::bridge(self.network.vxlan.vni).name()
+        self.backend().bridge().name()
     }
 
-    /// UDP to the VXLAN port.
-    fn vxlan_port_match(&self) -> Vec<Expr> {
-        vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &self.network.vxlan.port.to_be_bytes())]
+    fn backend(&self) -> &dyn Backend {
+        backend::of(&self.network)
     }
 
-    fn tunnel_chain(&self) -> Chain {
-        let jump = rule([self.vxlan_port_match(), vec![Expr::Jump("vxlan".to_owned())]].concat());
-        base_chain("tunnel", Hook::Input, ChainKind::Filter, NF_IP_PRI_RAW, vec![jump])
-    }
-
-    fn vxlan_chain(&self, families: &[Family]) -> Chain {
-        let [_, vni @ ..] = self.network.vxlan.vni.get().to_be_bytes();
+    fn vxlan_chain(&self, vni: Vni, families: &[Family]) -> Chain {
+        let [_, vni @ ..] = vni.get().to_be_bytes();
         let mut rules = vec![
             rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop]),
             rule([is_not(VNI_FIELD, &vni), Expr::Return]),
@@ -154,7 +143,8 @@ impl InetTableSpec {
 
     /// Packets from interfaces other than the bridge leave this chain after one comparison.
     fn incoming_chain(&self, families: &[Family]) -> Chain {
-        let mut rules = vec![rule([self.vxlan_port_match(), vec![Expr::Jump("encapsulated".to_owned())]].concat())];
+        let jump = |tunnel| rule([port_match(tunnel), vec![Expr::Jump("encapsulated".to_owned())]].concat());
+        let mut rules: Vec<Rule> = self.backend().tunnel().map(jump).into_iter().collect();
         if families.contains(&Family::V4) {
             let cidr = loopback(Family::V4);
             rules.push(rule([interface_is_not(Field::InputInterface, &self.bridge_name()), Expr::Accept]));
@@ -208,21 +198,36 @@ impl InetTableSpec {
         }
         if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
-                let tunnel = Device::vxlan(family, self.network.vxlan.vni).name();
-                rules.push(rule([
+                let tunnel = self.backend().device(family).map(Device::name);
+                let mut leaving = vec![
                     in_leased_range(Field::Source(family), pool, false),
                     interface_is_not(Field::OutputInterface, &self.bridge_name()),
-                    interface_is_not(Field::OutputInterface, &tunnel),
+                ];
+                leaving.extend(tunnel.iter().map(|tunnel| interface_is_not(Field::OutputInterface, tunnel)));
+                leaving.extend([
                     in_leased_range(Field::Destination(family), pool, true),
                     Expr::Destination { cidr: multicast(family), negate: true },
                     Expr::Masquerade,
-                ]));
-                let from_outside = in_leased_range(Field::Source(family), pool, true);
-                rules.push(rule([Expr::OutputInterface(tunnel), from_outside, Expr::Masquerade]));
+                ]);
+                rules.push(rule(leaving));
+                if let Some(tunnel) = tunnel {
+                    let from_outside = in_leased_range(Field::Source(family), pool, true);
+                    rules.push(rule([Expr::OutputInterface(tunnel), from_outside, Expr::Masquerade]));
+                }
             }
         }
         rules
     }
+}
+
+/// UDP to the tunnel's port.
+fn port_match(tunnel: Tunnel) -> Vec<Expr> {
+    vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &tunnel.port.to_be_bytes())]
+}
+
+fn tunnel_chain(tunnel: Tunnel) -> Chain {
+    let jump = rule([port_match(tunnel), vec![Expr::Jump("vxlan".to_owned())]].concat());
+    base_chain("tunnel", Hook::Input, ChainKind::Filter, NF_IP_PRI_RAW, vec![jump])
 }
 
 fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {

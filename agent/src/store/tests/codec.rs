@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::model::{Mac, Vni};
 
 const FLANNEL: &str =
     r#"{"PublicIP":"10.99.1.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:de:38:28:a5:6b"}}"#;
@@ -41,7 +42,7 @@ fn recorded_values_round_trip_byte_for_byte() {
     assert_eq!(seen, 8);
     assert_eq!(
         decode_valid("10.244.15.0-24", &recorded_values("host-gw")[0].1).backend,
-        Backend::Other { name: "host-gw".to_owned() }
+        BackendData::Other { name: "host-gw".to_owned() }
     );
 }
 
@@ -162,9 +163,9 @@ fn any_lease() -> impl Strategy<Value = (Subnet, Lease)> {
             let address = |f| value(f, format!("192.168.{a}.{b}"), format!("fd99::{a:x}:{b:x}")).parse().unwrap();
             let vtep = families.iter().map(|f| (*f, if *f == Family::V4 { mac4 } else { mac6 })).collect();
             let backend = if vxlan {
-                Backend::Vxlan { vni: Vni::try_from(vni).unwrap(), vtep }
+                BackendData::Vxlan { vni: Vni::try_from(vni).unwrap(), vtep }
             } else {
-                Backend::Other { name: name.clone() }
+                BackendData::Other { name: name.clone() }
             };
             let node = ours.then_some(Node { name, id });
             let subnet = Subnet::new(families.iter().map(|f| (*f, cidr(*f))).collect()).unwrap();

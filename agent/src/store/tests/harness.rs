@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
-use crate::model::{Family, Mac, NetworkConfig, Node, PerFamily, Subnet};
+use crate::model::{BackendData, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
 use crate::store::lease::HeldLease;
 use crate::store::{Store, StoreConfig, StoreError};
 
@@ -217,6 +217,11 @@ fn directory() -> TempDir {
     tempfile::Builder::new().prefix("overlay-etcd-").tempdir().unwrap()
 }
 
+/// What a lease of a VXLAN network carries.
+pub(super) fn vxlan(vtep: PerFamily<Mac>) -> BackendData {
+    BackendData::Vxlan { vni: Vni::DEFAULT, vtep }
+}
+
 /// The lease request of host `number`.
 pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
     let network = NetworkConfig::parse(network).expect(network).config;
@@ -230,7 +235,7 @@ pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
     LeaseRequest {
         node: Node { name: format!("host{number}"), id: format!("id-{number}") },
         public_ip: families.iter().map(|f| (*f, address(*f))).collect::<PerFamily<_>>(),
-        vtep: families.iter().map(|f| (*f, mac(*f))).collect::<PerFamily<_>>(),
+        backend: vxlan(families.iter().map(|f| (*f, mac(*f))).collect()),
         network,
         preferred: None,
     }

@@ -1,7 +1,7 @@
 //! Tests of the lease decisions.
 
 use super::*;
-use crate::model::{Mac, Node};
+use crate::model::{BackendData, Mac, Node, Vni};
 
 const NETWORK: &str = r#"{"Network":"10.244.0.0/16"}"#;
 const IP: &str = "192.168.0.7";
@@ -11,7 +11,7 @@ fn lease_request(network: &str) -> LeaseRequest {
     LeaseRequest {
         node: Node { name: "h7".to_owned(), id: "id7".to_owned() },
         public_ip: [(crate::model::Family::V4, IP.parse().unwrap())].into_iter().collect(),
-        vtep: [(crate::model::Family::V4, Mac::local([2, 0, 0, 0, 0, 7]))].into_iter().collect(),
+        backend: BackendData::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac::local([2, 0, 0, 0, 0, 7])), v6: None } },
         network,
         preferred: None,
     }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::harness::*;
 use crate::model::event::{LeaseOrigin, OwnLease, StoreEvent};
+use crate::model::{PeerEndpoint, PerFamily};
 use crate::store::lease::HeldLease;
 use crate::store::release;
 
@@ -97,9 +98,9 @@ async fn reservation_is_kept_across_restart() {
         let held = agent.next_held().await;
         assert_eq!((held.subnet, held.etcd_lease), (subnet("10.244.55.0-24"), None));
         let mut changed = lease_request(NETWORK, 7);
-        changed.vtep = lease_request(NETWORK, 9).vtep;
+        changed.backend = lease_request(NETWORK, 9).backend;
         agent.lease_request.send(Some(changed.clone())).unwrap();
-        let mac = changed.vtep.v4.unwrap().to_string();
+        let mac = changed.backend.endpoints().v4.and_then(PeerEndpoint::mac).unwrap().to_string();
         while !etcd.subnets().await.0[0].1.contains(&mac) {
             agent.next().await;
         }
@@ -398,7 +399,7 @@ async fn unseen_configuration_delays_acquisition() {
     etcd.subnets().await;
     assert!(etcd.request_count("Range").await > before, "etcd counts reads");
     let mut request = lease_request(r#"{"Network":"10.244.0.0/15"}"#, 7);
-    request.vtep.v4 = Some(crate::model::Mac::local([2, 9, 9, 9, 9, 9]));
+    request.backend = vxlan(PerFamily { v4: Some(crate::model::Mac::local([2, 9, 9, 9, 9, 9])), v6: None });
     agent.lease_request.send(Some(request)).unwrap();
     agent.find(|event| matches!(event, StoreEvent::Upsert(e) if e.key == held.subnet.to_key()).then_some(())).await;
     agent.stop().await;

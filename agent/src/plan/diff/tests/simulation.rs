@@ -9,8 +9,11 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PerFamily, Port, Subnet, Transport, Vni};
+use crate::model::{
+    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, Peer, PeerEndpoint, PerFamily, Port, Subnet, Transport, Vni,
+};
 use crate::plan::Op;
+use crate::plan::backend;
 use crate::plan::desired::HostSpec;
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
@@ -157,6 +160,7 @@ impl Setup {
         let network = NetworkConfig::parse(&text).expect("a configuration").config;
         let local: PerFamily<IpAddr> = self.families().map(|family| (family, public_ip(family, self.own_address))).collect();
         HostSpec {
+            backend_data: backend::of(&network).lease_data(&network, &mut |_| Mac([2, 1, 0, 0, 0, self.own_mac])),
             network,
             subnet: Subnet::new(self.families().map(|family| (family, subnet(family, self.own_subnet))).collect())
                 .expect("a subnet"),
@@ -167,7 +171,6 @@ impl Setup {
                 public_ip: local,
                 local,
             },
-            vtep: self.families().map(|family| (family, Mac([2, 1, 0, 0, 0, self.own_mac]))).collect(),
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
             masquerade,
             tx_checksum,
@@ -217,7 +220,7 @@ impl Setup {
                         RemoteSubnet {
                             subnet: subnet(family, i),
                             public_ip: public_ip(family, 16 * (i - 9) + address),
-                            vtep: mac,
+                            endpoint: Some(PeerEndpoint::Vxlan(mac)),
                         },
                     )
                 })
@@ -313,10 +316,11 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
     let mac = || (10u8..15, 0u8..3).prop_map(|(i, mac)| Mac([2, 0, 0, 0, i, mac]));
     let index = || 1u8..15;
     let id = || (0u32..14).prop_map(|i| NEXTHOP_IDS.start + i);
-    let route = (vxlan(), index(), index(), id(), 0u8..3).prop_map(|((family, device), i, j, id, which)| {
+    let route = (vxlan(), index(), index(), id(), 0u8..4).prop_map(|((family, device), i, j, id, which)| {
         let via = match which {
             0 => RouteTarget::Nexthop(id),
             1 => RouteTarget::Gateway(device, subnet(family, j).base()),
+            2 => RouteTarget::Via(public_ip(family, j)),
             _ => RouteTarget::Foreign,
         };
         (Key::Route(subnet(family, i)), Value::Route(via))
