@@ -99,6 +99,7 @@ impl Default for KernelOptions {
 struct Shared {
     rtnl: Rtnl,
     socket: RouteSocket,
+    batch: BatchSocket,
     ethtool: Ethtool,
     nft: Nft,
     ipv6_conf_dir: Ipv6ConfDir,
@@ -112,11 +113,12 @@ impl Shared {
 }
 
 /// The kernel's data path. It applies ops without yielding, up to 4,096 at a time. If [`DataPath::apply`] is cancelled, only
-/// complete runs of that size are applied, and no report is returned.
+/// complete runs of that size are applied, and no report is returned. Clones share everything: a restarted reconciler continues
+/// with a clone.
+#[derive(Clone)]
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
-    batch: BatchSocket,
     subscriptions: Arc<EventSubscriptions>,
     /// Whether the kernel supports next-hop objects. Those of an earlier run are read and removed even if `nexthop_objects` is
     /// off.
@@ -135,14 +137,14 @@ impl Kernel {
         let mut shared = Shared {
             rtnl: Rtnl::open()?,
             socket: RouteSocket::open()?,
+            batch: BatchSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
             ipv6_conf_dir: Ipv6ConfDir::open(),
             cache: KernelCache::default(),
         };
-        let batch = BatchSocket::open()?;
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
-        let own_ports = [shared.rtnl.port_id(), batch.port_id(), shared.socket.port_id().map_err(read)?];
+        let own_ports = [shared.rtnl.port_id(), shared.batch.port_id(), shared.socket.port_id().map_err(read)?];
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let host_interfaces = HostInterfaces::read(&mut shared.socket)?;
@@ -152,7 +154,7 @@ impl Kernel {
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::default();
-        Ok((Kernel { shared, connections, batch, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
+        Ok((Kernel { shared, connections, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes use next-hop objects; otherwise each route has its own gateway.
@@ -197,8 +199,8 @@ impl Kernel {
     }
 
     #[cfg(test)]
-    fn batch_socket(&self) -> &BatchSocket {
-        &self.batch
+    async fn set_batch_receive_buffer(&self, bytes: usize) {
+        self.shared.lock().await.batch.set_receive_buffer(bytes);
     }
 }
 
@@ -226,7 +228,7 @@ impl DataPath for Kernel {
             }
             let mut shared = self.shared.lock().await;
             let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
-            apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
+            apply(&mut shared, &batch[begin..end], begin, &mut report).await;
             let stale = translations.stale_filters(&shared.cache.rules);
             // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
             // caches.
@@ -264,7 +266,7 @@ impl DataPath for Kernel {
 
 /// Applies ops in order. Runs of peers' entries go through the batch socket, ruleset ops form transactions, link deletions run in
 /// parallel, and all other ops are applied one by one.
-async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
+async fn apply(shared: &mut Shared, ops: &[Op], first: usize, report: &mut ApplyReport) {
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
@@ -272,7 +274,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
         let rules = rest.iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
         let links = rest.iter().take_while(|op| matches!(op, Op::Delete(Key::Link(_), _))).count();
         if run > 0 {
-            blocking(|| batch.apply(&rest[..run], at, &mut shared.cache, report));
+            blocking(|| shared.batch.apply(&rest[..run], at, &mut shared.cache, report));
             rest = &rest[run..];
         } else if rules > 0 {
             let (rules, following) = rest.split_at(rules);
@@ -282,7 +284,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
             let parallel = if rules.len() >= PARALLEL_ABOVE && same_kind { following } else { &[] };
             let run = parallel.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
-            apply_parallel(shared, batch, rules, &parallel[..run], at, report);
+            apply_parallel(shared, rules, &parallel[..run], at, report);
             rest = &rest[rules.len() + run..];
         } else if links > 0 {
             let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
@@ -311,15 +313,8 @@ fn delete_stale_connections(connections: &ConntrackCleaner, stale: Vec<StaleFilt
 }
 
 /// Applies ruleset ops and, in parallel, the peers' entries that follow them.
-fn apply_parallel(
-    shared: &mut Shared,
-    batch: &mut BatchSocket,
-    rules: &[Op],
-    entries: &[Op],
-    at: usize,
-    report: &mut ApplyReport,
-) {
-    let Shared { nft, cache, .. } = shared;
+fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, report: &mut ApplyReport) {
+    let Shared { nft, batch, cache, .. } = shared;
     let mut cached_rules = std::mem::take(&mut cache.rules);
     let mut entries_report = ApplyReport::default();
     let failed = if entries.is_empty() {

@@ -5,11 +5,11 @@ mod mesh;
 mod page;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::model::RejectReason;
+use crate::model::{NamespaceName, NetworkName, RejectReason};
 use crate::plan::Key;
 use crate::plan::mesh::{ProbePath, Summary};
 
@@ -40,18 +40,12 @@ const DURATION_BOUNDS: [(u64, &str); 11] = [
 #[derive(Debug)]
 pub struct Metrics {
     started: SystemTime,
-    ready: AtomicBool,
-    lease_held: AtomicBool,
-    peers: AtomicU64,
-    leases: AtomicU64,
-    rejected_leases: AtomicU64,
+    networks: Mutex<BTreeMap<NetworkName, NetworkGauges>>,
     rejected_values: Mutex<BTreeMap<&'static str, u64>>,
-    config_errors: AtomicU64,
     endpoints: AtomicU64,
-    failed_entries: AtomicU64,
-    contended_entries: AtomicU64,
-    store_connected: AtomicBool,
-    store_was_connected: AtomicBool,
+    /// Failed and contended entries of each network namespace.
+    data_paths: Mutex<BTreeMap<NamespaceName, (usize, usize)>>,
+    store_connected: Mutex<BTreeMap<NetworkName, bool>>,
     store_reconnects: AtomicU64,
     store_requests: Histogram<{ DURATION_BOUNDS.len() }>,
     store_requests_failed: AtomicU64,
@@ -73,6 +67,23 @@ const EVENT_SOURCES: [&str; 2] = ["kernel", "store"];
 
 /// Label values of [`FullRead`].
 const FULL_READS: [&str; 2] = ["interfaces", "state"];
+
+/// The values of a network.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetworkGauges {
+    /// Whether it is ready.
+    pub ready: bool,
+    /// Whether this host holds its lease, as far as it knows.
+    pub lease_held: bool,
+    /// Peers in the data path.
+    pub peers: usize,
+    /// Leases in the store.
+    pub leases: usize,
+    /// How many of them are rejected.
+    pub rejected_leases: usize,
+    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
+    pub config_errors: usize,
+}
 
 /// The source of an event.
 #[derive(Debug, Clone, Copy)]
@@ -107,18 +118,11 @@ impl Metrics {
         let zeros = |words: &[&'static str]| Mutex::new(words.iter().map(|word| (*word, 0)).collect());
         Metrics {
             started: SystemTime::now(),
-            ready: AtomicBool::default(),
-            lease_held: AtomicBool::default(),
-            peers: AtomicU64::default(),
-            leases: AtomicU64::default(),
-            rejected_leases: AtomicU64::default(),
+            networks: Mutex::default(),
             rejected_values: zeros(&RejectReason::NAMES),
-            config_errors: AtomicU64::default(),
             endpoints: AtomicU64::default(),
-            failed_entries: AtomicU64::default(),
-            contended_entries: AtomicU64::default(),
-            store_connected: AtomicBool::default(),
-            store_was_connected: AtomicBool::default(),
+            data_paths: Mutex::default(),
+            store_connected: Mutex::default(),
             store_reconnects: AtomicU64::default(),
             store_requests: Histogram::default(),
             store_requests_failed: AtomicU64::default(),
@@ -136,25 +140,9 @@ impl Metrics {
         }
     }
 
-    /// Whether the agent is ready.
-    pub fn set_ready(&self, ready: bool) {
-        self.ready.store(ready, Ordering::Relaxed);
-    }
-
-    /// Whether this host holds its lease, as far as it knows.
-    pub fn set_lease_held(&self, held: bool) {
-        self.lease_held.store(held, Ordering::Relaxed);
-    }
-
-    /// Peers in the data path.
-    pub fn set_peers(&self, count: usize) {
-        self.peers.store(count as u64, Ordering::Relaxed);
-    }
-
-    /// Leases in the store, and how many of them are rejected.
-    pub fn set_leases(&self, total: usize, rejected: usize) {
-        self.leases.store(total as u64, Ordering::Relaxed);
-        self.rejected_leases.store(rejected as u64, Ordering::Relaxed);
+    /// The values of a network.
+    pub fn set_network(&self, network: &NetworkName, gauges: NetworkGauges) {
+        lock(&self.networks).insert(network.clone(), gauges);
     }
 
     /// Counts a newly rejected value of the store; `reason` is a `RejectReason::as_str`.
@@ -162,32 +150,33 @@ impl Metrics {
         *lock(&self.rejected_values).entry(reason).or_default() += 1;
     }
 
-    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
-    pub fn set_config_errors(&self, count: usize) {
-        self.config_errors.store(count as u64, Ordering::Relaxed);
-    }
-
     /// Endpoints of this host.
     pub fn set_endpoints(&self, count: usize) {
         self.endpoints.store(count as u64, Ordering::Relaxed);
     }
 
-    /// Entries that could not be programmed and are retried.
-    pub fn set_failed_entries(&self, count: usize) {
-        self.failed_entries.store(count as u64, Ordering::Relaxed);
+    /// A network namespace's entries that failed and are retried, and those that another process changes again and again.
+    pub fn set_data_path(&self, namespace: &NamespaceName, failed: usize, contended: usize) {
+        lock(&self.data_paths).insert(namespace.clone(), (failed, contended));
     }
 
-    /// Entries that another process on this host changes again and again.
-    pub fn set_contended_entries(&self, count: usize) {
-        self.contended_entries.store(count as u64, Ordering::Relaxed);
-    }
-
-    /// Whether the store answers. Each change from no to yes except the first is a reconnect.
-    pub fn set_store_connected(&self, connected: bool) {
-        let was = self.store_connected.swap(connected, Ordering::Relaxed);
-        if connected && !was && self.store_was_connected.swap(true, Ordering::Relaxed) {
-            self.store_reconnects.fetch_add(1, Ordering::Relaxed);
+    /// Whether the store answers a network. Each change from no to yes except the first is a reconnect.
+    pub fn set_store_connected(&self, network: &NetworkName, connected: bool) {
+        let mut networks = lock(&self.store_connected);
+        match networks.get_mut(network) {
+            Some(state) => {
+                let was = std::mem::replace(state, connected);
+                self.store_reconnects.fetch_add(u64::from(connected && !was), Ordering::Relaxed);
+            }
+            None if connected => drop(networks.insert(network.clone(), true)),
+            None => {}
         }
+    }
+
+    /// Forgets a network that was stopped.
+    pub fn remove_network(&self, network: &NetworkName) {
+        lock(&self.networks).remove(network);
+        lock(&self.store_connected).remove(network);
     }
 
     /// Records a finished request to the store: its duration, and whether it succeeded.
@@ -260,7 +249,14 @@ impl Metrics {
     pub fn render(&self) -> String {
         let mut page = Page::new();
         let value = |number: &AtomicU64| number.load(Ordering::Relaxed);
-        let flag = |flag: &AtomicBool| u64::from(flag.load(Ordering::Relaxed));
+        // Without a label for the network, the page has sums, and 1 only if a condition holds for every network.
+        let networks = lock(&self.networks).clone();
+        let sum = |count: fn(&NetworkGauges) -> usize| networks.values().map(count).sum::<usize>() as u64;
+        let all = |flag: fn(&NetworkGauges) -> bool| u64::from(!networks.is_empty() && networks.values().all(flag));
+        let (failed, contended) =
+            lock(&self.data_paths).values().fold((0, 0), |(failed, contended), (f, c)| (failed + *f as u64, contended + *c as u64));
+        let connected = lock(&self.store_connected);
+        let connected = u64::from(!connected.is_empty() && connected.values().all(|connected| *connected));
         page.header("overlayd_build_info", "The running program; the value is always 1.", "gauge");
         page.line(&format!(
             "overlayd_build_info{{version=\"{}\",arch=\"{}\",profile=\"{}\"}} 1",
@@ -274,12 +270,12 @@ impl Metrics {
         page.gauge(
             "overlayd_ready",
             "1 if a snapshot was received, the lease is held and no failed entry is pending.",
-            flag(&self.ready),
+            all(|network| network.ready),
         );
-        page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", flag(&self.lease_held));
-        page.gauge("overlayd_peers", "Peers in the data path.", value(&self.peers));
-        page.gauge("overlayd_leases", "Leases in the store, including this host's.", value(&self.leases));
-        page.gauge("overlayd_refused_leases", "Rejected leases, which are not in the data path.", value(&self.rejected_leases));
+        page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", all(|network| network.lease_held));
+        page.gauge("overlayd_peers", "Peers in the data path.", sum(|network| network.peers));
+        page.gauge("overlayd_leases", "Leases in the store, including this host's.", sum(|network| network.leases));
+        page.gauge("overlayd_refused_leases", "Rejected leases, which are not in the data path.", sum(|network| network.rejected_leases));
         page.counters(
             "overlayd_refused_values_total",
             "Rejected values of the store, by reason.",
@@ -289,16 +285,16 @@ impl Metrics {
         page.gauge(
             "overlayd_config_errors",
             "Invalid fields of the configuration in the store; the last valid one stays in use.",
-            value(&self.config_errors),
+            sum(|network| network.config_errors),
         );
         page.gauge("overlayd_endpoints", "Containers of this host on the overlay.", value(&self.endpoints));
-        page.gauge("overlayd_failed_entries", "Kernel entries that failed and are retried.", value(&self.failed_entries));
+        page.gauge("overlayd_failed_entries", "Kernel entries that failed and are retried.", failed);
         page.gauge(
             "overlayd_contested_entries",
             "Kernel entries that another process on this host changes again and again.",
-            value(&self.contended_entries),
+            contended,
         );
-        page.gauge("overlayd_store_connected", "1 while the store answers.", flag(&self.store_connected));
+        page.gauge("overlayd_store_connected", "1 while the store answers.", connected);
         page.counter("overlayd_store_reconnects_total", "Reconnects to the store.", value(&self.store_reconnects));
         self.store_requests.render(
             &mut page,
@@ -378,9 +374,8 @@ mod tests {
     #[test]
     fn rendered_page_contains_counted_values() {
         let metrics = Metrics::new();
-        metrics.set_ready(true);
-        metrics.set_peers(3);
-        metrics.set_leases(5, 1);
+        let gauges = NetworkGauges { ready: true, peers: 3, leases: 5, rejected_leases: 1, ..NetworkGauges::default() };
+        metrics.set_network(&NetworkName::default(), gauges);
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
@@ -451,11 +446,26 @@ mod tests {
         let metrics = Metrics::new();
         let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total 1");
         for connected in [false, true, true, false] {
-            metrics.set_store_connected(connected);
+            metrics.set_store_connected(&NetworkName::default(), connected);
             assert!(!reconnects());
         }
-        metrics.set_store_connected(true);
+        metrics.set_store_connected(&NetworkName::default(), true);
         assert!(reconnects());
+    }
+
+    #[test]
+    fn networks_do_not_overwrite_each_other() {
+        let metrics = Metrics::new();
+        let gauges = |peers, ready| NetworkGauges { peers, ready, ..NetworkGauges::default() };
+        let [one, two] = ["one", "two"].map(NetworkName::from);
+        metrics.set_network(&one, gauges(3, true));
+        metrics.set_network(&two, gauges(4, false));
+        metrics.set_data_path(&NamespaceName::Host, 1, 0);
+        metrics.set_data_path(&NamespaceName::Network(two.clone()), 2, 1);
+        let has = |line: &str| metrics.render().lines().any(|l| l == line);
+        assert!(["overlayd_peers 7", "overlayd_ready 0", "overlayd_failed_entries 3"].into_iter().all(has));
+        metrics.remove_network(&two);
+        assert!(["overlayd_peers 3", "overlayd_ready 1", "overlayd_contested_entries 1"].into_iter().all(has));
     }
 
     #[test]

@@ -19,15 +19,17 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::allocator;
 use crate::metrics::{FullRead, Metrics};
-use crate::model::{Device, NetworkName};
+use crate::model::{Device, NamespaceName, NetworkName};
 use crate::plan::bulk::BULK_THRESHOLD;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::diff::{diff, diff_keys};
@@ -64,6 +66,8 @@ const MAX_LOG_LINES: usize = 20;
 /// Fixed settings of the reconciler.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// The network namespace.
+    pub namespace: NamespaceName,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
     /// Interval of full comparisons with the kernel.
@@ -86,10 +90,10 @@ pub enum ReconcilerQuery {
     /// The state of the data path.
     Status(oneshot::Sender<DataPathReport>),
     /// The state of these peers' entries: device and subnet of each.
-    Peers(Vec<(Device, crate::model::peer::RemoteSubnet)>, oneshot::Sender<Vec<PeerState>>),
+    Peers(Arc<[(Device, crate::model::peer::RemoteSubnet)]>, oneshot::Sender<Vec<PeerState>>),
 }
 
-/// The reconciler's ends of its channels; all are bounded.
+/// The reconciler's ends of its channels, which outlive a run of it; all are bounded.
 #[derive(Debug)]
 pub struct Channels {
     /// From the networks.
@@ -109,6 +113,8 @@ pub struct Channels {
     pub ports_lost: watch::Sender<u64>,
     /// Incremented by each iteration of the loop. An idle loop does not iterate, so a liveness probe has to send a query.
     pub heartbeat: watch::Sender<u64>,
+    /// Number of the last run.
+    pub run: u64,
 }
 
 /// Owner of desired state and actual state of a network namespace.
@@ -117,9 +123,14 @@ pub struct Reconciler<D, S> {
     data_path: D,
     sysctl_store: S,
     metrics: Arc<Metrics>,
+    /// Number of this run, from 1.
+    run: u64,
 
     /// What the networks contributed besides their entries.
     contributors: BTreeMap<NetworkName, Contributor>,
+    /// Whether a network has contributed since the start. Without one there is no desired state: the data path of an earlier run
+    /// stays untouched and keeps forwarding.
+    has_desired_state: bool,
     desired: DesiredState,
     actual: State,
     nexthop_ids: NexthopIds,
@@ -132,6 +143,8 @@ pub struct Reconciler<D, S> {
     schedule: Schedule,
     retries: RetryQueue,
     drift: DriftLog,
+    /// Returns the seconds since the epoch, for the status.
+    unix_time: fn() -> u64,
     dump_error: Option<String>,
     /// Whether the answer to a query may have changed.
     changed: bool,
@@ -188,7 +201,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             data_path,
             sysctl_store,
             metrics,
+            run: 0,
             contributors: BTreeMap::new(),
+            has_desired_state: false,
             desired: DesiredState::default(),
             actual: State::new(),
             nexthop_ids: NexthopIds::default(),
@@ -197,14 +212,20 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             dirty: Dirty::default(),
             retries: RetryQueue::new(random_fraction),
             drift: DriftLog::default(),
+            unix_time,
             dump_error: None,
             changed: true,
             port_lost: false,
         }
     }
 
-    /// Runs until `shutdown`, which leaves the data path unchanged.
-    pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+    /// Runs until `shutdown`, which leaves the data path unchanged. `delay` is the pause before a restart.
+    pub async fn run(mut self, channels: &mut Channels, delay: Duration, shutdown: CancellationToken) {
+        channels.run += 1;
+        self.run = channels.run;
+        if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
+            return;
+        }
         let mut queries = Vec::new();
         let mut woken_by_timer = false;
         let mut timer_not_before = Instant::now();
@@ -221,13 +242,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.fold_network(input);
             }
             channels.heartbeat.send_modify(|count| *count += 1);
-            let progress = self.converge(&channels).await;
+            let progress = self.converge(channels).await;
             if std::mem::take(&mut woken_by_timer) && !progress {
                 self.metrics.count_idle_wakeup();
                 timer_not_before = Instant::now() + IDLE_WAKE_PAUSE;
             }
             queries.drain(..).for_each(|query| self.answer_query(query));
-            let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before).into());
+            let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before));
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(event) = channels.kernel.recv() => self.fold_kernel(event),
@@ -238,6 +259,20 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         }
     }
 
+    /// Answers queries and takes messages for the time of `delay`, without any other work.
+    async fn wait(&mut self, channels: &mut Channels, delay: Duration) {
+        self.publish(channels, Instant::now());
+        let mut delay = pin!(tokio::time::sleep(delay));
+        loop {
+            tokio::select! {
+                () = &mut delay => return,
+                Some(input) = channels.networks.recv() => self.fold_network(input),
+                Some(query) = channels.queries.recv() => self.answer_query(query),
+            }
+            channels.heartbeat.send_modify(|count| *count += 1);
+        }
+    }
+
     /// The next time at which work is due without an event.
     fn next_deadline(&self) -> Instant {
         let next_dump = self.schedule.dump_reason.map(|_| self.schedule.dump_not_before);
@@ -245,12 +280,6 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             .into_iter()
             .flatten()
             .fold(self.schedule.resync, Instant::min)
-    }
-
-    /// Whether a network has contributed. Without one there is no desired state: the data path of an earlier run stays untouched
-    /// and keeps forwarding.
-    fn has_desired_state(&self) -> bool {
-        !self.contributors.is_empty()
     }
 
     /// Brings actual state as close to desired state as is possible now. Returns whether there was any work.
@@ -298,7 +327,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         progress |= self.apply_due(batch, now).await;
         // A retried entry was set, so the entries that depend on it, which the previous plan left out, can be planned now. The
         // loop ends, because each iteration needs another pending entry that was set.
-        while self.has_desired_state() && (self.dirty.all || !self.dirty.keys.is_empty()) {
+        while self.has_desired_state && (self.dirty.all || !self.dirty.keys.is_empty()) {
             let batch = self.plan();
             progress |= self.apply_due(batch, now).await;
         }
@@ -328,7 +357,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 let is_lost =
                     |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && !self.actual.contains_key(key);
                 self.port_lost |= self.desired.links().any(is_lost);
-                self.has_desired_state().then_some(before)
+                self.has_desired_state.then_some(before)
             }
             Err(error) => {
                 tracing::error!(reason, %error, "cannot dump kernel state, retrying in 1 s");
@@ -343,7 +372,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the ops for the dirty entries.
     fn plan(&mut self) -> Batch {
         let dirty = std::mem::take(&mut self.dirty.keys);
-        if !self.has_desired_state() {
+        if !self.has_desired_state {
             return Batch::new();
         }
         if std::mem::take(&mut self.dirty.all) {
@@ -355,8 +384,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Publishes metrics and changed values on the channels.
     fn publish(&mut self, channels: &Channels, now: Instant) {
-        self.metrics.set_failed_entries(self.retries.len());
-        self.metrics.set_contended_entries(self.drift.contended(now).count());
+        self.metrics.set_data_path(&self.settings.namespace, self.retries.len(), self.drift.contended(now).count());
         let progress = self.progress();
         channels.progress.send_if_modified(|current| {
             let changed = *current != progress;
@@ -386,6 +414,11 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         });
         Progress { networks: networks.collect(), dump_failed: self.dump_error.is_some() }
     }
+}
+
+/// Seconds since the epoch.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 /// A random fraction, for jitter.

@@ -31,6 +31,7 @@ const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The agent behind its socket.
 pub(super) struct AgentBackend {
+    pub(super) network_name: NetworkName,
     pub(super) queries: Queries,
     pub(super) endpoints: Endpoints<PortManager>,
     pub(super) port_manager: PortManager,
@@ -162,7 +163,7 @@ impl Backend for AgentBackend {
             }
         }
         Ok(api::NetworkView {
-            name: NetworkName::default().to_string(),
+            name: self.network_name.to_string(),
             driver: "vxlan".to_owned(),
             vni: network.vxlan.vni,
             port: network.vxlan.port,

@@ -3,7 +3,8 @@
 //! Devices are applied first. Entries that depend on a failed entry are left out.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::{HEAP_TRIM_DELAY, Reconciler, SysctlStore};
 use crate::model::Device;

@@ -1,7 +1,9 @@
 //! Reads the host's interfaces for the networks, plans the shared entries, and reads the sysctls of the host's own interfaces.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
 use crate::metrics::FullRead;
@@ -20,6 +22,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         let read = self.data_path.inventory().await;
         self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
         let mut view = self.host.take().map(Arc::unwrap_or_clone).unwrap_or_default();
+        view.run = self.run;
         view.refreshes.clone_from(&self.refreshes);
         match read {
             Ok(inventory) => {

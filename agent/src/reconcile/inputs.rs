@@ -1,6 +1,6 @@
 //! Folds the networks' contributions and the kernel's events, and marks dirty entries.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tokio::time::Instant;
 
 use super::drift::Verdict;
 use super::{HOST_READ_DEBOUNCE, MAX_LOG_LINES, Reconciler, SysctlStore};
@@ -19,11 +19,24 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.refreshes.insert(network, number);
                 self.schedule.host_read = Some(Instant::now());
             }
+            ReconcilerInput::Withdraw(network) => {
+                self.contributors.remove(&network);
+                self.refreshes.remove(&network);
+                if let Some(entries) = self.desired.networks.remove(&network) {
+                    self.retries.remove_all(|key| entries.contains_key(key));
+                    (self.dirty.all, self.dirty.shared) = (true, true);
+                }
+            }
         }
     }
 
     fn fold_contribution(&mut self, contribution: Contribution) {
-        let Contribution { network, sequence, shared, change } = contribution;
+        let Contribution { network, run, sequence, shared, change } = contribution;
+        if run != self.run {
+            // It continues one that an earlier run had.
+            return;
+        }
+        self.has_desired_state = true;
         let contributor = self.contributors.entry(network.clone()).or_default();
         contributor.sequence = sequence;
         if shared.is_some() {
@@ -133,7 +146,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Some(value) => self.actual.insert(key.clone(), value),
             None => self.actual.remove(&key),
         };
-        if !self.has_desired_state() || self.is_in_sync(&key) {
+        if !self.has_desired_state || self.is_in_sync(&key) {
             return false;
         }
         let is_port = matches!(self.desired.get(&key), Some(Value::Link(link)) if link.kind == LinkKind::Port);
@@ -155,7 +168,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 "drift: restoring an entry changed by another process"
             );
         }
-        if let Verdict::Contended { repairs, excess } = self.drift.record(key, now, unix_time()) {
+        if let Verdict::Contended { repairs, excess } = self.drift.record(key, now, (self.unix_time)()) {
             if excess == 1 {
                 tracing::error!(entry = %key, repairs, "another process keeps changing an entry; limiting the rate of repairs");
             }
@@ -201,9 +214,4 @@ fn is_entry_in_sync(wanted: Option<&Value>, found: Option<&Value>) -> bool {
         (None, Some(Value::Route(RouteTarget::Foreign))) => true,
         _ => false,
     }
-}
-
-/// Seconds since the epoch.
-fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

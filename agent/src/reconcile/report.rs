@@ -1,6 +1,6 @@
 //! Answers queries about the data path.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use super::{Reconciler, ReconcilerQuery, SysctlStore};
 use crate::model::Device;

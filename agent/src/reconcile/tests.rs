@@ -99,8 +99,8 @@ impl Fixture {
         let (endpoints, endpoints_out) = watch::channel(Vec::new());
         let (applied, applied_endpoints) = watch::channel(Vec::new());
         let inputs =
-            wiring::Inputs { store: store_events, kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
-        let (network_channels, channels, outputs) = wiring::connect(inputs);
+            wiring::Inputs { kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
+        let (mut network_channels, mut channels, outputs) = wiring::connect(inputs);
         let wiring::Outputs { queries, lease_request, ready, heartbeats: [_, heartbeat], .. } = outputs;
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new());
@@ -115,9 +115,12 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics)).run(network_channels, stop.clone());
-        let settings = Settings { nexthop_objects: true, resync, probe_address: None };
-        let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, metrics).run(channels, stop.clone());
+        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics));
+        let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync, probe_address: None };
+        let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, metrics);
+        let (stop_network, stop_reconciler) = (stop.clone(), stop.clone());
+        let network = async move { network.run(store_events, &mut network_channels, Duration::ZERO, stop_network).await };
+        let reconciler = async move { reconciler.run(&mut channels, Duration::ZERO, stop_reconciler).await };
         Fixture {
             kernel,
             store,

@@ -12,7 +12,7 @@ use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
 use overlay_agent::model::{
-    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
+    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NamespaceName, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
 };
 use overlay_agent::network::{self, Network, NetworkStateStore};
 use overlay_agent::plan::contribution::Progress;
@@ -140,25 +140,30 @@ impl Agent {
         };
         let metrics = Arc::new(Metrics::new());
         let network = Network::new(settings, EphemeralState, Arc::clone(&metrics));
-        let settings = reconcile::Settings { nexthop_objects: true, resync: Duration::from_secs(300), probe_address: None };
+        let settings = reconcile::Settings {
+            namespace: NamespaceName::Host,
+            nexthop_objects: true,
+            resync: Duration::from_secs(300),
+            probe_address: None,
+        };
         let data_path = TimedDataPath { inner: kernel, apply_stats: clock.clone() };
         let reconciler = Reconciler::new(settings, data_path, EphemeralState, metrics);
         let (store_in, store) = mpsc::channel(1024);
         let (ports, endpoints) = watch::channel(Vec::new());
-        let inputs = wiring::Inputs { store, kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
-        let (network_channels, reconciler_channels, mut outputs) = wiring::connect(inputs);
+        let inputs = wiring::Inputs { kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
+        let (mut network_channels, mut reconciler_channels, mut outputs) = wiring::connect(inputs);
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { monitor.run().await.context("the monitor ended") });
-        let (network, token) = (network.run(network_channels, stop.clone()), stop.clone());
+        let token = stop.clone();
         tasks.spawn(async move {
-            network.await;
+            network.run(store, &mut network_channels, Duration::ZERO, token.clone()).await;
             token.cancel();
             Ok(())
         });
-        let (reconciler, token) = (reconciler.run(reconciler_channels, stop.clone()), stop.clone());
+        let token = stop.clone();
         tasks.spawn(async move {
-            reconciler.await;
+            reconciler.run(&mut reconciler_channels, Duration::ZERO, token.clone()).await;
             token.cancel();
             Ok(())
         });

@@ -151,7 +151,7 @@ fn elements_and_entries_apply_in_parallel() {
 fn lost_replies_resend_messages_individually() {
     on_host("lost", KernelOptions::default(), async |host| {
         host.create_devices().await;
-        host.kernel.batch_socket().set_receive_buffer(2048);
+        host.kernel.set_batch_receive_buffer(2048).await;
         let mut batch = peers(Family::V4, 0..400, true);
         for n in 0..100 {
             let route = 1250 + n;
