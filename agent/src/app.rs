@@ -39,6 +39,7 @@ use tokio::sync::watch;
 use crate::admin::{self, AdminSocket};
 use crate::config::{EtcdConfig, HostConfig};
 use crate::endpoint::{EndpointNetwork, Endpoints};
+use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
 use crate::model::{NamespaceName, NetworkName, Node, PerFamily};
@@ -86,7 +87,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         None => None,
     };
     let (kernel, kernel_events, kernel_monitor) =
-        Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
+        Kernel::open(&Netns::current()?, &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let port_manager = kernel.port_manager();
     let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;

@@ -2,8 +2,8 @@
 //! namespaces.
 //!
 //! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
-//! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
-//! share one cache of its state (`cache`).
+//! changes made by other processes. All three belong to the network namespace given to [`Kernel::open`], whichever thread uses
+//! them, and share one cache of its state (`cache`).
 //!
 //! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes through `rtnetlink`. `objects` reads
 //! them with `netlink-packet-route` over a blocking socket (`route_socket`). Entries whose number grows with the peers use
@@ -59,12 +59,13 @@ use self::cache::KernelCache;
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
 use self::link::Links;
+use self::netns::Netns;
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
 use self::rtnl::Rtnl;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
-use self::sysctl::Ipv6ConfDir;
+use self::sysctl::Sysctls;
 use crate::blocking::blocking;
 use crate::plan::state::{LinkState, PROTOCOL, State};
 use crate::plan::underlay::HostInventory;
@@ -102,13 +103,15 @@ struct Shared {
     batch: BatchSocket,
     ethtool: Ethtool,
     nft: Nft,
-    ipv6_conf_dir: Ipv6ConfDir,
+    sysctls: Sysctls,
+    netns: Netns,
     cache: KernelCache,
 }
 
 impl Shared {
     fn links(&mut self) -> Links<'_> {
-        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
+        let Shared { rtnl, socket, ethtool, sysctls, netns, cache, .. } = self;
+        Links { rtnl, socket, ethtool, sysctls, netns, cache }
     }
 }
 
@@ -117,6 +120,7 @@ impl Shared {
 /// with a clone.
 #[derive(Clone)]
 pub struct Kernel {
+    netns: Netns,
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
     subscriptions: Arc<EventSubscriptions>,
@@ -127,20 +131,31 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Opens the data path in the calling thread's network namespace. Also returns the events of other processes' changes from
+    /// Opens the data path of a network namespace. Also returns the events of other processes' changes from
     /// now on, and the monitor that produces them: run [`Monitor::run`] and watch for its end. Must be called inside a tokio
     /// runtime with I/O enabled.
     ///
     /// # Errors
     /// A socket cannot be opened: no file descriptors left, no netlink, or no permission.
-    pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+    pub fn open(
+        netns: &Netns,
+        options: &KernelOptions,
+    ) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+        netns.run_in_place(|| Kernel::open_inside(netns, options)).map_err(|e| OpError::from(&e))?
+    }
+
+    fn open_inside(
+        netns: &Netns,
+        options: &KernelOptions,
+    ) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         let mut shared = Shared {
-            rtnl: Rtnl::open()?,
+            rtnl: Rtnl::open(netns)?,
             socket: RouteSocket::open()?,
             batch: BatchSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
-            ipv6_conf_dir: Ipv6ConfDir::open(),
+            sysctls: Sysctls::open(),
+            netns: netns.clone(),
             cache: KernelCache::default(),
         };
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
@@ -153,8 +168,8 @@ impl Kernel {
         let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
-        let connections = Arc::default();
-        Ok((Kernel { shared, connections, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
+        let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
+        Ok((Kernel { netns: netns.clone(), shared, connections, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes use next-hop objects; otherwise each route has its own gateway.
@@ -164,7 +179,7 @@ impl Kernel {
 
     /// Returns the manager of container ports. Clones share its socket.
     pub fn port_manager(&self) -> PortManager {
-        PortManager::new(Arc::clone(&self.shared), Arc::clone(&self.connections))
+        PortManager::new(self.netns.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
     /// Pauses the monitor's events for a large batch, until the returned guard is dropped.
@@ -241,7 +256,7 @@ impl DataPath for Kernel {
 
     async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
         let mut shared = self.shared.lock().await;
-        blocking(|| dump::track_sysctls(&mut shared.cache, paths.iter().cloned()))?;
+        blocking(|| dump::track_sysctls(&mut shared, paths.iter().cloned()))?;
         let found = |path: String| Some((shared.cache.sysctls.get(&path)?.as_str().into(), path));
         let found = paths.into_iter().filter_map(found);
         Ok(found.map(|(value, path)| (Key::Sysctl(path.into()), Value::Sysctl(value))).collect())
@@ -338,7 +353,7 @@ fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, 
 async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
-            sysctl::write(path, text)?;
+            shared.sysctls.write(path, text)?;
             shared.cache.sysctls.insert(path.to_string(), text.to_string());
             Ok(())
         }
@@ -349,9 +364,9 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             address::set(&mut shared.links(), *device, *address, true).await
         }
         Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false).await,
-        Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
-            blocking(|| shared.nft.set_forward_accept(*family, *network))?;
-            shared.cache.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));
+        Op::Set(key @ Key::ForwardAccept(family), value @ Value::ForwardAccept(ranges)) => {
+            blocking(|| shared.nft.set_forward_accept(*family, ranges))?;
+            shared.cache.rules.insert(key.clone(), value.clone());
             Ok(())
         }
         Op::Delete(Key::ForwardAccept(family), _) => {

@@ -131,6 +131,9 @@ pub struct Reconciler<D, S> {
     /// Whether a network has contributed since the start. Without one there is no desired state: the data path of an earlier run
     /// stays untouched and keeps forwarding.
     has_desired_state: bool,
+    /// Networks that contributed to an earlier run and not yet to this one. What nobody desires may be theirs, so it is not deleted,
+    /// and the entries that networks share stay as they are.
+    absent: BTreeSet<NetworkName>,
     desired: DesiredState,
     actual: State,
     nexthop_ids: NexthopIds,
@@ -204,6 +207,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             run: 0,
             contributors: BTreeMap::new(),
             has_desired_state: false,
+            absent: BTreeSet::new(),
             desired: DesiredState::default(),
             actual: State::new(),
             nexthop_ids: NexthopIds::default(),
@@ -223,6 +227,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     pub async fn run(mut self, channels: &mut Channels, delay: Duration, shutdown: CancellationToken) {
         channels.run += 1;
         self.run = channels.run;
+        self.absent = channels.progress.borrow().networks.keys().cloned().collect();
         if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
             return;
         }
@@ -376,7 +381,11 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             return Batch::new();
         }
         if std::mem::take(&mut self.dirty.all) {
-            diff(&self.desired, &self.actual)
+            let mut batch = diff(&self.desired, &self.actual);
+            if !self.absent.is_empty() {
+                batch.retain(|op| self.desired.contains_key(op.key()));
+            }
+            batch
         } else {
             diff_keys(&self.desired, &self.actual, dirty.iter())
         }
@@ -412,7 +421,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             });
             (name.clone(), NetworkProgress { sequence: contributor.sequence, failed: failed.len(), base_failed })
         });
-        Progress { networks: networks.collect(), dump_failed: self.dump_error.is_some() }
+        let absent = self.absent.iter().map(|name| (name.clone(), NetworkProgress::default()));
+        Progress { networks: networks.chain(absent).collect(), dump_failed: self.dump_error.is_some() }
     }
 }
 

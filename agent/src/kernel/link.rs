@@ -13,10 +13,11 @@ use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, Link
 
 use super::cache::{KernelCache, LINK_GROUP, is_own_link};
 use super::ethtool::Ethtool;
+use super::netns::Netns;
 use super::objects::{self, LinkInfo};
 use super::route_socket::{KernelError, RouteSocket};
 use super::rtnl::{Rtnl, no_link_local};
-use super::sysctl;
+use super::sysctl::{self, Sysctls};
 use crate::model::network::IPV6_MIN_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
@@ -36,6 +37,10 @@ pub struct Links<'a> {
     pub socket: &'a mut RouteSocket,
     /// Reads and changes offload settings.
     pub ethtool: &'a Ethtool,
+    /// Reads and changes sysctls.
+    pub sysctls: &'a Sysctls,
+    /// The namespace of all of them.
+    pub netns: &'a Netns,
     /// The cache; updated with each change.
     pub cache: &'a mut KernelCache,
 }
@@ -78,7 +83,7 @@ impl Links<'_> {
     pub async fn delete_all(&mut self, names: &[&str]) -> Vec<Result<(), OpError>> {
         let begin = |name: &&str| match self.find(name)? {
             Some(link) if !is_own_link(&link) => Err(foreign_link_error(&link)),
-            Some(link) => Ok(Some((link.index, delete_by_index(link.index)))),
+            Some(link) => Ok(Some((link.index, delete_by_index(self.netns, link.index)))),
             None => Ok(None),
         };
         let removals: Vec<Result<_, OpError>> = names.iter().map(begin).collect();
@@ -174,7 +179,7 @@ impl Links<'_> {
         let link =
             objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
         // Set before the link comes up for the first time.
-        sysctl::write_if_exists(&sysctl::accept_ra(name), "0")?;
+        self.sysctls.write_if_exists(&sysctl::accept_ra(name), "0")?;
         Ok(link)
     }
 
@@ -185,7 +190,7 @@ impl Links<'_> {
 
     /// Like [`Links::ensure_alias`], but regardless of the current alias.
     async fn set_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        let ipv6 = sysctl::read(&sysctl::accept_ra(&link.name))?.is_some();
+        let ipv6 = self.sysctls.read(&sysctl::accept_ra(&link.name))?.is_some();
         let change = alias_message(link.index, ipv6);
         self.rtnl.change_link(change).await.map_err(|e| alias_error(&link.name, &e))
     }
@@ -242,13 +247,13 @@ impl Links<'_> {
     /// Undoes IPv6's automatic configuration on a link where the kernel has just started IPv6. A link-local address exists by
     /// then.
     async fn disable_ipv6_autoconf(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        sysctl::write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
+        self.sysctls.write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
         self.set_alias(link).await?;
         let switch = sysctl::disable_ipv6(&link.name);
-        if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
+        if self.sysctls.read(&switch)?.as_deref() == Some(sysctl::OFF) {
             // IPv6 has only just started, so no other address is lost.
-            sysctl::write(&switch, "1")?;
-            sysctl::write(&switch, sysctl::OFF)?;
+            self.sysctls.write(&switch, "1")?;
+            self.sysctls.write(&switch, sysctl::OFF)?;
         }
         Ok(())
     }
@@ -294,9 +299,11 @@ impl Links<'_> {
 /// The kernel takes some 15 ms, mostly waiting until no processor can see the link any more (`netdev_run_todo` in
 /// `net/core/dev.c`), but hardly longer for several links at once. So each removal has its own thread and socket. The port id of
 /// that socket is not filtered from the events: record the link as removed before its events are processed.
-pub fn delete_by_index(index: u32) -> impl Future<Output = Result<(), KernelError>> {
+pub fn delete_by_index(netns: &Netns, index: u32) -> impl Future<Output = Result<(), KernelError>> + use<> {
+    let netns = netns.clone();
     let removed = tokio::task::spawn_blocking(move || {
-        let mut socket = RouteSocket::open().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
+        let mut socket =
+            RouteSocket::open_in(&netns).map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
         let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
         match socket.change(&request) {
             Err(e) if e.errno != libc::ENODEV => Err(e),

@@ -28,7 +28,7 @@ impl NetnsBuilder {
     /// Connects into the namespace. Must be called inside a tokio runtime with I/O and time enabled. The connection's task runs
     /// on that runtime until the last clone is dropped.
     pub fn open(netns: &Netns) -> Result<NetnsBuilder, OpError> {
-        Ok(NetnsBuilder { rtnl: Arc::new(Rtnl::open_in(netns)?) })
+        Ok(NetnsBuilder { rtnl: Arc::new(Rtnl::open(netns)?) })
     }
 
     /// The interface index of a link.

@@ -44,21 +44,10 @@ impl Drop for Rtnl {
 }
 
 impl Rtnl {
-    /// Connects in the calling thread's network namespace. Must be called inside a tokio runtime with I/O and time enabled.
-    pub fn open() -> Result<Rtnl, OpError> {
-        let runtime = runtime::Handle::try_current().map_err(io::Error::other);
-        runtime.and_then(|runtime| Rtnl::connect(&runtime)).map_err(open_error)
-    }
-
-    /// Connects in another network namespace, under the same condition.
-    pub fn open_in(netns: &Netns) -> Result<Rtnl, OpError> {
+    /// Connects in a network namespace. Must be called inside a tokio runtime with I/O and time enabled.
+    pub fn open(netns: &Netns) -> Result<Rtnl, OpError> {
         let runtime = runtime::Handle::try_current().map_err(|e| open_error(io::Error::other(e)))?;
-        let connected = netns.run(|| {
-            // The thread that enters the namespace does not belong to the runtime.
-            let _entered = runtime.enter();
-            Rtnl::connect(&runtime)
-        });
-        connected.map_err(|e| OpError::from(&e))?.map_err(open_error)
+        netns.run_in_place(|| Rtnl::connect(&runtime)).map_err(|e| OpError::from(&e))?.map_err(open_error)
     }
 
     fn connect(runtime: &runtime::Handle) -> io::Result<Rtnl> {

@@ -3,6 +3,7 @@
 mod container;
 mod links;
 mod monitor;
+mod handle;
 mod netns;
 mod peers;
 mod rtnl;

@@ -226,6 +226,7 @@ impl<M: NetworkStateStore> Network<M> {
             vtep,
             bridge_mac,
             masquerade: self.settings.masquerade,
+            numbered_sets: self.settings.name != NetworkName::default(),
             tx_checksum: self.settings.tx_checksum,
             docker: self.settings.docker,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),

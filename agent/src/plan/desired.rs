@@ -35,6 +35,8 @@ pub struct HostSpec {
     pub bridge_mac: Mac,
     /// Whether packets that leave the overlay are masqueraded with the host's address.
     pub masquerade: bool,
+    /// Whether the names of the network's tunnel sets end with its VNI; those of the default network do not.
+    pub numbered_sets: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
     /// Whether Docker attaches containers to the bridge, in addition to the endpoints.
@@ -84,6 +86,7 @@ impl HostSpec {
                 local: self.underlay.local,
                 masquerade: self.masquerade,
                 publishes: self.has_published_ports(),
+                numbered_sets: self.numbered_sets,
             },
         }
     }
@@ -190,13 +193,26 @@ impl HostSpec {
 
     /// Whether both are equal except for their ports.
     fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
-        let HostSpec { network, subnet, underlay, vtep, bridge_mac, masquerade, tx_checksum, docker, ports: _, reserved } = self;
+        let HostSpec {
+            network,
+            subnet,
+            underlay,
+            vtep,
+            bridge_mac,
+            masquerade,
+            numbered_sets,
+            tx_checksum,
+            docker,
+            ports: _,
+            reserved,
+        } = self;
         *network == other.network
             && *subnet == other.subnet
             && *underlay == other.underlay
             && *vtep == other.vtep
             && *bridge_mac == other.bridge_mac
             && *masquerade == other.masquerade
+            && *numbered_sets == other.numbered_sets
             && *tx_checksum == other.tx_checksum
             && *docker == other.docker
             && *reserved == other.reserved
@@ -214,7 +230,9 @@ impl HostSpec {
         let has_pool_length = self.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
         let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| has_pool_length);
         let source = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
-        [Some(source), (!self.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
+        let vni = self.numbered_sets.then_some(self.network.vxlan.vni);
+        let host = (!self.masquerade).then_some(Element::Host(public_ip));
+        [Some(source), host].into_iter().flatten().map(move |element| element.of_network(vni))
     }
 
     /// The entries of a peer: five per family, or four with classic routes.

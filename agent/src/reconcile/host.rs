@@ -9,6 +9,7 @@ use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
 use crate::metrics::FullRead;
 use crate::model::{Device, Family};
 use crate::plan::desired::sysctls;
+use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
 use crate::plan::state::{Entries, Value};
 use crate::plan::{DataPath, Key, LinkKind};
@@ -54,6 +55,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the entries that the networks share.
     pub(super) fn plan_shared(&mut self) {
         let Some(host) = &self.host else { return };
+        if !self.absent.is_empty() && self.actual.contains_key(&Key::Ruleset(Table::Inet)) {
+            return;
+        }
         let specs: Vec<&SharedSpec> = self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());

@@ -5,6 +5,7 @@ use tokio::time::Instant;
 use super::drift::Verdict;
 use super::{HOST_READ_DEBOUNCE, MAX_LOG_LINES, Reconciler, SysctlStore};
 use crate::metrics::EventSource;
+use crate::model::NetworkName;
 use crate::plan::bulk::{BULK_THRESHOLD, is_bulk, merge};
 use crate::plan::contribution::{Contribution, EntryChange, ReconcilerInput};
 use crate::plan::diff::is_satisfied;
@@ -20,6 +21,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.schedule.host_read = Some(Instant::now());
             }
             ReconcilerInput::Withdraw(network) => {
+                self.no_longer_absent(&network);
                 self.contributors.remove(&network);
                 self.refreshes.remove(&network);
                 if let Some(entries) = self.desired.networks.remove(&network) {
@@ -37,6 +39,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             return;
         }
         self.has_desired_state = true;
+        self.no_longer_absent(&network);
         let contributor = self.contributors.entry(network.clone()).or_default();
         contributor.sequence = sequence;
         if shared.is_some() {
@@ -73,6 +76,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             }
         }
         self.desired.networks.insert(network, entries);
+    }
+
+    /// Records that a network's desired state is known.
+    fn no_longer_absent(&mut self, network: &NetworkName) {
+        if self.absent.remove(network) && self.absent.is_empty() {
+            (self.dirty.all, self.dirty.shared) = (true, true);
+        }
     }
 
     /// Replaces gateways by next-hop objects, if these are used.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use overlay_agent::app::wiring;
+use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
@@ -95,7 +96,7 @@ async fn run_snapshots(
     agent.stop().await?;
 
     let start = Instant::now();
-    let (mut kernel, _events, _monitor) = Kernel::open(&KernelOptions::default())?;
+    let (mut kernel, _events, _monitor) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
     let batch = diff(&State::new(), &kernel.dump().await?);
     let read = Instant::now();
     let report = kernel.apply(&batch).await;
@@ -124,7 +125,7 @@ struct Agent {
 impl Agent {
     /// Starts it in the calling thread's namespace and waits until it is ready, without peers.
     async fn start(families: &[Family]) -> anyhow::Result<Agent> {
-        let (kernel, kernel_events, monitor) = Kernel::open(&KernelOptions::default())?;
+        let (kernel, kernel_events, monitor) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
         let clock = SharedApplyStats::default();
         ensure!(kernel.nexthop_objects(), "this kernel has no next-hop objects: the raw limit needs Linux 5.3");
         let settings = network::Settings {

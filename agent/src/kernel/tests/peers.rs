@@ -6,7 +6,7 @@ use crate::kernel::PAUSE_EVENTS_ABOVE;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
-use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table};
+use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table, inet_table};
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
@@ -125,7 +125,15 @@ fn elements_and_entries_apply_in_parallel() {
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
         let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
-        let rules = InetTableSpec { network: network.clone(), subnet: own, local, masquerade: true, publishes: false }.ruleset();
+        let spec = InetTableSpec {
+            network: network.clone(),
+            subnet: own,
+            local,
+            masquerade: true,
+            publishes: false,
+            numbered_sets: false,
+        };
+        let rules = inet_table(&[&spec]);
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
         let before = peer_entries(host.dump().await).len();
         let element = |n: u16| {

@@ -14,8 +14,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[test]
 fn request_on_closed_connection_fails() {
-    TestNetns::new("ended").block_on(async || {
-        let rtnl = Rtnl::open().expect("a connection");
+    on_netns("ended", async |netns| {
+        let rtnl = Rtnl::open(netns).expect("a connection");
         assert_eq!(rtnl.delete_link(99).await.map_err(|e| e.errno), Err(libc::ENODEV));
         assert_eq!(rtnl.link_index("lo").await, Ok(LOOPBACK_IFINDEX));
         let closed = rtnl.closed();
@@ -28,8 +28,8 @@ fn request_on_closed_connection_fails() {
 
 #[test]
 fn monitor_ends_with_connection() {
-    TestNetns::new("monends").block_on(async || {
-        let (kernel, _events, monitor) = Kernel::open(&KernelOptions::default()).expect("the kernel");
+    on_netns("monends", async |netns| {
+        let (kernel, _events, monitor) = Kernel::open(netns, &KernelOptions::default()).expect("the kernel");
         let monitor = tokio::spawn(monitor.run());
         kernel.abort_connection().await;
         let end = timeout(CLOSE_TIMEOUT, monitor).await.expect("it ends").expect("no panic");
@@ -39,8 +39,8 @@ fn monitor_ends_with_connection() {
 
 #[test]
 fn kernel_error_carries_ext_ack_message() {
-    TestNetns::new("words").block_on(async || {
-        let rtnl = Rtnl::open().expect("a connection");
+    on_netns("words", async |netns| {
+        let rtnl = Rtnl::open(netns).expect("a connection");
         let destination = "10.9.0.0/16".parse().expect("cidr");
         let unreachable = route(Some(destination), Some(ip("10.8.0.1")), None, RouteProtocol::Static);
         let error = rtnl.replace_route(unreachable).await.expect_err("the gateway is unreachable");
@@ -50,8 +50,8 @@ fn kernel_error_carries_ext_ack_message() {
 
 #[test]
 fn addresses_have_no_broadcast_and_no_dad() {
-    TestNetns::new("plain").block_on(async || {
-        let rtnl = Rtnl::open().expect("a connection");
+    on_netns("plain", async |netns| {
+        let rtnl = Rtnl::open(netns).expect("a connection");
         for address in ["10.9.0.1/24", "fd09::1/64"] {
             let address = address.parse().expect("address");
             rtnl.add_address(LOOPBACK_IFINDEX, address).await.expect("added");

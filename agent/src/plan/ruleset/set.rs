@@ -1,27 +1,29 @@
 //! The sets and maps of our tables, and the meaning of their elements.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use super::Table;
-use crate::model::{Family, Mac, Transport};
+use crate::model::{Family, Mac, Transport, Vni};
 
-/// The sets and maps.
+/// The sets and maps. Those of the tunnel source filter belong to one network: their names end with its VNI, except those of the
+/// default network (`None`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SetName {
     /// `address . protocol . port` of this host to a container's address and port, for ports bound to one address.
     Bound(Family),
     /// The underlay addresses of peers, as outer and inner source. Containers' packets to these addresses are not masqueraded.
-    Hosts(Family),
+    Hosts(Family, Option<Vni>),
     /// Outer source, and base address of the inner source's subnet, with the network's subnet length.
-    Peers(Family),
+    Peers(Family, Option<Vni>),
     /// `protocol . port` on any address of this host to a container's address and port.
     Ports(Family),
     /// Outer source and range of inner sources, for subnets of another length.
-    Ranges(Family),
+    Ranges(Family, Option<Vni>),
     /// Interface, MAC and address of an endpoint.
     Source(Family),
     /// The interfaces of endpoints without source checks.
@@ -59,18 +61,18 @@ pub enum SetValue {
 }
 
 impl SetName {
-    /// All sets and maps.
+    /// All sets and maps without a VNI.
     pub const ALL: [SetName; 13] = [
         SetName::Bound(Family::V4),
         SetName::Bound(Family::V6),
-        SetName::Hosts(Family::V4),
-        SetName::Hosts(Family::V6),
-        SetName::Peers(Family::V4),
-        SetName::Peers(Family::V6),
+        SetName::Hosts(Family::V4, None),
+        SetName::Hosts(Family::V6, None),
+        SetName::Peers(Family::V4, None),
+        SetName::Peers(Family::V6, None),
         SetName::Ports(Family::V4),
         SetName::Ports(Family::V6),
-        SetName::Ranges(Family::V4),
-        SetName::Ranges(Family::V6),
+        SetName::Ranges(Family::V4, None),
+        SetName::Ranges(Family::V6, None),
         SetName::Source(Family::V4),
         SetName::Source(Family::V6),
         SetName::Unchecked,
@@ -85,18 +87,43 @@ impl SetName {
     }
 
     /// Its name in the table.
-    pub const fn name(self) -> &'static str {
+    pub fn name(self) -> Cow<'static, str> {
+        match self.vni() {
+            Some(vni) => format!("{}.{vni}", self.base_name()).into(),
+            None => self.base_name().into(),
+        }
+    }
+
+    /// The VNI of the network that it belongs to.
+    const fn vni(self) -> Option<Vni> {
+        match self {
+            SetName::Hosts(_, vni) | SetName::Peers(_, vni) | SetName::Ranges(_, vni) => vni,
+            _ => None,
+        }
+    }
+
+    /// The set of the same kind that belongs to a network; itself if the kind belongs to none.
+    const fn of(self, vni: Option<Vni>) -> SetName {
+        match self {
+            SetName::Hosts(family, _) => SetName::Hosts(family, vni),
+            SetName::Peers(family, _) => SetName::Peers(family, vni),
+            SetName::Ranges(family, _) => SetName::Ranges(family, vni),
+            other => other,
+        }
+    }
+
+    const fn base_name(self) -> &'static str {
         match self {
             SetName::Bound(Family::V4) => "bound4",
             SetName::Bound(Family::V6) => "bound6",
-            SetName::Hosts(Family::V4) => "hosts4",
-            SetName::Hosts(Family::V6) => "hosts6",
-            SetName::Peers(Family::V4) => "peers4",
-            SetName::Peers(Family::V6) => "peers6",
+            SetName::Hosts(Family::V4, _) => "hosts4",
+            SetName::Hosts(Family::V6, _) => "hosts6",
+            SetName::Peers(Family::V4, _) => "peers4",
+            SetName::Peers(Family::V6, _) => "peers6",
             SetName::Ports(Family::V4) => "ports4",
             SetName::Ports(Family::V6) => "ports6",
-            SetName::Ranges(Family::V4) => "ranges4",
-            SetName::Ranges(Family::V6) => "ranges6",
+            SetName::Ranges(Family::V4, _) => "ranges4",
+            SetName::Ranges(Family::V6, _) => "ranges6",
             SetName::Source(Family::V4) => "source4",
             SetName::Source(Family::V6) => "source6",
             SetName::Unchecked => "unchecked",
@@ -105,14 +132,20 @@ impl SetName {
 
     /// The set of that name in a table.
     pub fn from_name(table: Table, name: &[u8]) -> Option<SetName> {
-        SetName::ALL.into_iter().find(|set| set.table() == table && set.name().as_bytes() == name)
+        let name = std::str::from_utf8(name).ok()?;
+        let (base, vni) = match name.split_once('.') {
+            Some((base, vni)) => (base, Some(Vni::try_from(vni.parse::<u32>().ok()?).ok()?)),
+            None => (name, None),
+        };
+        let set = SetName::ALL.into_iter().find(|set| set.table() == table && set.base_name() == base)?.of(vni);
+        (set.name() == name).then_some(set)
     }
 
     /// The types of its key's fields.
     pub fn key(self) -> Vec<SetFieldType> {
         match self {
             SetName::Bound(family) => vec![SetFieldType::Address(family), SetFieldType::Protocol, SetFieldType::Port],
-            SetName::Hosts(family) | SetName::Peers(family) | SetName::Ranges(family) => {
+            SetName::Hosts(family, _) | SetName::Peers(family, _) | SetName::Ranges(family, _) => {
                 vec![SetFieldType::Address(family), SetFieldType::Address(family)]
             }
             SetName::Ports(_) => vec![SetFieldType::Protocol, SetFieldType::Port],
@@ -131,7 +164,7 @@ impl SetName {
 
     /// Whether its elements are ranges.
     pub const fn has_ranges(self) -> bool {
-        matches!(self, SetName::Ranges(_))
+        matches!(self, SetName::Ranges(..))
     }
 }
 
@@ -166,6 +199,8 @@ pub enum Element {
     Source(Box<(String, Mac, IpAddr)>),
     /// An interface may send with any MAC and address.
     Unchecked(Box<str>),
+    /// An element of the tunnel source filter that belongs to the network with this VNI instead of the default network.
+    Network(Box<(Vni, Element)>),
 }
 
 /// An underlay address and the base address of a subnet, of one family. Each peer has one, stored three times; so IPv4 pairs need
@@ -231,13 +266,22 @@ impl Element {
     /// The set that contains it.
     pub fn set(&self) -> SetName {
         match self {
-            Element::Peer(peer) => SetName::Peers(peer.family()),
-            Element::Range(range) => SetName::Ranges(Family::of(range.0)),
-            Element::Host(address) => SetName::Hosts(Family::of(*address)),
+            Element::Peer(peer) => SetName::Peers(peer.family(), None),
+            Element::Range(range) => SetName::Ranges(Family::of(range.0), None),
+            Element::Host(address) => SetName::Hosts(Family::of(*address), None),
             Element::Port(family, ..) => SetName::Ports(*family),
             Element::Bound(address, ..) => SetName::Bound(Family::of(*address)),
             Element::Source(source) => SetName::Source(Family::of(source.2)),
             Element::Unchecked(_) => SetName::Unchecked,
+            Element::Network(network) => network.1.set().of(Some(network.0)),
+        }
+    }
+
+    /// The same element in the set of a network.
+    pub fn of_network(self, vni: Option<Vni>) -> Element {
+        match vni {
+            Some(vni) => Element::Network(Box::new((vni, self))),
+            None => self,
         }
     }
 
@@ -264,6 +308,7 @@ impl Element {
                 vec![SetValue::Interface(source.0.clone()), SetValue::Mac(source.1), SetValue::Address(source.2)]
             }
             Element::Unchecked(interface) => vec![SetValue::Interface(interface.to_string())],
+            Element::Network(network) => network.1.key(),
         }
     }
 
@@ -271,6 +316,7 @@ impl Element {
     pub fn key_end(&self) -> Option<Vec<SetValue>> {
         match self {
             Element::Range(range) => Some(vec![SetValue::Address(range.0), SetValue::Address(range.2)]),
+            Element::Network(network) => network.1.key_end(),
             _ => None,
         }
     }
@@ -280,11 +326,11 @@ impl Element {
         use SetValue::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
         let element = match (set, key.as_slice(), end.as_deref()) {
-            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
-            (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
+            (SetName::Peers(..), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
+            (SetName::Ranges(..), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
                 Element::Range(Box::new((*outer, *first, *last)))
             }
-            (SetName::Hosts(_), [Address(outer), Address(inner)], None) if outer == inner => Element::Host(*outer),
+            (SetName::Hosts(..), [Address(outer), Address(inner)], None) if outer == inner => Element::Host(*outer),
             (SetName::Ports(family), [Protocol(number), Port(port)], None) => Element::Port(family, transport(*number)?, *port),
             (SetName::Bound(_), [Address(address), Protocol(number), Port(port)], None) => {
                 Element::Bound(*address, transport(*number)?, *port)
@@ -295,14 +341,15 @@ impl Element {
             (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone().into()),
             _ => return None,
         };
-        Some(element)
+        Some(element.of_network(set.vni()))
     }
 }
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "element of {}: ", self.set().name())?;
-        match self {
+        let element = if let Element::Network(network) = self { &network.1 } else { self };
+        match element {
             Element::Peer(peer) => write!(f, "{} . {}", peer.outer(), peer.base()),
             Element::Range(range) => write!(f, "{} . {}-{}", range.0, range.1, range.2),
             Element::Host(address) => write!(f, "{address} . {address}"),
@@ -310,6 +357,7 @@ impl fmt::Display for Element {
             Element::Bound(address, protocol, port) => write!(f, "{address} . {protocol} . {port}"),
             Element::Source(source) => write!(f, "{} . {} . {}", source.0, source.1, source.2),
             Element::Unchecked(interface) => f.write_str(interface),
+            Element::Network(nested) => nested.1.fmt(f),
         }
     }
 }

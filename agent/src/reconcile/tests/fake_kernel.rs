@@ -1,11 +1,15 @@
-//! A fake kernel: a map of entries.
+//! A fake kernel: a map of entries; and a state store that forgets everything.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::model::Family;
+use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
+use crate::network::NetworkStateStore;
 use crate::plan::state::LinkState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
+use crate::reconcile::SysctlStore;
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
@@ -17,6 +21,8 @@ pub struct FakeState {
     pub dump_count: usize,
     /// Whether `apply` never returns.
     pub stuck: bool,
+    /// Whether the next `apply` panics.
+    pub panics: bool,
     /// The addresses of the external interface.
     pub addresses: Vec<HostAddress>,
 }
@@ -29,6 +35,7 @@ impl Default for FakeState {
             applied_ops: Vec::new(),
             dump_count: 0,
             stuck: false,
+            panics: false,
             addresses: vec![address("192.0.2.100", 24)],
         }
     }
@@ -62,6 +69,7 @@ impl DataPath for FakeKernel {
             std::future::pending::<()>().await;
         }
         let mut kernel = self.lock();
+        assert!(!std::mem::take(&mut kernel.panics), "a defect of the data path");
         let mut report = ApplyReport::default();
         for (index, op) in batch.iter().enumerate() {
             if kernel.failing_keys.contains(op.key()) {
@@ -113,5 +121,32 @@ impl DataPath for FakeKernel {
 
     async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
         Ok(None)
+    }
+}
+
+/// A state store without a file.
+#[derive(Debug, Clone, Default)]
+pub struct FakeStateStore {
+    /// Whether the next call of the network panics.
+    pub panics: Arc<AtomicBool>,
+}
+
+impl NetworkStateStore for FakeStateStore {
+    fn device_mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
+        assert!(!self.panics.swap(false, Ordering::Relaxed), "a defect of the network");
+        Mac([2, 0, 0, 0, 0, if device.role == Role::Bridge { 0xb0 } else { 0x64 }])
+    }
+    fn preferred_subnet(&self) -> Option<Subnet> {
+        None
+    }
+    fn published_addresses(&self) -> PerFamily<IpAddr> {
+        PerFamily::default()
+    }
+}
+
+impl SysctlStore for FakeStateStore {
+    fn save_sysctl(&mut self, _: &str, _: &str) {}
+    fn saved_sysctl(&self, _: &str) -> Option<String> {
+        None
     }
 }
