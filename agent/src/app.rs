@@ -14,8 +14,8 @@
 //! | `path-mtu` | makes the kernel learn the path MTU to each peer |
 //! | `metrics` | serves metrics over TCP, if an address is set |
 //!
-//! Channels between tasks are bounded. An unexpected end of one of these tasks ends the agent with an error, and systemd restarts the agent;
-//! the data path keeps forwarding meanwhile.
+//! Channels between tasks are bounded. An unexpected end of one of these tasks ends the agent with an error, and systemd restarts
+//! the agent; the data path keeps forwarding meanwhile.
 
 mod backend;
 mod cleanup;
@@ -86,8 +86,10 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
     };
-    let (kernel, kernel_events, kernel_monitor) =
-        Kernel::open(&Netns::current()?, &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
+    let (kernel, kernel_events, kernel_monitor) = Kernel::open(
+        &Netns::current()?,
+        &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() },
+    )?;
     let port_manager = kernel.port_manager();
     let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;

@@ -137,17 +137,11 @@ impl Kernel {
     ///
     /// # Errors
     /// A socket cannot be opened: no file descriptors left, no netlink, or no permission.
-    pub fn open(
-        netns: &Netns,
-        options: &KernelOptions,
-    ) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+    pub fn open(netns: &Netns, options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         netns.run_in_place(|| Kernel::open_inside(netns, options)).map_err(|e| OpError::from(&e))?
     }
 
-    fn open_inside(
-        netns: &Netns,
-        options: &KernelOptions,
-    ) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+    fn open_inside(netns: &Netns, options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         let mut shared = Shared {
             rtnl: Rtnl::open(netns)?,
             socket: RouteSocket::open()?,
@@ -169,7 +163,11 @@ impl Kernel {
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
-        Ok((Kernel { netns: netns.clone(), shared, connections, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
+        Ok((
+            Kernel { netns: netns.clone(), shared, connections, subscriptions, has_nexthop_objects, nexthop_objects },
+            events,
+            monitor,
+        ))
     }
 
     /// Whether routes use next-hop objects; otherwise each route has its own gateway.

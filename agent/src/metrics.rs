@@ -253,8 +253,9 @@ impl Metrics {
         let networks = lock(&self.networks).clone();
         let sum = |count: fn(&NetworkGauges) -> usize| networks.values().map(count).sum::<usize>() as u64;
         let all = |flag: fn(&NetworkGauges) -> bool| u64::from(!networks.is_empty() && networks.values().all(flag));
-        let (failed, contended) =
-            lock(&self.data_paths).values().fold((0, 0), |(failed, contended), (f, c)| (failed + *f as u64, contended + *c as u64));
+        let (failed, contended) = lock(&self.data_paths)
+            .values()
+            .fold((0, 0), |(failed, contended), (f, c)| (failed + *f as u64, contended + *c as u64));
         let connected = lock(&self.store_connected);
         let connected = u64::from(!connected.is_empty() && connected.values().all(|connected| *connected));
         page.header("overlayd_build_info", "The running program; the value is always 1.", "gauge");
@@ -272,10 +273,18 @@ impl Metrics {
             "1 if a snapshot was received, the lease is held and no failed entry is pending.",
             all(|network| network.ready),
         );
-        page.gauge("overlayd_lease_held", "1 while this host holds its lease, as far as it knows.", all(|network| network.lease_held));
+        page.gauge(
+            "overlayd_lease_held",
+            "1 while this host holds its lease, as far as it knows.",
+            all(|network| network.lease_held),
+        );
         page.gauge("overlayd_peers", "Peers in the data path.", sum(|network| network.peers));
         page.gauge("overlayd_leases", "Leases in the store, including this host's.", sum(|network| network.leases));
-        page.gauge("overlayd_refused_leases", "Rejected leases, which are not in the data path.", sum(|network| network.rejected_leases));
+        page.gauge(
+            "overlayd_refused_leases",
+            "Rejected leases, which are not in the data path.",
+            sum(|network| network.rejected_leases),
+        );
         page.counters(
             "overlayd_refused_values_total",
             "Rejected values of the store, by reason.",

@@ -140,9 +140,12 @@ impl Supervisor {
             let (network, channels, stop_network) = (make(), Arc::clone(&channels), stop.clone());
             let store = follow_store(sender, stop.clone());
             let mut tasks = Tasks::new();
-            tasks.spawn("network", super::into_infallible(async move {
-                network.run(events, &mut *channels.lock().await, delay, stop_network).await;
-            }));
+            tasks.spawn(
+                "network",
+                super::into_infallible(async move {
+                    network.run(events, &mut *channels.lock().await, delay, stop_network).await;
+                }),
+            );
             tasks.spawn("store", async move {
                 match stop.run_until_cancelled(tokio::time::sleep(delay)).await {
                     Some(()) => store.await,
@@ -167,9 +170,12 @@ impl Supervisor {
         self.start(Unit::Reconciler(namespace), move |delay, stop| {
             let (reconciler, channels) = (make(), Arc::clone(&channels));
             let mut tasks = Tasks::new();
-            tasks.spawn("reconcile", super::into_infallible(async move {
-                reconciler.run(&mut *channels.lock().await, delay, stop).await;
-            }));
+            tasks.spawn(
+                "reconcile",
+                super::into_infallible(async move {
+                    reconciler.run(&mut *channels.lock().await, delay, stop).await;
+                }),
+            );
             tasks
         });
     }

@@ -302,8 +302,7 @@ impl Links<'_> {
 pub fn delete_by_index(netns: &Netns, index: u32) -> impl Future<Output = Result<(), KernelError>> + use<> {
     let netns = netns.clone();
     let removed = tokio::task::spawn_blocking(move || {
-        let mut socket =
-            RouteSocket::open_in(&netns).map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
+        let mut socket = RouteSocket::open_in(&netns).map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
         let request = RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(index).build());
         match socket.change(&request) {
             Err(e) if e.errno != libc::ENODEV => Err(e),

@@ -144,7 +144,9 @@ mod tests {
     #[test]
     fn paths_outside_root_are_rejected() {
         let sysctls = Sysctls::open();
-        for path in ["", "ipv4", "core/somaxconn", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"] {
+        for path in
+            ["", "ipv4", "core/somaxconn", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"]
+        {
             assert_eq!(sysctls.read(path).expect_err(path).errno, libc::EINVAL, "{path:?}");
         }
         assert_eq!(sysctls.read("ipv4/no_such_thing"), Ok(None));

@@ -84,8 +84,7 @@ impl Fixture {
         let (events, kernel_events) = mpsc::channel(64);
         let (endpoints, endpoints_out) = watch::channel(Vec::new());
         let (applied, applied_endpoints) = watch::channel(Vec::new());
-        let inputs =
-            wiring::Inputs { kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
+        let inputs = wiring::Inputs { kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
         let (network_channels, channels, outputs) = wiring::connect(inputs);
         let wiring::Outputs { queries, lease_request, ready, heartbeats: [_, heartbeat], .. } = outputs;
         let stop = CancellationToken::new();
@@ -117,8 +116,7 @@ impl Fixture {
         });
         let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync, probe_address: None };
         let (data_path, sysctls) = (kernel.clone(), state_store.clone());
-        let reconciler =
-            move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics));
+        let reconciler = move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics));
         supervisor.start_reconciler(NamespaceName::Host, channels, reconciler);
         Fixture {
             kernel,

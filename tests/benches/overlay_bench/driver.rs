@@ -13,7 +13,7 @@ use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
 use overlay_agent::model::{
-    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NamespaceName, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
+    Cidr, Device, Endpoint, Family, Mac, NamespaceName, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
 };
 use overlay_agent::network::{self, Network, NetworkStateStore};
 use overlay_agent::plan::contribution::Progress;

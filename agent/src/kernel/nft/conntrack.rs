@@ -16,8 +16,8 @@ use std::sync::{Mutex, PoisonError};
 
 use super::codec::{self, Object, Writer};
 use super::nfnl_socket::NfnlSocket;
-use crate::kernel::netns::Netns;
 use crate::kernel::host_ports::query;
+use crate::kernel::netns::Netns;
 use crate::model::{Family, Transport};
 use crate::plan::ruleset::{Element, Expr, Field, Rule, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
@@ -385,15 +385,14 @@ mod tests {
         let network = NetworkConfig::parse(text).expect("a configuration").config;
         let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
         let ranges = |masquerade| {
-            let rules =
-                InetTableSpec {
-                    network: network.clone(),
-                    subnet,
-                    local: PerFamily::default(),
-                    masquerade,
-                    publishes: true,
-                    numbered_sets: false,
-                };
+            let rules = InetTableSpec {
+                network: network.clone(),
+                subnet,
+                local: PerFamily::default(),
+                masquerade,
+                publishes: true,
+                numbered_sets: false,
+            };
             let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(inet_table(&[&rules]))));
             masqueraded_ranges(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
         };

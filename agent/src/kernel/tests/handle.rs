@@ -2,10 +2,10 @@
 
 use super::support::*;
 use crate::kernel::netns::Netns;
+use crate::model::{Device, Family, Vni};
 use crate::plan::desired::sysctls;
 use crate::plan::ruleset::{Table, source_filter};
 use crate::plan::{DataPath, Key, Op, Value};
-use crate::model::{Device, Family, Vni};
 
 /// What another program would see of the calling thread's namespace.
 fn namespace_state() -> String {

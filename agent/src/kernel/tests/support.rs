@@ -98,9 +98,15 @@ pub fn on_host_with_monitor(
 pub fn on_host_from_outside(what: &str, test: impl AsyncFnOnce(&mut Host, &Netns) + Send) {
     let inside = TestNetns::new(what);
     let netns = inside.netns.clone();
-    on_host_in(inside.netns.clone(), TestNetns::new(what), KernelOptions::default(), |_| (), async |host| {
-        test(host, &netns).await;
-    });
+    on_host_in(
+        inside.netns.clone(),
+        TestNetns::new(what),
+        KernelOptions::default(),
+        |_| (),
+        async |host| {
+            test(host, &netns).await;
+        },
+    );
 }
 
 fn on_host_in(

@@ -393,7 +393,8 @@ fn two_networks_share_no_key() {
         for (v4, v6) in [(a, Some(b)), (c, None)] {
             let mut peer = peer();
             peer.remote_subnets.v4.as_mut().expect("IPv4").subnet = cidr(v4);
-            peer.remote_subnets.v6 = peer.remote_subnets.v6.zip(v6).map(|(remote, v6)| RemoteSubnet { subnet: cidr(v6), ..remote });
+            peer.remote_subnets.v6 =
+                peer.remote_subnets.v6.zip(v6).map(|(remote, v6)| RemoteSubnet { subnet: cidr(v6), ..remote });
             state.extend(host.peer_entries(&peer));
         }
         state

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
-use crate::model::network::Pool;
 use crate::model::device::BRIDGE_PREFIX;
+use crate::model::network::Pool;
 use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
@@ -54,7 +54,9 @@ impl InetTableSpec {
     fn tunnel_sets(&self, family: Family, subnet_length: u8) -> impl Iterator<Item = (SetName, u8)> {
         let (vni, bits) = (self.set_vni(), family.bits());
         let hosts = (!self.masquerade).then_some((SetName::Hosts(family, vni), bits));
-        [Some((SetName::Peers(family, vni), subnet_length)), hosts, Some((SetName::Ranges(family, vni), bits))].into_iter().flatten()
+        [Some((SetName::Peers(family, vni), subnet_length)), hosts, Some((SetName::Ranges(family, vni), bits))]
+            .into_iter()
+            .flatten()
     }
 
     /// Accepts packets with the network's VNI from its peers, and drops all others.

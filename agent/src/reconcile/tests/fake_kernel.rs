@@ -9,8 +9,8 @@ use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
 use crate::network::NetworkStateStore;
 use crate::plan::state::LinkState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
-use crate::reconcile::SysctlStore;
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+use crate::reconcile::SysctlStore;
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
 #[derive(Debug)]

@@ -99,7 +99,10 @@ fn iptables_lists_and_restores_accept_rules() {
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);
 
             // iptables-restore writes the comment as an xtables match. We do not write that form, but recognise it as ours.
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([Cidr::host(family.unspecified())])));
+            assert_eq!(
+                nft.dump().expect("dump").forward_accept.get(family),
+                Some(&Box::from([Cidr::host(family.unspecified())]))
+            );
             nft.set_forward_accept(family, &[network]).expect("set");
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([network])));
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);

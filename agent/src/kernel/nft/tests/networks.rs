@@ -10,9 +10,8 @@ use crate::plan::ruleset::{Element, Hook, PeerPair, SetName};
 const OTHER: &str = "7";
 
 fn specs() -> [InetTableSpec; 2] {
-    let other = network(
-        r#"{"Network":"10.99.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:99::/53","Backend":{"VNI":7,"Port":4789}}"#,
-    );
+    let other =
+        network(r#"{"Network":"10.99.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:99::/53","Backend":{"VNI":7,"Port":4789}}"#);
     [spec(&dual(), true, true), InetTableSpec { numbered_sets: true, ..spec(&other, false, true) }]
 }
 
@@ -81,9 +80,8 @@ fn each_network_is_masqueraded_by_its_own_rules() {
         for masquerade in [false, true] {
             second.masquerade = masquerade;
             let masquerades = masquerade.then_some(Translation::Masquerade);
-            let mut check = |source, destination, output| {
-                translation(&mut tables, &[&first, &second], source, destination, output)
-            };
+            let mut check =
+                |source, destination, output| translation(&mut tables, &[&first, &second], source, destination, output);
             assert_eq!(check([10, 244, 3, 2], world, "eth0"), Some(Translation::Masquerade));
             assert_eq!(check([10, 99, 3, 2], world, "eth0"), masquerades);
             assert_eq!(check([10, 244, 3, 2], [10, 244, 9, 2], "ovx.1"), None);
