@@ -131,9 +131,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<NetworkQuery>,
     /// To the reconciler.
     pub reconciler: mpsc::Sender<ReconcilerInput>,
-    /// Numbers of the last messages to the reconciler. A later run continues them, so that it does not mistake an answer to an
-    /// earlier run for its own.
-    pub sent: Sent,
+    /// What a restarted network takes over from the run before.
+    pub carried: Carried,
     /// The endpoints whose entries were applied, or failed once and are being retried.
     pub applied_endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
     /// To the store: the lease that this host requests.
@@ -148,11 +147,16 @@ pub struct Channels {
     pub heartbeat: watch::Sender<u64>,
 }
 
-/// Numbers of the last messages to the reconciler.
+/// What a restarted network takes over from the run before.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Sent {
+pub struct Carried {
+    /// Start of the first run.
+    started: Option<Instant>,
+    /// Numbers of the last messages to the reconciler. They go on, so that no answer to an earlier run is mistaken.
     contribution: u64,
     refresh: u64,
+    /// IPv6 stays unused until the agent is restarted, because with it the host would get another subnet.
+    ipv4_only: bool,
 }
 
 /// One overlay network on this host.
@@ -161,6 +165,10 @@ pub struct Network<M> {
     state_store: M,
     metrics: Arc<Metrics>,
     started: Instant,
+    /// Start of the first run.
+    uptime_since: Instant,
+    /// Reads the clock.
+    now: fn() -> Instant,
     store: StoreView,
     underlay: UnderlayState,
     endpoints: Vec<Arc<Endpoint>>,
@@ -199,6 +207,8 @@ impl<M: NetworkStateStore> Network<M> {
             state_store,
             metrics,
             started: now,
+            uptime_since: now,
+            now: Instant::now,
             underlay: UnderlayState::default(),
             endpoints: Vec::new(),
             planner: Planner::default(),
@@ -210,6 +220,11 @@ impl<M: NetworkStateStore> Network<M> {
         }
     }
 
+    /// The same with another clock.
+    pub fn with_clock(self, now: fn() -> Instant) -> Self {
+        Network { now, ..self }
+    }
+
     /// Runs until `shutdown`, or until the reconciler's end of a channel is dropped. `store` begins with a snapshot. `delay` is the
     /// pause before a restart.
     pub async fn run(
@@ -219,7 +234,10 @@ impl<M: NetworkStateStore> Network<M> {
         delay: Duration,
         shutdown: CancellationToken,
     ) {
-        (self.planner.sequence, self.underlay.refresh) = (channels.sent.contribution, channels.sent.refresh);
+        let carried = &mut channels.carried;
+        self.uptime_since = *carried.started.get_or_insert(self.started);
+        (self.planner.sequence, self.underlay.refresh) = (carried.contribution, carried.refresh);
+        self.underlay.ipv4_only = carried.ipv4_only;
         if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
             return;
         }
@@ -281,7 +299,7 @@ impl<M: NetworkStateStore> Network<M> {
     fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
         self.metrics.count_events(EventSource::Store, 1);
-        self.store.fold(event, Instant::now(), &mut self.dirty);
+        self.store.fold(event, (self.now)(), &mut self.dirty);
         self.metrics.set_store_connected(&self.settings.name, self.store.is_connected());
     }
 
@@ -312,7 +330,7 @@ impl<M: NetworkStateStore> Network<M> {
 
     /// Plans what is dirty, sends it to the reconciler, and publishes changed values. Fails if the reconciler has ended.
     async fn converge(&mut self, channels: &mut Channels) -> Result<(), mpsc::error::SendError<ReconcilerInput>> {
-        let now = Instant::now();
+        let now = (self.now)();
         self.changed |= self.store.check_lease_expiry(now);
         let restarted = std::mem::take(&mut self.dirty.reconciler);
         if restarted {
@@ -321,12 +339,13 @@ impl<M: NetworkStateStore> Network<M> {
         if self.store.take_config_changed() || restarted {
             // The families that the external interface has to serve may have changed. The selection waits for a new read.
             self.underlay.refresh += 1;
-            channels.sent.refresh = self.underlay.refresh;
+            channels.carried.refresh = self.underlay.refresh;
             let refresh = ReconcilerInput::RefreshHost { network: self.settings.name.clone(), number: self.underlay.refresh };
             channels.reconciler.send(refresh).await?;
         }
         if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
             self.select_underlay(now);
+            channels.carried.ipv4_only = self.underlay.ipv4_only;
         }
         if self.dirty.host {
             self.request_lease(channels);
@@ -335,7 +354,7 @@ impl<M: NetworkStateStore> Network<M> {
         let run = self.underlay.view.as_ref().map_or(0, |view| view.run);
         if let Some(contribution) = self.planner.take_contribution(&self.settings.name, run) {
             self.changed = true;
-            channels.sent.contribution = contribution.sequence;
+            channels.carried.contribution = contribution.sequence;
             channels.reconciler.send(ReconcilerInput::Contribution(Box::new(contribution))).await?;
         }
         if std::mem::take(&mut self.endpoints_changed) {

@@ -146,6 +146,8 @@ pub struct Reconciler<D, S> {
     schedule: Schedule,
     retries: RetryQueue,
     drift: DriftLog,
+    /// Reads the clock.
+    now: fn() -> Instant,
     /// Returns the seconds since the epoch, for the status.
     unix_time: fn() -> u64,
     dump_error: Option<String>,
@@ -216,11 +218,17 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             dirty: Dirty::default(),
             retries: RetryQueue::new(random_fraction),
             drift: DriftLog::default(),
+            now: Instant::now,
             unix_time,
             dump_error: None,
             changed: true,
             port_lost: false,
         }
+    }
+
+    /// The same with another clock.
+    pub fn with_clock(self, now: fn() -> Instant) -> Self {
+        Reconciler { now, ..self }
     }
 
     /// Runs until `shutdown`, which leaves the data path unchanged. `delay` is the pause before a restart.
@@ -233,7 +241,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         }
         let mut queries = Vec::new();
         let mut woken_by_timer = false;
-        let mut timer_not_before = Instant::now();
+        let mut timer_not_before = (self.now)();
         loop {
             // Queries first: an answer includes every event sent before its query.
             while let Ok(query) = channels.queries.try_recv() {
@@ -250,7 +258,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             let progress = self.converge(channels).await;
             if std::mem::take(&mut woken_by_timer) && !progress {
                 self.metrics.count_idle_wakeup();
-                timer_not_before = Instant::now() + IDLE_WAKE_PAUSE;
+                timer_not_before = (self.now)() + IDLE_WAKE_PAUSE;
             }
             queries.drain(..).for_each(|query| self.answer_query(query));
             let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before));
@@ -266,7 +274,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Answers queries and takes messages for the time of `delay`, without any other work.
     async fn wait(&mut self, channels: &mut Channels, delay: Duration) {
-        self.publish(channels, Instant::now());
+        self.publish(channels, (self.now)());
         let mut delay = pin!(tokio::time::sleep(delay));
         loop {
             tokio::select! {
@@ -289,7 +297,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Brings actual state as close to desired state as is possible now. Returns whether there was any work.
     async fn converge(&mut self, channels: &Channels) -> bool {
-        let now = Instant::now();
+        let now = (self.now)();
         let mut progress = false;
         self.metrics.count_loop_iteration();
         if now >= self.schedule.resync {
@@ -351,13 +359,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Ok(state) => {
                 let took = begun.elapsed();
                 tracing::debug!(reason, entries = state.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
-                self.schedule.dump_not_before = Instant::now() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
+                self.schedule.dump_not_before = (self.now)() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
                 self.dump_error = None;
                 let before = std::mem::replace(&mut self.actual, state);
                 self.nexthop_ids.adopt(&self.actual);
                 self.dirty.all = true;
                 if self.actual.len() > BULK_THRESHOLD {
-                    self.schedule.heap_trim = Some(Instant::now() + HEAP_TRIM_DELAY);
+                    self.schedule.heap_trim = Some((self.now)() + HEAP_TRIM_DELAY);
                 }
                 let is_lost =
                     |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && !self.actual.contains_key(key);
@@ -368,7 +376,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 tracing::error!(reason, %error, "cannot dump kernel state, retrying in 1 s");
                 self.dump_error = Some(error.to_string());
                 self.schedule.dump_reason = Some("retry after an error");
-                self.schedule.dump_not_before = Instant::now() + Duration::from_secs(1);
+                self.schedule.dump_not_before = (self.now)() + Duration::from_secs(1);
                 None
             }
         }

@@ -70,7 +70,7 @@ pub fn connect(inputs: Inputs) -> (network::Channels, reconcile::Channels, Outpu
         progress: progress_reports.clone(),
         queries: network_queries_out,
         reconciler: to_reconciler,
-        sent: network::Sent::default(),
+        carried: network::Carried::default(),
         applied_endpoints: inputs.applied_endpoints,
         lease_request,
         overlay,

@@ -21,7 +21,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         self.metrics.count_full_read(FullRead::Interfaces);
         let begun = Instant::now();
         let read = self.data_path.inventory().await;
-        self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
+        self.schedule.host_read_not_before = (self.now)() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
         let mut view = self.host.take().map(Arc::unwrap_or_clone).unwrap_or_default();
         view.run = self.run;
         view.refreshes.clone_from(&self.refreshes);
@@ -37,7 +37,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Err(error) => {
                 tracing::error!(%error, "cannot read the host's interfaces, retrying in 1 s");
                 view.error = Some(error.to_string());
-                self.schedule.host_read = Some(Instant::now() + Duration::from_secs(1));
+                self.schedule.host_read = Some((self.now)() + Duration::from_secs(1));
             }
         }
         let ours = self.actual.links().filter(|(_, link)| !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port));

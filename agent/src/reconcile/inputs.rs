@@ -18,7 +18,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             ReconcilerInput::Contribution(contribution) => self.fold_contribution(*contribution),
             ReconcilerInput::RefreshHost { network, number } => {
                 self.refreshes.insert(network, number);
-                self.schedule.host_read = Some(Instant::now());
+                self.schedule.host_read = Some((self.now)());
             }
             ReconcilerInput::Withdraw(network) => {
                 self.no_longer_absent(&network);
@@ -118,7 +118,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.schedule.dump_reason = Some(reason);
             }
             KernelEvent::HostNetworkChanged => {
-                let due = (Instant::now() + HOST_READ_DEBOUNCE).max(self.schedule.host_read_not_before);
+                let due = ((self.now)() + HOST_READ_DEBOUNCE).max(self.schedule.host_read_not_before);
                 self.schedule.host_read.get_or_insert(due);
             }
         }
@@ -163,7 +163,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         self.port_lost |= is_port && !self.actual.contains_key(&key);
         self.dirty.keys.insert(key.clone());
         if was_in_sync {
-            self.record_drift(&key, Instant::now(), log);
+            self.record_drift(&key, (self.now)(), log);
         }
         was_in_sync
     }

@@ -42,7 +42,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     pub(super) fn answer_query(&self, query: ReconcilerQuery) {
         // A client that has gone away is no error.
         match query {
-            ReconcilerQuery::Status(reply) => drop(reply.send(self.report(Instant::now()))),
+            ReconcilerQuery::Status(reply) => drop(reply.send(self.report((self.now)()))),
             ReconcilerQuery::Peers(peers, reply) => {
                 let states = peers.iter().map(|(device, remote)| self.peer_state(*device, remote)).collect();
                 drop(reply.send(states));

@@ -5,7 +5,7 @@ mod fake_kernel;
 mod liveness;
 mod restarts;
 
-use self::fake_kernel::{FakeKernel, FakeStateStore};
+use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
 use super::*;
 use crate::app::queries::Queries;
 use crate::app::supervisor::Supervisor;
@@ -103,7 +103,8 @@ impl Fixture {
         let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
         let state_store = FakeStateStore::default();
         let (network_state, network_metrics) = (state_store.clone(), Arc::clone(&metrics));
-        let network = move || Network::new(settings.clone(), network_state.clone(), Arc::clone(&network_metrics));
+        let network =
+            move || Network::new(settings.clone(), network_state.clone(), Arc::clone(&network_metrics)).with_clock(clock);
         supervisor.start_network(NetworkName::default(), network_channels, network, move |store, stop| {
             let (stores, fail) = (stores.clone(), Arc::clone(&store_fails));
             async move {
@@ -116,7 +117,8 @@ impl Fixture {
         });
         let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync, probe_address: None };
         let (data_path, sysctls) = (kernel.clone(), state_store.clone());
-        let reconciler = move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics));
+        let reconciler =
+            move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics)).with_clock(clock);
         supervisor.start_reconciler(NamespaceName::Host, channels, reconciler);
         Fixture {
             kernel,
@@ -411,7 +413,8 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     let reservation = HeldLease { subnet: subnet(100), expiry: None, origin: LeaseOrigin::Reused };
     fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
     fixture.send(down()).await;
-    tokio::time::sleep(2 * LEASE_TTL).await;
+    fixture.status().await;
+    advance_clock(2 * LEASE_TTL);
     assert!(fixture.status().await.ready);
 }
 

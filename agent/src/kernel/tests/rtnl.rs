@@ -57,7 +57,7 @@ fn addresses_have_no_broadcast_and_no_dad() {
             rtnl.add_address(LOOPBACK_IFINDEX, address).await.expect("added");
             rtnl.add_address(LOOPBACK_IFINDEX, address).await.expect("added again");
         }
-        let listed = run("ip address show dev lo");
+        let listed = netns.run(|| run("ip address show dev lo")).expect("inside");
         assert!(listed.contains("10.9.0.1/24") && !listed.contains("brd 10.9.0.255"), "{listed}");
         assert!(listed.contains("nodad") && !listed.contains("tentative"), "{listed}");
     });

@@ -53,10 +53,9 @@ impl InetTableSpec {
     /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
     fn tunnel_sets(&self, family: Family, subnet_length: u8) -> impl Iterator<Item = (SetName, u8)> {
         let (vni, bits) = (self.set_vni(), family.bits());
-        let hosts = (!self.masquerade).then_some((SetName::Hosts(family, vni), bits));
-        [Some((SetName::Peers(family, vni), subnet_length)), hosts, Some((SetName::Ranges(family, vni), bits))]
-            .into_iter()
-            .flatten()
+        let hosts = (!self.masquerade).then_some((SetName::Hosts(family), bits));
+        let sets = [Some((SetName::Peers(family), subnet_length)), hosts, Some((SetName::Ranges(family), bits))];
+        sets.into_iter().flatten().map(move |(set, length)| (set.of_network(vni), length))
     }
 
     /// Accepts packets with the network's VNI from its peers, and drops all others.

@@ -9,25 +9,38 @@ use serde::{Deserialize, Serialize};
 use super::Table;
 use crate::model::{Family, Mac, Transport, Vni};
 
-/// The sets and maps. Those of the tunnel source filter belong to one network: their names end with its VNI, except those of the
-/// default network (`None`).
+/// The sets and maps. Those of the tunnel source filter belong to one network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SetName {
     /// `address . protocol . port` of this host to a container's address and port, for ports bound to one address.
     Bound(Family),
     /// The underlay addresses of peers, as outer and inner source. Containers' packets to these addresses are not masqueraded.
-    Hosts(Family, Option<Vni>),
+    Hosts(Family),
     /// Outer source, and base address of the inner source's subnet, with the network's subnet length.
-    Peers(Family, Option<Vni>),
+    Peers(Family),
     /// `protocol . port` on any address of this host to a container's address and port.
     Ports(Family),
     /// Outer source and range of inner sources, for subnets of another length.
-    Ranges(Family, Option<Vni>),
+    Ranges(Family),
     /// Interface, MAC and address of an endpoint.
     Source(Family),
     /// The interfaces of endpoints without source checks.
     Unchecked,
+    /// A set of the network with this VNI, which ends its name. The sets without a VNI are the default network's.
+    Network(Vni, TunnelSet),
+}
+
+/// The sets of the tunnel source filter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TunnelSet {
+    /// As [`SetName::Hosts`].
+    Hosts(Family),
+    /// As [`SetName::Peers`].
+    Peers(Family),
+    /// As [`SetName::Ranges`].
+    Ranges(Family),
 }
 
 /// Types of a set's fields, with their `nft` names.
@@ -65,14 +78,14 @@ impl SetName {
     pub const ALL: [SetName; 13] = [
         SetName::Bound(Family::V4),
         SetName::Bound(Family::V6),
-        SetName::Hosts(Family::V4, None),
-        SetName::Hosts(Family::V6, None),
-        SetName::Peers(Family::V4, None),
-        SetName::Peers(Family::V6, None),
+        SetName::Hosts(Family::V4),
+        SetName::Hosts(Family::V6),
+        SetName::Peers(Family::V4),
+        SetName::Peers(Family::V6),
         SetName::Ports(Family::V4),
         SetName::Ports(Family::V6),
-        SetName::Ranges(Family::V4, None),
-        SetName::Ranges(Family::V6, None),
+        SetName::Ranges(Family::V4),
+        SetName::Ranges(Family::V6),
         SetName::Source(Family::V4),
         SetName::Source(Family::V6),
         SetName::Unchecked,
@@ -94,39 +107,48 @@ impl SetName {
         }
     }
 
-    /// The VNI of the network that it belongs to.
+    /// The VNI in its name.
     const fn vni(self) -> Option<Vni> {
-        match self {
-            SetName::Hosts(_, vni) | SetName::Peers(_, vni) | SetName::Ranges(_, vni) => vni,
-            _ => None,
-        }
+        if let SetName::Network(vni, _) = self { Some(vni) } else { None }
     }
 
-    /// The set of the same kind that belongs to a network; itself if the kind belongs to none.
-    const fn of(self, vni: Option<Vni>) -> SetName {
+    /// The default network's set of the same kind.
+    const fn without_vni(self) -> SetName {
         match self {
-            SetName::Hosts(family, _) => SetName::Hosts(family, vni),
-            SetName::Peers(family, _) => SetName::Peers(family, vni),
-            SetName::Ranges(family, _) => SetName::Ranges(family, vni),
+            SetName::Network(_, TunnelSet::Hosts(family)) => SetName::Hosts(family),
+            SetName::Network(_, TunnelSet::Peers(family)) => SetName::Peers(family),
+            SetName::Network(_, TunnelSet::Ranges(family)) => SetName::Ranges(family),
             other => other,
         }
     }
 
+    /// The set of the same kind that belongs to a network. A set that networks share is returned as it is.
+    pub fn of_network(self, vni: Option<Vni>) -> SetName {
+        let set = match self {
+            SetName::Hosts(family) => TunnelSet::Hosts(family),
+            SetName::Peers(family) => TunnelSet::Peers(family),
+            SetName::Ranges(family) => TunnelSet::Ranges(family),
+            other => return other,
+        };
+        vni.map_or(self, |vni| SetName::Network(vni, set))
+    }
+
     const fn base_name(self) -> &'static str {
-        match self {
+        match self.without_vni() {
             SetName::Bound(Family::V4) => "bound4",
             SetName::Bound(Family::V6) => "bound6",
-            SetName::Hosts(Family::V4, _) => "hosts4",
-            SetName::Hosts(Family::V6, _) => "hosts6",
-            SetName::Peers(Family::V4, _) => "peers4",
-            SetName::Peers(Family::V6, _) => "peers6",
+            SetName::Hosts(Family::V4) => "hosts4",
+            SetName::Hosts(Family::V6) => "hosts6",
+            SetName::Peers(Family::V4) => "peers4",
+            SetName::Peers(Family::V6) => "peers6",
             SetName::Ports(Family::V4) => "ports4",
             SetName::Ports(Family::V6) => "ports6",
-            SetName::Ranges(Family::V4, _) => "ranges4",
-            SetName::Ranges(Family::V6, _) => "ranges6",
+            SetName::Ranges(Family::V4) => "ranges4",
+            SetName::Ranges(Family::V6) => "ranges6",
             SetName::Source(Family::V4) => "source4",
             SetName::Source(Family::V6) => "source6",
-            SetName::Unchecked => "unchecked",
+            // `without_vni` returns no other set.
+            SetName::Unchecked | SetName::Network(..) => "unchecked",
         }
     }
 
@@ -137,20 +159,20 @@ impl SetName {
             Some((base, vni)) => (base, Some(Vni::try_from(vni.parse::<u32>().ok()?).ok()?)),
             None => (name, None),
         };
-        let set = SetName::ALL.into_iter().find(|set| set.table() == table && set.base_name() == base)?.of(vni);
+        let set = SetName::ALL.into_iter().find(|set| set.table() == table && set.base_name() == base)?.of_network(vni);
         (set.name() == name).then_some(set)
     }
 
     /// The types of its key's fields.
     pub fn key(self) -> Vec<SetFieldType> {
-        match self {
+        match self.without_vni() {
             SetName::Bound(family) => vec![SetFieldType::Address(family), SetFieldType::Protocol, SetFieldType::Port],
-            SetName::Hosts(family, _) | SetName::Peers(family, _) | SetName::Ranges(family, _) => {
+            SetName::Hosts(family) | SetName::Peers(family) | SetName::Ranges(family) => {
                 vec![SetFieldType::Address(family), SetFieldType::Address(family)]
             }
             SetName::Ports(_) => vec![SetFieldType::Protocol, SetFieldType::Port],
             SetName::Source(family) => vec![SetFieldType::Interface, SetFieldType::Mac, SetFieldType::Address(family)],
-            SetName::Unchecked => vec![SetFieldType::Interface],
+            SetName::Unchecked | SetName::Network(..) => vec![SetFieldType::Interface],
         }
     }
 
@@ -164,7 +186,7 @@ impl SetName {
 
     /// Whether its elements are ranges.
     pub const fn has_ranges(self) -> bool {
-        matches!(self, SetName::Ranges(..))
+        matches!(self.without_vni(), SetName::Ranges(_))
     }
 }
 
@@ -266,14 +288,14 @@ impl Element {
     /// The set that contains it.
     pub fn set(&self) -> SetName {
         match self {
-            Element::Peer(peer) => SetName::Peers(peer.family(), None),
-            Element::Range(range) => SetName::Ranges(Family::of(range.0), None),
-            Element::Host(address) => SetName::Hosts(Family::of(*address), None),
+            Element::Peer(peer) => SetName::Peers(peer.family()),
+            Element::Range(range) => SetName::Ranges(Family::of(range.0)),
+            Element::Host(address) => SetName::Hosts(Family::of(*address)),
             Element::Port(family, ..) => SetName::Ports(*family),
             Element::Bound(address, ..) => SetName::Bound(Family::of(*address)),
             Element::Source(source) => SetName::Source(Family::of(source.2)),
             Element::Unchecked(_) => SetName::Unchecked,
-            Element::Network(network) => network.1.set().of(Some(network.0)),
+            Element::Network(network) => network.1.set().of_network(Some(network.0)),
         }
     }
 
@@ -325,12 +347,12 @@ impl Element {
     pub fn from_key(set: SetName, key: Vec<SetValue>, end: Option<Vec<SetValue>>) -> Option<Element> {
         use SetValue::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
-        let element = match (set, key.as_slice(), end.as_deref()) {
-            (SetName::Peers(..), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
-            (SetName::Ranges(..), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
+        let element = match (set.without_vni(), key.as_slice(), end.as_deref()) {
+            (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
+            (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
                 Element::Range(Box::new((*outer, *first, *last)))
             }
-            (SetName::Hosts(..), [Address(outer), Address(inner)], None) if outer == inner => Element::Host(*outer),
+            (SetName::Hosts(_), [Address(outer), Address(inner)], None) if outer == inner => Element::Host(*outer),
             (SetName::Ports(family), [Protocol(number), Port(port)], None) => Element::Port(family, transport(*number)?, *port),
             (SetName::Bound(_), [Address(address), Protocol(number), Port(port)], None) => {
                 Element::Bound(*address, transport(*number)?, *port)

@@ -1,9 +1,13 @@
-//! A fake kernel: a map of entries; and a state store that forgets everything.
+//! A fake kernel, which is a map of entries; a state store that forgets everything; and a clock.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
 use crate::network::NetworkStateStore;
@@ -44,6 +48,21 @@ impl Default for FakeState {
 /// An address of the external interface.
 pub fn address(text: &str, length: u8) -> HostAddress {
     HostAddress { address: text.parse().unwrap(), length, secondary: false, flaw: None }
+}
+
+thread_local! {
+    /// How far the tested tasks' clock is ahead. They run on the test's thread.
+    static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// The clock of the tested tasks.
+pub fn clock() -> Instant {
+    Instant::now() + AHEAD.get()
+}
+
+/// Lets time pass for the tested tasks. They notice it when they get a message.
+pub fn advance_clock(by: Duration) {
+    AHEAD.set(AHEAD.get() + by);
 }
 
 #[derive(Debug, Clone, Default)]
@@ -96,6 +115,8 @@ impl DataPath for FakeKernel {
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
+        let addresses = self.lock().addresses.clone();
+        let disabled = !addresses.iter().any(|host| host.address.is_ipv6());
         Ok(HostInventory {
             links: vec![ForeignLink {
                 index: 2,
@@ -105,8 +126,8 @@ impl DataPath for FakeKernel {
                 loopback: false,
                 kind: String::new(),
                 is_port: false,
-                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
-                addresses: self.lock().addresses.clone(),
+                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled }),
+                addresses,
             }],
             default_routes: vec![DefaultRoute {
                 family: Family::V4,

@@ -99,6 +99,30 @@ async fn contribution_for_earlier_run_is_ignored() {
     assert_eq!(fixture.kernel.lock().state, state);
 }
 
+/// With IPv6 the host would get another subnet.
+#[tokio::test]
+async fn restarted_network_keeps_using_ipv4_only() {
+    let fixture = Fixture::start();
+    let text = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
+    let config = || StoreEvent::Config(Some(Ok(NetworkConfig::parse(text).unwrap().config)));
+    let requests_ipv4_only = || fixture.lease_request.borrow().as_ref().is_some_and(|request| request.public_ip.v6.is_none());
+    let ipv6_is_back = |status: &api::Status| status.problems.iter().any(|problem| problem.contains("IPv6 is enabled again"));
+    fixture.send(config()).await;
+    fixture.status().await;
+    advance_clock(Duration::from_secs(10));
+    fixture.wait_status("IPv6 is not waited for", |_| requests_ipv4_only()).await;
+    fixture.kernel.lock().addresses.push(fake_kernel::address("2001:db8::100", 64));
+    fixture.events.send(KernelEvent::HostNetworkChanged).await.expect("a reconciler");
+    fixture.wait_status("IPv6 is back", ipv6_is_back).await;
+
+    fixture.state_store.panics.store(true, Ordering::Relaxed);
+    fixture.replan();
+    fixture.wait_status("a restart", |status| status.problems.iter().any(|p| p.contains("a defect of the network"))).await;
+    fixture.send(config()).await;
+    fixture.wait_status("IPv6 stays unused", ipv6_is_back).await;
+    assert!(requests_ipv4_only());
+}
+
 #[tokio::test]
 async fn aborted_store_restarts_network() {
     let mut fixture = Fixture::ready([1]).await;

@@ -34,11 +34,13 @@ fn tables_of_two_networks_round_trip() {
         let mut tables = Tables::open();
         let first = inet_table(&[&specs()[0]]);
         let [peer, other_peer] = peer();
+        tables.apply(&[set_table(both())]);
+        assert_eq!(run_command("nft", &["-s", "-t", "list", "table", "inet", "overlayd"], ""), both().to_string());
+        tables.delete();
         tables.apply(&[set_table(first.clone()), peer.clone()]);
         tables.apply(&[set_table(both()), other_peer.clone()]);
         assert_eq!(tables.nft.dump().expect("dump").rules, tables.cached);
         assert_eq!(tables.ruleset(), Some(both()));
-        assert_eq!(run_command("nft", &["-s", "-t", "list", "table", "inet", "overlayd"], ""), both().to_string());
         for name in ["peers4".to_owned(), format!("peers4.{OTHER}")] {
             let listed = run_command("nft", &["list", "set", "inet", "overlayd", &name], "");
             assert!(listed.contains("192.0.2.9 . 10.244.9.0"), "{listed}");
