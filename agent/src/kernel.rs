@@ -67,6 +67,7 @@ use self::rtnl::Rtnl;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Sysctls;
 use crate::blocking::blocking;
+use crate::model::Family;
 use crate::plan::state::{LinkState, PROTOCOL, State};
 use crate::plan::underlay::HostInventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
@@ -148,7 +149,7 @@ impl Kernel {
             batch: BatchSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
-            sysctls: Sysctls::open(),
+            sysctls: Sysctls::open(&Family::ALL),
             netns: netns.clone(),
             cache: KernelCache::default(),
         };

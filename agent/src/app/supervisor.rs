@@ -143,7 +143,7 @@ impl Supervisor {
             tasks.spawn(
                 "network",
                 super::into_infallible(async move {
-                    network.run(events, &mut *channels.lock().await, delay, stop_network).await;
+                    network.run(events, &mut channels.lock().await, delay, stop_network).await;
                 }),
             );
             tasks.spawn("store", async move {
@@ -173,7 +173,7 @@ impl Supervisor {
             tasks.spawn(
                 "reconcile",
                 super::into_infallible(async move {
-                    reconciler.run(&mut *channels.lock().await, delay, stop).await;
+                    reconciler.run(&mut channels.lock().await, delay, stop).await;
                 }),
             );
             tasks

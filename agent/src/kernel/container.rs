@@ -312,7 +312,7 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     let step = |what: &str, error: KernelError| error.context(format!("cannot {what} in {}", spec.netns.display()));
     let mut socket = RouteSocket::open()?;
     let index = objects::link(&mut socket, inner).map_err(|e| step(&format!("find {inner}"), e))?.index;
-    let sysctls = Sysctls::open();
+    let sysctls = Sysctls::open(&[Family::V6]);
     sysctls.write_if_exists(&sysctl::accept_ra(inner), "0")?;
     sysctls.write_if_exists(&sysctl::ndisc_notify(inner), "1")?;
     if spec.source_check && !spec.addresses.iter().any(IpNetwork::is_ipv6) {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
-use crate::model::PerFamily;
+use crate::model::{Family, PerFamily};
 use crate::plan::OpError;
 
 const ROOT: &str = "/proc/sys/net";
@@ -54,12 +54,15 @@ pub struct Sysctls {
 }
 
 impl Sysctls {
-    /// Opens the sysctls of the calling thread's namespace.
-    pub fn open() -> Sysctls {
+    /// Opens the sysctls of these families in the calling thread's namespace.
+    pub fn open(families: &[Family]) -> Sysctls {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        // A kernel without IPv6 has no such directory.
-        let directory = |name| open(&PathBuf::from(format!("{ROOT}/{name}")), flags, Mode::empty()).ok();
-        Sysctls { directories: PerFamily { v4: directory("ipv4"), v6: directory("ipv6") } }
+        let directory = |family: &Family| {
+            let name = if *family == Family::V4 { "ipv4" } else { "ipv6" };
+            // A kernel without IPv6 has no such directory.
+            Some((*family, open(&PathBuf::from(format!("{ROOT}/{name}")), flags, Mode::empty()).ok()?))
+        };
+        Sysctls { directories: families.iter().filter_map(directory).collect() }
     }
 
     /// Reads the value at a path below `/proc/sys/net`; `None` if there is no such file, for example without IPv6.
@@ -143,7 +146,7 @@ mod tests {
 
     #[test]
     fn paths_outside_root_are_rejected() {
-        let sysctls = Sysctls::open();
+        let sysctls = Sysctls::open(&Family::ALL);
         for path in
             ["", "ipv4", "core/somaxconn", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"]
         {
