@@ -143,7 +143,8 @@ impl Supervisor {
             tasks.spawn(
                 "network",
                 super::into_infallible(async move {
-                    network.run(events, &mut channels.lock().await, delay, stop_network).await;
+                    let mut channels = channels.lock().await;
+                    network.run(events, &mut channels, delay, stop_network).await;
                 }),
             );
             tasks.spawn("store", async move {
@@ -173,7 +174,8 @@ impl Supervisor {
             tasks.spawn(
                 "reconcile",
                 super::into_infallible(async move {
-                    reconciler.run(&mut channels.lock().await, delay, stop).await;
+                    let mut channels = channels.lock().await;
+                    reconciler.run(&mut channels, delay, stop).await;
                 }),
             );
             tasks
