@@ -71,9 +71,8 @@ impl NftState {
     /// Converts the state to entries.
     pub fn into_entries(self) -> State {
         let mut entries = self.rules;
-        let accepted =
-            |(family, ranges): (Family, &Box<[Cidr]>)| (Key::ForwardAccept(family), Value::ForwardAccept(ranges.clone()));
-        entries.extend(self.forward_accept.iter().map(accepted));
+        let accepted = self.forward_accept.iter();
+        entries.extend(accepted.map(|(family, ranges)| (Key::ForwardAccept(family), Value::ForwardAccept(ranges.clone()))));
         entries
     }
 }
