@@ -4,8 +4,7 @@
 //! | --- | --- |
 //! | `signals` | SIGTERM and SIGINT |
 //! | `kernel` | follows kernel events |
-//! | `store` | follows etcd and keeps the lease |
-//! | `reconcile` | the reconcile loop |
+//! | `supervisor` | the networks, each with its part of the store, and the reconcilers; restarts those that fail |
 //! | `endpoints` | audits endpoints |
 //! | `overlay` | passes the overlay's parameters to endpoints, `subnet.env` and the CNI network list |
 //! | `admin` | serves the UNIX socket |
@@ -15,8 +14,8 @@
 //! | `path-mtu` | makes the kernel learn the path MTU to each peer |
 //! | `metrics` | serves metrics over TCP, if an address is set |
 //!
-//! Channels between tasks are bounded. An unexpected end of a task ends the agent with an error, and systemd restarts the agent;
-//! the data path keeps forwarding meanwhile.
+//! Channels between tasks are bounded. An unexpected end of one of these tasks ends the agent with an error, and systemd restarts
+//! the agent; the data path keeps forwarding meanwhile.
 
 mod backend;
 mod cleanup;
@@ -28,20 +27,22 @@ mod preflight;
 pub mod queries;
 mod reload;
 mod supervision;
+pub mod supervisor;
 pub mod wiring;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use crate::admin::{self, AdminSocket};
 use crate::config::{EtcdConfig, HostConfig};
 use crate::endpoint::{EndpointNetwork, Endpoints};
+use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
-use crate::model::{NetworkName, Node, PerFamily};
+use crate::model::{NamespaceName, NetworkName, Node, PerFamily};
 use crate::network::{self, Network, Overlay};
 use crate::reconcile::{self, Reconciler};
 use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
@@ -58,14 +59,12 @@ use conflist::Conflist;
 use host_state::HostStateStore;
 use reload::Reload;
 use supervision::HealthInputs;
+use supervisor::Supervisor;
 
 /// The socket's name in the run directory.
 const SOCKET_NAME: &str = "overlayd.sock";
 /// Time limit for tasks to end after the stop signal.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
-/// Channel capacities. If the reconciler is slower than the store, the store waits at the channel; flow control passes that on to
-/// etcd.
-const STORE_EVENT_CAPACITY: usize = 1024;
 
 /// Runs the agent until a signal or an unrecoverable error.
 pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource) -> anyhow::Result<()> {
@@ -87,8 +86,10 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
     };
-    let (kernel, kernel_events, kernel_monitor) =
-        Kernel::open(&KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
+    let (kernel, kernel_events, kernel_monitor) = Kernel::open(
+        &Netns::current()?,
+        &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() },
+    )?;
     let port_manager = kernel.port_manager();
     let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;
@@ -103,9 +104,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         "starting"
     );
 
-    let (store_events_in, store_events) = mpsc::channel(STORE_EVENT_CAPACITY);
     let (network_channels, reconciler_channels, outputs) = wiring::connect(wiring::Inputs {
-        store: store_events,
         kernel: kernel_events,
         endpoints: endpoints.ports(),
         applied_endpoints: endpoints.applied_endpoints(),
@@ -113,38 +112,50 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     let wiring::Outputs { queries, lease_request, overlay, changes, ready, ports_lost, heartbeats, progress: _ } = outputs;
     let health_inputs = HealthInputs { ready, heartbeats: heartbeats.into() };
     let store_config = store_config(&config.etcd);
-    let reconciler = Reconciler::new(
-        reconcile::Settings {
-            nexthop_objects: kernel.nexthop_objects(),
-            resync: config.resync_interval,
-            probe_address: config.selection.can_reach,
+    store_config.validate()?;
+    let shutdown = Shutdown::default();
+    let stop_token = || shutdown.graceful.clone();
+    let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop_token());
+    let reconciler_settings = reconcile::Settings {
+        namespace: NamespaceName::Host,
+        nexthop_objects: kernel.nexthop_objects(),
+        resync: config.resync_interval,
+        probe_address: config.selection.can_reach,
+    };
+    let network_settings = network::Settings {
+        name: NetworkName::default(),
+        node,
+        selection: config.selection.clone(),
+        masquerade: config.ip_masq,
+        tx_checksum: config.vxlan_tx_checksum,
+        docker: config.docker,
+        lease_ttl: store_config.min_lease_validity(),
+        store_endpoints: match &config.etcd.discovery_srv {
+            Some(domain) => vec![format!("srv:{domain}")],
+            None => config.etcd.endpoints.clone(),
         },
-        kernel,
-        host_state.clone(),
-        Arc::clone(&metrics),
-    );
-    let network = Network::new(
-        network::Settings {
-            name: NetworkName::default(),
-            node,
-            selection: config.selection.clone(),
-            masquerade: config.ip_masq,
-            tx_checksum: config.vxlan_tx_checksum,
-            docker: config.docker,
-            lease_ttl: store_config.min_lease_validity(),
-            store_endpoints: match &config.etcd.discovery_srv {
-                Some(domain) => vec![format!("srv:{domain}")],
-                None => config.etcd.endpoints.clone(),
-            },
-            store_prefix: config.etcd.prefix.clone(),
-        },
-        host_state.clone(),
-        Arc::clone(&metrics),
-    );
+        store_prefix: config.etcd.prefix.clone(),
+    };
+    let network_name = network_settings.name.clone();
     let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
+    {
+        let (host_state, metrics) = (host_state.clone(), Arc::clone(&metrics));
+        supervisor.start_reconciler(NamespaceName::Host, reconciler_channels, move || {
+            Reconciler::new(reconciler_settings.clone(), kernel.clone(), host_state.clone(), Arc::clone(&metrics))
+        });
+    }
+    {
+        let (host_state, metrics) = (host_state.clone(), Arc::clone(&metrics));
+        let make = move || Network::new(network_settings.clone(), host_state.clone(), Arc::clone(&metrics));
+        supervisor.start_network(network_name.clone(), network_channels, make, move |events, stop| {
+            let (store, lease_request) = (store.clone(), lease_request.clone());
+            async move { store.run(events, lease_request, stop).await }
+        });
+    }
     let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
     let (probes, mesh_changes) = (queries.clone(), changes.clone());
     let backend = Arc::new(AgentBackend {
+        network_name,
         mesh: Arc::clone(&mesh),
         queries,
         endpoints: endpoints.clone(),
@@ -157,9 +168,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         level,
     });
 
-    let shutdown = Shutdown::default();
     let mut tasks = Tasks::new();
-    let stop_token = || shutdown.graceful.clone();
     {
         let shutdown = shutdown.clone();
         tasks.spawn("signals", async move {
@@ -181,12 +190,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
             }
         });
     }
-    {
-        let stop = stop_token();
-        tasks.spawn("store", async move { store.run(store_events_in, lease_request, stop).await });
-    }
-    tasks.spawn("network", into_infallible(network.run(network_channels, stop_token())));
-    tasks.spawn("reconcile", into_infallible(reconciler.run(reconciler_channels, stop_token())));
+    tasks.spawn("supervisor", supervisor.run());
     {
         let (endpoints, stop) = (endpoints.clone(), stop_token());
         tasks.spawn("endpoints", into_infallible(async move { endpoints.run(stop).await }));

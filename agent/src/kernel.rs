@@ -2,8 +2,8 @@
 //! namespaces.
 //!
 //! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
-//! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
-//! share one cache of its state (`cache`).
+//! changes made by other processes. All three belong to the network namespace given to [`Kernel::open`], whichever thread uses
+//! them, and share one cache of its state (`cache`).
 //!
 //! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes with `rtnetlink`'s builders;
 //! `objects` reads them with `netlink-packet-route`; both use a blocking socket (`route_socket`). Entries whose number grows with
@@ -58,12 +58,14 @@ use self::cache::KernelCache;
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
 use self::link::Links;
+use self::netns::Netns;
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
-use self::sysctl::Ipv6ConfDir;
+use self::sysctl::Sysctls;
 use crate::blocking::blocking;
+use crate::model::Family;
 use crate::plan::state::{LinkState, PROTOCOL, State};
 use crate::plan::underlay::HostInventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
@@ -96,24 +98,29 @@ impl Default for KernelOptions {
 /// event before or after one of our changes, never during it.
 struct Shared {
     socket: RouteSocket,
+    batch: BatchSocket,
     ethtool: Ethtool,
     nft: Nft,
-    ipv6_conf_dir: Ipv6ConfDir,
+    sysctls: Sysctls,
+    netns: Netns,
     cache: KernelCache,
 }
 
 impl Shared {
     fn links(&mut self) -> Links<'_> {
-        Links { socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
+        let Shared { socket, ethtool, sysctls, netns, cache, .. } = self;
+        Links { socket, ethtool, sysctls, netns, cache }
     }
 }
 
 /// The kernel's data path. It applies ops without yielding, up to 4,096 at a time. If [`DataPath::apply`] is cancelled, only
-/// complete runs of that size are applied, and no report is returned.
+/// complete runs of that size are applied, and no report is returned. Clones share everything: a restarted reconciler continues
+/// with a clone.
+#[derive(Clone)]
 pub struct Kernel {
+    netns: Netns,
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
-    batch: BatchSocket,
     subscriptions: Arc<EventSubscriptions>,
     /// Whether the kernel supports next-hop objects. Those of an earlier run are read and removed even if `nexthop_objects` is
     /// off.
@@ -122,23 +129,28 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Opens the data path in the calling thread's network namespace. Also returns the events of other processes' changes from
+    /// Opens the data path of a network namespace. Also returns the events of other processes' changes from
     /// now on, and the monitor that produces them: run [`Monitor::run`] and watch for its end. Must be called inside a tokio
     /// runtime with I/O enabled.
     ///
     /// # Errors
     /// A socket cannot be opened: no file descriptors left, no netlink, or no permission.
-    pub fn open(options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+    pub fn open(netns: &Netns, options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
+        netns.run_in_place(|| Kernel::open_inside(netns, options)).map_err(|e| OpError::from(&e))?
+    }
+
+    fn open_inside(netns: &Netns, options: &KernelOptions) -> Result<(Kernel, mpsc::Receiver<KernelEvent>, Monitor), OpError> {
         let mut shared = Shared {
             socket: RouteSocket::open()?,
+            batch: BatchSocket::open()?,
             ethtool: Ethtool::open()?,
             nft: Nft::open()?,
-            ipv6_conf_dir: Ipv6ConfDir::open(),
+            sysctls: Sysctls::open(&Family::ALL),
+            netns: netns.clone(),
             cache: KernelCache::default(),
         };
-        let batch = BatchSocket::open()?;
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
-        let own_ports = [batch.port_id(), shared.socket.port_id().map_err(read)?];
+        let own_ports = [shared.batch.port_id(), shared.socket.port_id().map_err(read)?];
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let host_interfaces = HostInterfaces::read(&mut shared.socket)?;
@@ -147,8 +159,12 @@ impl Kernel {
         let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
-        let connections = Arc::default();
-        Ok((Kernel { shared, connections, batch, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
+        let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
+        Ok((
+            Kernel { netns: netns.clone(), shared, connections, subscriptions, has_nexthop_objects, nexthop_objects },
+            events,
+            monitor,
+        ))
     }
 
     /// Whether routes use next-hop objects; otherwise each route has its own gateway.
@@ -158,7 +174,7 @@ impl Kernel {
 
     /// Returns the manager of container ports. Clones share its socket.
     pub fn port_manager(&self) -> PortManager {
-        PortManager::new(Arc::clone(&self.shared), Arc::clone(&self.connections))
+        PortManager::new(self.netns.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
     /// Pauses the monitor's events for a large batch, until the returned guard is dropped.
@@ -188,8 +204,8 @@ impl Kernel {
     }
 
     #[cfg(test)]
-    fn batch_socket(&self) -> &BatchSocket {
-        &self.batch
+    async fn set_batch_receive_buffer(&self, bytes: usize) {
+        self.shared.lock().await.batch.set_receive_buffer(bytes);
     }
 }
 
@@ -217,7 +233,7 @@ impl DataPath for Kernel {
             }
             let mut shared = self.shared.lock().await;
             let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
-            apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report);
+            apply(&mut shared, &batch[begin..end], begin, &mut report);
             let stale = translations.stale_filters(&shared.cache.rules);
             // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
             // caches.
@@ -230,7 +246,7 @@ impl DataPath for Kernel {
 
     async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
         let mut shared = self.shared.lock().await;
-        blocking(|| dump::track_sysctls(&mut shared.cache, paths.iter().cloned()))?;
+        blocking(|| dump::track_sysctls(&mut shared, paths.iter().cloned()))?;
         let found = |path: String| Some((shared.cache.sysctls.get(&path)?.as_str().into(), path));
         let found = paths.into_iter().filter_map(found);
         Ok(found.map(|(value, path)| (Key::Sysctl(path.into()), Value::Sysctl(value))).collect())
@@ -255,7 +271,7 @@ impl DataPath for Kernel {
 
 /// Applies ops in order. Runs of peers' entries go through the batch socket, ruleset ops form transactions, link deletions run in
 /// parallel, and all other ops are applied one by one.
-fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize, report: &mut ApplyReport) {
+fn apply(shared: &mut Shared, ops: &[Op], first: usize, report: &mut ApplyReport) {
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
@@ -263,7 +279,7 @@ fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize,
         let rules = rest.iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
         let links = rest.iter().take_while(|op| matches!(op, Op::Delete(Key::Link(_), _))).count();
         if run > 0 {
-            blocking(|| batch.apply(&rest[..run], at, &mut shared.cache, report));
+            blocking(|| shared.batch.apply(&rest[..run], at, &mut shared.cache, report));
             rest = &rest[run..];
         } else if rules > 0 {
             let (rules, following) = rest.split_at(rules);
@@ -273,7 +289,7 @@ fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: usize,
             let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
             let parallel = if rules.len() >= PARALLEL_ABOVE && same_kind { following } else { &[] };
             let run = parallel.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
-            apply_parallel(shared, batch, rules, &parallel[..run], at, report);
+            apply_parallel(shared, rules, &parallel[..run], at, report);
             rest = &rest[rules.len() + run..];
         } else if links > 0 {
             let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
@@ -302,15 +318,8 @@ fn delete_stale_connections(connections: &ConntrackCleaner, stale: Vec<StaleFilt
 }
 
 /// Applies ruleset ops and, in parallel, the peers' entries that follow them.
-fn apply_parallel(
-    shared: &mut Shared,
-    batch: &mut BatchSocket,
-    rules: &[Op],
-    entries: &[Op],
-    at: usize,
-    report: &mut ApplyReport,
-) {
-    let Shared { nft, cache, .. } = shared;
+fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, report: &mut ApplyReport) {
+    let Shared { nft, batch, cache, .. } = shared;
     let mut cached_rules = std::mem::take(&mut cache.rules);
     let mut entries_report = ApplyReport::default();
     let failed = if entries.is_empty() {
@@ -334,7 +343,7 @@ fn apply_parallel(
 fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
-            sysctl::write(path, text)?;
+            shared.sysctls.write(path, text)?;
             shared.cache.sysctls.insert(path.to_string(), text.to_string());
             Ok(())
         }
@@ -343,9 +352,9 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         Op::Set(Key::Link(name), Value::Link(link)) => shared.links().set(name, link),
         Op::Set(Key::Address(device, address), Value::Address) => address::set(&mut shared.links(), *device, *address, true),
         Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false),
-        Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
-            blocking(|| shared.nft.set_forward_accept(*family, *network))?;
-            shared.cache.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));
+        Op::Set(key @ Key::ForwardAccept(family), value @ Value::ForwardAccept(ranges)) => {
+            blocking(|| shared.nft.set_forward_accept(*family, ranges))?;
+            shared.cache.rules.insert(key.clone(), value.clone());
             Ok(())
         }
         Op::Delete(Key::ForwardAccept(family), _) => {

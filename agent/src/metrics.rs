@@ -5,7 +5,8 @@ mod mesh;
 mod registry;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::prometheus_text;
@@ -15,7 +16,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use crate::model::RejectReason;
+use crate::model::{NamespaceName, NetworkName, RejectReason};
 use crate::plan::mesh::{ProbePath, Summary};
 use crate::plan::{Key, ruleset};
 
@@ -36,6 +37,13 @@ type Number = Gauge<u64, AtomicU64>;
 /// The agent's metrics. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct Metrics {
+    /// The values of each network. Without a label for the network, the page has their sums, and 1 only if a condition holds for
+    /// each of them.
+    networks: Mutex<BTreeMap<NetworkName, NetworkGauges>>,
+    /// Failed and contended entries of each network namespace.
+    data_paths: Mutex<BTreeMap<NamespaceName, (usize, usize)>>,
+    /// Whether the store answers each network; absent until the first answer.
+    connected: Mutex<BTreeMap<NetworkName, bool>>,
     ready: Number,
     lease_held: Number,
     peers: Number,
@@ -47,7 +55,6 @@ pub struct Metrics {
     failed_entries: Number,
     contended_entries: Number,
     store_connected: Number,
-    store_was_connected: AtomicBool,
     store_reconnects: Counter,
     store_requests: Histogram,
     store_requests_failed: Counter,
@@ -62,6 +69,23 @@ pub struct Metrics {
     idle_wakeups: Counter,
     full_reads: ByLabel<Counter>,
     registry: Registry,
+}
+
+/// The values of a network.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NetworkGauges {
+    /// Whether it is ready.
+    pub ready: bool,
+    /// Whether this host holds its lease, as far as it knows.
+    pub lease_held: bool,
+    /// Peers in the data path.
+    pub peers: usize,
+    /// Leases in the store.
+    pub leases: usize,
+    /// How many of them are rejected.
+    pub rejected_leases: usize,
+    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
+    pub config_errors: usize,
 }
 
 /// The source of an event.
@@ -99,6 +123,9 @@ impl Metrics {
         let started = ConstGauge::new(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
         page.register("process_start_time_seconds", "Start of the process, in seconds since the epoch", started);
         Metrics {
+            networks: Mutex::default(),
+            data_paths: Mutex::default(),
+            connected: Mutex::default(),
             ready: zero(page, "overlayd_ready", "1 if a snapshot was received, the lease is held and no failed entry is pending"),
             lease_held: zero(page, "overlayd_lease_held", "1 while this host holds its lease, as far as it knows"),
             peers: zero(page, "overlayd_peers", "Peers in the data path"),
@@ -124,7 +151,6 @@ impl Metrics {
                 "Kernel entries that another process on this host changes again and again",
             ),
             store_connected: zero(page, "overlayd_store_connected", "1 while the store answers"),
-            store_was_connected: AtomicBool::default(),
             store_reconnects: zero(page, "overlayd_store_reconnects", "Reconnects to the store"),
             store_requests: add(
                 page,
@@ -168,25 +194,32 @@ impl Metrics {
         }
     }
 
-    /// Whether the agent is ready.
-    pub fn set_ready(&self, ready: bool) {
-        self.ready.set(ready.into());
+    /// The values of a network.
+    pub fn set_network(&self, network: &NetworkName, gauges: NetworkGauges) {
+        let mut networks = lock(&self.networks);
+        networks.insert(network.clone(), gauges);
+        self.publish_networks(&networks);
     }
 
-    /// Whether this host holds its lease, as far as it knows.
-    pub fn set_lease_held(&self, held: bool) {
-        self.lease_held.set(held.into());
+    /// Forgets a network that was stopped.
+    pub fn remove_network(&self, network: &NetworkName) {
+        let mut networks = lock(&self.networks);
+        networks.remove(network);
+        self.publish_networks(&networks);
+        let mut connected = lock(&self.connected);
+        connected.remove(network);
+        self.publish_connected(&connected);
     }
 
-    /// Peers in the data path.
-    pub fn set_peers(&self, count: usize) {
-        self.peers.set(count as u64);
-    }
-
-    /// Leases in the store, and how many of them are rejected.
-    pub fn set_leases(&self, total: usize, rejected: usize) {
-        self.leases.set(total as u64);
-        self.rejected_leases.set(rejected as u64);
+    fn publish_networks(&self, networks: &BTreeMap<NetworkName, NetworkGauges>) {
+        let sum = |count: fn(&NetworkGauges) -> usize| networks.values().map(count).sum::<usize>() as u64;
+        let all = |flag: fn(&NetworkGauges) -> bool| u64::from(!networks.is_empty() && networks.values().all(flag));
+        self.ready.set(all(|network| network.ready));
+        self.lease_held.set(all(|network| network.lease_held));
+        self.peers.set(sum(|network| network.peers));
+        self.leases.set(sum(|network| network.leases));
+        self.rejected_leases.set(sum(|network| network.rejected_leases));
+        self.config_errors.set(sum(|network| network.config_errors));
     }
 
     /// Counts a newly rejected value of the store; `reason` is a `RejectReason::as_str`.
@@ -194,32 +227,35 @@ impl Metrics {
         self.rejected_values.count(reason, 1);
     }
 
-    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
-    pub fn set_config_errors(&self, count: usize) {
-        self.config_errors.set(count as u64);
-    }
-
     /// Endpoints of this host.
     pub fn set_endpoints(&self, count: usize) {
         self.endpoints.set(count as u64);
     }
 
-    /// Entries that could not be programmed and are retried.
-    pub fn set_failed_entries(&self, count: usize) {
-        self.failed_entries.set(count as u64);
+    /// A network namespace's entries that failed and are retried, and those that another process changes again and again.
+    pub fn set_data_path(&self, namespace: &NamespaceName, failed: usize, contended: usize) {
+        let mut data_paths = lock(&self.data_paths);
+        data_paths.insert(namespace.clone(), (failed, contended));
+        self.failed_entries.set(data_paths.values().map(|(failed, _)| *failed as u64).sum());
+        self.contended_entries.set(data_paths.values().map(|(_, contended)| *contended as u64).sum());
     }
 
-    /// Entries that another process on this host changes again and again.
-    pub fn set_contended_entries(&self, count: usize) {
-        self.contended_entries.set(count as u64);
-    }
-
-    /// Whether the store answers. Each change from no to yes except the first is a reconnect.
-    pub fn set_store_connected(&self, connected: bool) {
-        let was = self.store_connected.set(connected.into());
-        if connected && was == 0 && self.store_was_connected.swap(true, Ordering::Relaxed) {
-            self.store_reconnects.inc();
+    /// Whether the store answers a network. Each change from no to yes except the first is a reconnect.
+    pub fn set_store_connected(&self, network: &NetworkName, connected: bool) {
+        let mut networks = lock(&self.connected);
+        match networks.get_mut(network) {
+            Some(state) => {
+                let was = std::mem::replace(state, connected);
+                self.store_reconnects.inc_by(u64::from(connected && !was));
+            }
+            None if connected => drop(networks.insert(network.clone(), true)),
+            None => {}
         }
+        self.publish_connected(&networks);
+    }
+
+    fn publish_connected(&self, networks: &BTreeMap<NetworkName, bool>) {
+        self.store_connected.set(u64::from(!networks.is_empty() && networks.values().all(|connected| *connected)));
     }
 
     /// Records a finished request to the store: its duration, and whether it succeeded.
@@ -309,6 +345,10 @@ impl Metrics {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,9 +363,8 @@ mod tests {
     #[test]
     fn rendered_page_contains_counted_values() {
         let metrics = Metrics::new();
-        metrics.set_ready(true);
-        metrics.set_peers(3);
-        metrics.set_leases(5, 1);
+        let gauges = NetworkGauges { ready: true, peers: 3, leases: 5, rejected_leases: 1, ..NetworkGauges::default() };
+        metrics.set_network(&NetworkName::default(), gauges);
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
@@ -413,11 +452,26 @@ mod tests {
         let metrics = Metrics::new();
         let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total 1");
         for connected in [false, true, true, false] {
-            metrics.set_store_connected(connected);
+            metrics.set_store_connected(&NetworkName::default(), connected);
             assert!(!reconnects());
         }
-        metrics.set_store_connected(true);
+        metrics.set_store_connected(&NetworkName::default(), true);
         assert!(reconnects());
+    }
+
+    #[test]
+    fn networks_do_not_overwrite_each_other() {
+        let metrics = Metrics::new();
+        let gauges = |peers, ready| NetworkGauges { peers, ready, ..NetworkGauges::default() };
+        let [one, two] = ["one", "two"].map(NetworkName::from);
+        metrics.set_network(&one, gauges(3, true));
+        metrics.set_network(&two, gauges(4, false));
+        metrics.set_data_path(&NamespaceName::Host, 1, 0);
+        metrics.set_data_path(&NamespaceName::Network(two.clone()), 2, 1);
+        let has = |line: &str| metrics.render().lines().any(|l| l == line);
+        assert!(["overlayd_peers 7", "overlayd_ready 0", "overlayd_failed_entries 3"].into_iter().all(has));
+        metrics.remove_network(&two);
+        assert!(["overlayd_peers 3", "overlayd_ready 1", "overlayd_contested_entries 1"].into_iter().all(has));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub use family::{Cidr, Family, PerFamily};
 pub use lease::{ExpiryId, Lease, LeaseRecord, Node, RejectReason, RejectedLease, StorePosition};
 pub use mac::Mac;
 pub use network::NetworkConfig;
-pub use network_name::NetworkName;
+pub use network_name::{NamespaceName, NetworkName};
 pub use peer::Peer;
 pub use publish::{PublishedPort, Transport};
 pub use subnet::Subnet;

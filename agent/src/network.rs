@@ -15,13 +15,15 @@ mod underlay;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{EventSource, Metrics};
+use crate::metrics::{EventSource, Metrics, NetworkGauges};
 use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
@@ -119,11 +121,9 @@ pub enum NetworkQuery {
     Peers(oneshot::Sender<Vec<PeerRow>>),
 }
 
-/// A network's ends of its channels; all are bounded.
+/// A network's ends of its channels, which outlive a run of it; all are bounded.
 #[derive(Debug)]
 pub struct Channels {
-    /// Events of the store.
-    pub store: mpsc::Receiver<StoreEvent>,
     /// The host as the reconciler read it; `None` before the first read.
     pub host: watch::Receiver<Option<Arc<HostView>>>,
     /// The endpoints that have a port on the bridge.
@@ -134,6 +134,8 @@ pub struct Channels {
     pub queries: mpsc::Receiver<NetworkQuery>,
     /// To the reconciler.
     pub reconciler: mpsc::Sender<ReconcilerInput>,
+    /// What a restarted network takes over from the run before.
+    pub carried: Carried,
     /// The endpoints whose entries were applied, or failed once and are being retried.
     pub applied_endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
     /// To the store: the lease that this host requests.
@@ -148,12 +150,28 @@ pub struct Channels {
     pub heartbeat: watch::Sender<u64>,
 }
 
+/// What a restarted network takes over from the run before.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Carried {
+    /// Start of the first run.
+    started: Option<Instant>,
+    /// Numbers of the last messages to the reconciler. They go on, so that no answer to an earlier run is mistaken.
+    contribution: u64,
+    refresh: u64,
+    /// IPv6 stays unused until the agent is restarted, because with it the host would get another subnet.
+    ipv4_only: bool,
+}
+
 /// One overlay network on this host.
 pub struct Network<M> {
     settings: Settings,
     state_store: M,
     metrics: Arc<Metrics>,
     started: Instant,
+    /// Start of the first run.
+    uptime_since: Instant,
+    /// Reads the clock.
+    now: fn() -> Instant,
     store: StoreView,
     underlay: UnderlayState,
     endpoints: Vec<Arc<Endpoint>>,
@@ -178,6 +196,8 @@ struct Dirty {
     all_leases: bool,
     /// The entries of the peers with these leases.
     leases: BTreeSet<LeaseKey>,
+    /// Everything: the reconciler was restarted.
+    reconciler: bool,
 }
 
 impl<M: NetworkStateStore> Network<M> {
@@ -190,6 +210,8 @@ impl<M: NetworkStateStore> Network<M> {
             state_store,
             metrics,
             started: now,
+            uptime_since: now,
+            now: Instant::now,
             underlay: UnderlayState::default(),
             endpoints: Vec::new(),
             planner: Planner::default(),
@@ -201,8 +223,27 @@ impl<M: NetworkStateStore> Network<M> {
         }
     }
 
-    /// Runs until `shutdown`, or until the reconciler has ended.
-    pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+    /// The same with another clock.
+    pub fn with_clock(self, now: fn() -> Instant) -> Self {
+        Network { now, ..self }
+    }
+
+    /// Runs until `shutdown`, or until the reconciler's end of a channel is dropped. `store` begins with a snapshot. `delay` is the
+    /// pause before a restart.
+    pub async fn run(
+        mut self,
+        mut store: mpsc::Receiver<StoreEvent>,
+        channels: &mut Channels,
+        delay: Duration,
+        shutdown: CancellationToken,
+    ) {
+        let carried = &mut channels.carried;
+        self.uptime_since = *carried.started.get_or_insert(self.started);
+        (self.planner.sequence, self.underlay.refresh) = (carried.contribution, carried.refresh);
+        self.underlay.ipv4_only = carried.ipv4_only;
+        if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
+            return;
+        }
         channels.host.mark_changed();
         channels.endpoints.mark_changed();
         channels.progress.mark_changed();
@@ -213,13 +254,13 @@ impl<M: NetworkStateStore> Network<M> {
                 queries.push(query);
             }
             // Everything queued is folded into one iteration, so that answers include it. The channels' sizes bound it.
-            while let Ok(event) = channels.store.try_recv() {
+            while let Ok(event) = store.try_recv() {
                 self.fold_store(event);
             }
-            self.fold_watches(&mut channels);
+            self.fold_watches(channels);
             channels.heartbeat.send_modify(|count| *count += 1);
             let deadline = tokio::select! {
-                reconciler = self.converge(&channels) => match reconciler {
+                reconciler = self.converge(channels) => match reconciler {
                     Ok(()) => self.next_deadline(),
                     Err(_ended) => return,
                 },
@@ -228,13 +269,13 @@ impl<M: NetworkStateStore> Network<M> {
             queries.drain(..).for_each(|query| self.answer_query(query));
             let timer = async {
                 match deadline {
-                    Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                    Some(deadline) => tokio::time::sleep_until(deadline).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                Some(event) = channels.store.recv() => self.fold_store(event),
+                Some(event) = store.recv() => self.fold_store(event),
                 Ok(()) = channels.host.changed() => channels.host.mark_changed(),
                 Ok(()) = channels.endpoints.changed() => channels.endpoints.mark_changed(),
                 Ok(()) = channels.progress.changed() => channels.progress.mark_changed(),
@@ -244,19 +285,34 @@ impl<M: NetworkStateStore> Network<M> {
         }
     }
 
+    /// Answers queries for the time of `delay`, without any other work.
+    async fn wait(&mut self, channels: &mut Channels, delay: Duration) {
+        self.metrics.set_store_connected(&self.settings.name, false);
+        self.publish(channels);
+        let mut delay = pin!(tokio::time::sleep(delay));
+        loop {
+            tokio::select! {
+                () = &mut delay => return,
+                Some(query) = channels.queries.recv() => self.answer_query(query),
+            }
+            channels.heartbeat.send_modify(|count| *count += 1);
+        }
+    }
+
     fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
         self.metrics.count_events(EventSource::Store, 1);
-        self.store.fold(event, Instant::now(), &mut self.dirty);
-        self.metrics.set_store_connected(self.store.is_connected());
+        self.store.fold(event, (self.now)(), &mut self.dirty);
+        self.metrics.set_store_connected(&self.settings.name, self.store.is_connected());
     }
 
     fn fold_watches(&mut self, channels: &mut Channels) {
         if channels.host.has_changed().unwrap_or(false)
             && let Some(view) = channels.host.borrow_and_update().clone()
         {
-            self.underlay.view = Some(view);
             self.dirty.underlay = true;
+            self.dirty.reconciler |= self.underlay.view.as_ref().is_some_and(|before| before.run != view.run);
+            self.underlay.view = Some(view);
         }
         if channels.endpoints.has_changed().unwrap_or(false) {
             self.endpoints = channels.endpoints.borrow_and_update().clone();
@@ -276,28 +332,36 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     /// Plans what is dirty, sends it to the reconciler, and publishes changed values. Fails if the reconciler has ended.
-    async fn converge(&mut self, channels: &Channels) -> Result<(), mpsc::error::SendError<ReconcilerInput>> {
-        let now = Instant::now();
+    async fn converge(&mut self, channels: &mut Channels) -> Result<(), mpsc::error::SendError<ReconcilerInput>> {
+        let now = (self.now)();
         self.changed |= self.store.check_lease_expiry(now);
-        if self.store.take_config_changed() {
+        let restarted = std::mem::take(&mut self.dirty.reconciler);
+        if restarted {
+            self.planner.start_over(&self.store.leases, &self.metrics, &mut self.dirty, now);
+        }
+        if self.store.take_config_changed() || restarted {
             // The families that the external interface has to serve may have changed. The selection waits for a new read.
             self.underlay.refresh += 1;
+            channels.carried.refresh = self.underlay.refresh;
             let refresh = ReconcilerInput::RefreshHost { network: self.settings.name.clone(), number: self.underlay.refresh };
             channels.reconciler.send(refresh).await?;
         }
         if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
             self.select_underlay(now);
+            channels.carried.ipv4_only = self.underlay.ipv4_only;
         }
         if self.dirty.host {
             self.request_lease(channels);
         }
         self.plan(now);
-        if let Some(contribution) = self.planner.take_contribution(&self.settings.name) {
+        let run = self.underlay.view.as_ref().map_or(0, |view| view.run);
+        if let Some(contribution) = self.planner.take_contribution(&self.settings.name, run) {
             self.changed = true;
+            channels.carried.contribution = contribution.sequence;
             channels.reconciler.send(ReconcilerInput::Contribution(Box::new(contribution))).await?;
         }
         if std::mem::take(&mut self.endpoints_changed) {
-            self.endpoints_sequence = Some(self.planner.sequence());
+            self.endpoints_sequence = Some(self.planner.sequence);
         }
         self.publish(channels);
         Ok(())
@@ -337,12 +401,16 @@ impl<M: NetworkStateStore> Network<M> {
 
     /// Publishes metrics and changed values on the channels.
     fn publish(&mut self, channels: &Channels) {
-        self.metrics.set_peers(self.planner.peers.len());
-        self.metrics.set_leases(self.store.leases.len(), self.planner.rejected.len());
-        self.metrics.set_config_errors(self.store.config_errors.as_ref().map_or(0, |errors| errors.0.len()));
-        self.metrics.set_lease_held(self.store.holds_lease());
         let ready = self.is_ready();
-        self.metrics.set_ready(ready);
+        let gauges = NetworkGauges {
+            ready,
+            lease_held: self.store.holds_lease(),
+            peers: self.planner.peers.len(),
+            leases: self.store.leases.len(),
+            rejected_leases: self.planner.rejected.len(),
+            config_errors: self.store.config_errors.as_ref().map_or(0, |errors| errors.0.len()),
+        };
+        self.metrics.set_network(&self.settings.name, gauges);
         replace_if_changed(&channels.ready, ready);
         let applied = self.applied();
         if let Some(host) = &self.planner.host

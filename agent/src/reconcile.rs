@@ -19,15 +19,17 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::allocator;
 use crate::metrics::{FullRead, Metrics};
-use crate::model::{Device, NetworkName};
+use crate::model::{Device, NamespaceName, NetworkName};
 use crate::plan::bulk::BULK_THRESHOLD;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::diff::{diff, diff_keys};
@@ -64,6 +66,8 @@ const MAX_LOG_LINES: usize = 20;
 /// Fixed settings of the reconciler.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// The network namespace.
+    pub namespace: NamespaceName,
     /// Whether routes use next-hop objects.
     pub nexthop_objects: bool,
     /// Interval of full comparisons with the kernel.
@@ -85,11 +89,11 @@ pub trait SysctlStore: Send {
 pub enum ReconcilerQuery {
     /// The state of the data path.
     Status(oneshot::Sender<DataPathReport>),
-    /// The state of these peers' entries.
-    Peers(Vec<Vec<Key>>, oneshot::Sender<Vec<PeerState>>),
+    /// The state of the entries of each of these peers.
+    Peers(Arc<[Vec<Key>]>, oneshot::Sender<Vec<PeerState>>),
 }
 
-/// The reconciler's ends of its channels; all are bounded.
+/// The reconciler's ends of its channels, which outlive a run of it; all are bounded.
 #[derive(Debug)]
 pub struct Channels {
     /// From the networks.
@@ -109,6 +113,8 @@ pub struct Channels {
     pub ports_lost: watch::Sender<u64>,
     /// Incremented by each iteration of the loop. An idle loop does not iterate, so a liveness probe has to send a query.
     pub heartbeat: watch::Sender<u64>,
+    /// Number of the last run.
+    pub run: u64,
 }
 
 /// Owner of desired state and actual state of a network namespace.
@@ -117,9 +123,17 @@ pub struct Reconciler<D, S> {
     data_path: D,
     sysctl_store: S,
     metrics: Arc<Metrics>,
+    /// Number of this run, from 1.
+    run: u64,
 
     /// What the networks contributed besides their entries.
     contributors: BTreeMap<NetworkName, Contributor>,
+    /// Whether a network has contributed since the start. Without one there is no desired state: the data path of an earlier run
+    /// stays untouched and keeps forwarding.
+    has_desired_state: bool,
+    /// Networks that contributed to an earlier run and not yet to this one. What nobody desires may be theirs, so it is not deleted,
+    /// and the entries that networks share stay as they are.
+    absent: BTreeSet<NetworkName>,
     desired: DesiredState,
     actual: State,
     nexthop_ids: NexthopIds,
@@ -132,6 +146,10 @@ pub struct Reconciler<D, S> {
     schedule: Schedule,
     retries: RetryQueue,
     drift: DriftLog,
+    /// Reads the clock.
+    now: fn() -> Instant,
+    /// Returns the seconds since the epoch, for the status.
+    unix_time: fn() -> u64,
     dump_error: Option<String>,
     /// Whether the answer to a query may have changed.
     changed: bool,
@@ -188,7 +206,10 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             data_path,
             sysctl_store,
             metrics,
+            run: 0,
             contributors: BTreeMap::new(),
+            has_desired_state: false,
+            absent: BTreeSet::new(),
             desired: DesiredState::default(),
             actual: State::new(),
             nexthop_ids: NexthopIds::default(),
@@ -197,17 +218,30 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             dirty: Dirty::default(),
             retries: RetryQueue::new(random_fraction),
             drift: DriftLog::default(),
+            now: Instant::now,
+            unix_time,
             dump_error: None,
             changed: true,
             port_lost: false,
         }
     }
 
-    /// Runs until `shutdown`, which leaves the data path unchanged.
-    pub async fn run(mut self, mut channels: Channels, shutdown: CancellationToken) {
+    /// The same with another clock.
+    pub fn with_clock(self, now: fn() -> Instant) -> Self {
+        Reconciler { now, ..self }
+    }
+
+    /// Runs until `shutdown`, which leaves the data path unchanged. `delay` is the pause before a restart.
+    pub async fn run(mut self, channels: &mut Channels, delay: Duration, shutdown: CancellationToken) {
+        channels.run += 1;
+        self.run = channels.run;
+        self.absent = channels.progress.borrow().networks.keys().cloned().collect();
+        if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
+            return;
+        }
         let mut queries = Vec::new();
         let mut woken_by_timer = false;
-        let mut timer_not_before = Instant::now();
+        let mut timer_not_before = (self.now)();
         loop {
             // Queries first: an answer includes every event sent before its query.
             while let Ok(query) = channels.queries.try_recv() {
@@ -221,13 +255,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.fold_network(input);
             }
             channels.heartbeat.send_modify(|count| *count += 1);
-            let progress = self.converge(&channels).await;
+            let progress = self.converge(channels).await;
             if std::mem::take(&mut woken_by_timer) && !progress {
                 self.metrics.count_idle_wakeup();
-                timer_not_before = Instant::now() + IDLE_WAKE_PAUSE;
+                timer_not_before = (self.now)() + IDLE_WAKE_PAUSE;
             }
             queries.drain(..).for_each(|query| self.answer_query(query));
-            let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before).into());
+            let timer = tokio::time::sleep_until(self.next_deadline().max(timer_not_before));
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(event) = channels.kernel.recv() => self.fold_kernel(event),
@@ -235,6 +269,20 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 Some(query) = channels.queries.recv() => queries.push(query),
                 () = timer => woken_by_timer = true,
             }
+        }
+    }
+
+    /// Answers queries and takes messages for the time of `delay`, without any other work.
+    async fn wait(&mut self, channels: &mut Channels, delay: Duration) {
+        self.publish(channels, (self.now)());
+        let mut delay = pin!(tokio::time::sleep(delay));
+        loop {
+            tokio::select! {
+                () = &mut delay => return,
+                Some(input) = channels.networks.recv() => self.fold_network(input),
+                Some(query) = channels.queries.recv() => self.answer_query(query),
+            }
+            channels.heartbeat.send_modify(|count| *count += 1);
         }
     }
 
@@ -247,15 +295,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             .fold(self.schedule.resync, Instant::min)
     }
 
-    /// Whether a network has contributed. Without one there is no desired state: the data path of an earlier run stays untouched
-    /// and keeps forwarding.
-    fn has_desired_state(&self) -> bool {
-        !self.contributors.is_empty()
-    }
-
     /// Brings actual state as close to desired state as is possible now. Returns whether there was any work.
     async fn converge(&mut self, channels: &Channels) -> bool {
-        let now = Instant::now();
+        let now = (self.now)();
         let mut progress = false;
         self.metrics.count_loop_iteration();
         if now >= self.schedule.resync {
@@ -298,7 +340,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         progress |= self.apply_due(batch, now).await;
         // A retried entry was set, so the entries that depend on it, which the previous plan left out, can be planned now. The
         // loop ends, because each iteration needs another pending entry that was set.
-        while self.has_desired_state() && (self.dirty.all || !self.dirty.keys.is_empty()) {
+        while self.has_desired_state && (self.dirty.all || !self.dirty.keys.is_empty()) {
             let batch = self.plan();
             progress |= self.apply_due(batch, now).await;
         }
@@ -317,24 +359,24 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Ok(state) => {
                 let took = begun.elapsed();
                 tracing::debug!(reason, entries = state.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
-                self.schedule.dump_not_before = Instant::now() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
+                self.schedule.dump_not_before = (self.now)() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
                 self.dump_error = None;
                 let before = std::mem::replace(&mut self.actual, state);
                 self.nexthop_ids.adopt(&self.actual);
                 self.dirty.all = true;
                 if self.actual.len() > BULK_THRESHOLD {
-                    self.schedule.heap_trim = Some(Instant::now() + HEAP_TRIM_DELAY);
+                    self.schedule.heap_trim = Some((self.now)() + HEAP_TRIM_DELAY);
                 }
                 let is_lost =
                     |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && !self.actual.contains_key(key);
                 self.port_lost |= self.desired.links().any(is_lost);
-                self.has_desired_state().then_some(before)
+                self.has_desired_state.then_some(before)
             }
             Err(error) => {
                 tracing::error!(reason, %error, "cannot dump kernel state, retrying in 1 s");
                 self.dump_error = Some(error.to_string());
                 self.schedule.dump_reason = Some("retry after an error");
-                self.schedule.dump_not_before = Instant::now() + Duration::from_secs(1);
+                self.schedule.dump_not_before = (self.now)() + Duration::from_secs(1);
                 None
             }
         }
@@ -343,11 +385,15 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the ops for the dirty entries.
     fn plan(&mut self) -> Batch {
         let dirty = std::mem::take(&mut self.dirty.keys);
-        if !self.has_desired_state() {
+        if !self.has_desired_state {
             return Batch::new();
         }
         if std::mem::take(&mut self.dirty.all) {
-            diff(&self.desired, &self.actual)
+            let mut batch = diff(&self.desired, &self.actual);
+            if !self.absent.is_empty() {
+                batch.retain(|op| self.desired.contains_key(op.key()));
+            }
+            batch
         } else {
             diff_keys(&self.desired, &self.actual, dirty.iter())
         }
@@ -355,8 +401,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Publishes metrics and changed values on the channels.
     fn publish(&mut self, channels: &Channels, now: Instant) {
-        self.metrics.set_failed_entries(self.retries.len());
-        self.metrics.set_contended_entries(self.drift.contended(now).count());
+        self.metrics.set_data_path(&self.settings.namespace, self.retries.len(), self.drift.contended(now).count());
         let progress = self.progress();
         channels.progress.send_if_modified(|current| {
             let changed = *current != progress;
@@ -384,8 +429,14 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             });
             (name.clone(), NetworkProgress { sequence: contributor.sequence, failed: failed.len(), base_failed })
         });
-        Progress { networks: networks.collect(), dump_failed: self.dump_error.is_some() }
+        let absent = self.absent.iter().map(|name| (name.clone(), NetworkProgress::default()));
+        Progress { networks: networks.chain(absent).collect(), dump_failed: self.dump_error.is_some() }
     }
+}
+
+/// Seconds since the epoch.
+fn unix_time() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 /// A random fraction, for jitter.

@@ -32,6 +32,7 @@ const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// The agent behind its socket.
 pub(super) struct AgentBackend {
+    pub(super) network_name: NetworkName,
     pub(super) queries: Queries,
     pub(super) endpoints: Endpoints<PortManager>,
     pub(super) port_manager: PortManager,
@@ -164,7 +165,7 @@ impl Backend for AgentBackend {
             }
         }
         Ok(api::NetworkView {
-            name: NetworkName::default().to_string(),
+            name: self.network_name.to_string(),
             driver: backend.name().to_owned(),
             vni: tunnel.and_then(|tunnel| tunnel.vni),
             port: tunnel.map(|tunnel| tunnel.port),

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 
 use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
+use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions};
 use crate::plan::diff::diff;
 use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
@@ -54,7 +55,7 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
 }
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
-    let (mut kernel, _events, _follow) = Kernel::open(&KernelOptions::default())?;
+    let (mut kernel, _events, _follow) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
     let port_manager = kernel.port_manager();
     let actual = kernel.dump().await.context("the kernel's state cannot be read")?;
     for (key, value) in &actual {

@@ -1,7 +1,10 @@
 //! Queries to the agent's tasks, whose answers it puts together.
 
+use std::sync::Arc;
+
 use tokio::sync::{mpsc, oneshot};
 
+use super::supervisor::Failures;
 use crate::model::PeerEndpoint;
 use crate::model::api::{Health, PeerEntry, Peers, Status};
 use crate::network::{NetworkQuery, NetworkStatus, PeerRow, SubnetRow};
@@ -14,6 +17,8 @@ pub struct Queries {
     pub network: mpsc::Sender<NetworkQuery>,
     /// To the reconciler of its network namespace.
     pub reconciler: mpsc::Sender<ReconcilerQuery>,
+    /// Failures of either.
+    pub failures: Failures,
 }
 
 impl Queries {
@@ -21,7 +26,7 @@ impl Queries {
     pub async fn status(&self) -> Option<Status> {
         let network = send_query(&self.network, NetworkQuery::Status).await?;
         let data_path = send_query(&self.reconciler, ReconcilerQuery::Status).await?;
-        Some(merge_status(network, data_path))
+        Some(merge_status(network, data_path, self.failures.problems()))
     }
 
     /// Every lease.
@@ -32,23 +37,29 @@ impl Queries {
     /// Every peer in the data path.
     pub async fn peers(&self) -> Option<Peers> {
         let mut rows = send_query(&self.network, NetworkQuery::Peers).await?;
-        let keys = rows.iter_mut().map(|row| std::mem::take(&mut row.entries)).collect();
-        let states = send_query(&self.reconciler, |reply| ReconcilerQuery::Peers(keys, reply)).await?;
+        let keys: Arc<[_]> = rows.iter_mut().map(|row| std::mem::take(&mut row.entries)).collect();
+        let states = send_query(&self.reconciler, |reply| ReconcilerQuery::Peers(Arc::clone(&keys), reply)).await?;
         let mut peers: Vec<PeerEntry> = rows.into_iter().zip(states).map(peer_entry).collect();
         peers.sort_by_key(|peer| peer.subnet);
         Some(Peers { peers })
     }
 }
 
-async fn send_query<Q, T>(queries: &mpsc::Sender<Q>, query: impl FnOnce(oneshot::Sender<T>) -> Q) -> Option<T> {
-    let (reply, response) = oneshot::channel();
-    queries.send(query(reply)).await.ok()?;
-    response.await.ok()
+/// Sends a query again if the task fails before it answers: the restarted one answers.
+async fn send_query<Q, T>(queries: &mpsc::Sender<Q>, query: impl Fn(oneshot::Sender<T>) -> Q) -> Option<T> {
+    loop {
+        let (reply, response) = oneshot::channel();
+        queries.send(query(reply)).await.ok()?;
+        if let Ok(answer) = response.await {
+            return Some(answer);
+        }
+    }
 }
 
-fn merge_status(network: NetworkStatus, data_path: DataPathReport) -> Status {
+fn merge_status(network: NetworkStatus, data_path: DataPathReport, failures: Vec<String>) -> Status {
     let NetworkStatus { mut status, rejected_problem } = network;
     let DataPathReport { failed, drift_repairs, last_drift, nexthop_objects, problems } = data_path;
+    status.problems.splice(0..0, failures);
     status.problems.extend(problems.into_iter().chain(rejected_problem));
     (status.data_path.failed, status.data_path.drift_repairs) = (failed, drift_repairs);
     (status.data_path.last_drift, status.data_path.nexthop_objects) = (last_drift, nexthop_objects);

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 
 use super::queries::Queries;
+use super::supervisor::Failures;
 use crate::model::Endpoint;
-use crate::model::event::{LeaseRequest, StoreEvent};
+use crate::model::event::LeaseRequest;
 use crate::network::{self, Overlay};
 use crate::plan::KernelEvent;
 use crate::plan::contribution::Progress;
@@ -20,8 +21,6 @@ const CONTRIBUTION_CAPACITY: usize = 4;
 /// What the wired tasks receive from others.
 #[derive(Debug)]
 pub struct Inputs {
-    /// Events of the store.
-    pub store: mpsc::Receiver<StoreEvent>,
     /// Events of the kernel.
     pub kernel: mpsc::Receiver<KernelEvent>,
     /// The endpoints that have a port on the bridge.
@@ -66,12 +65,12 @@ pub fn connect(inputs: Inputs) -> (network::Channels, reconcile::Channels, Outpu
     let (network_heartbeat, network_heartbeats) = watch::channel(0);
     let (reconciler_heartbeat, reconciler_heartbeats) = watch::channel(0);
     let network = network::Channels {
-        store: inputs.store,
         host: host_views,
         endpoints: inputs.endpoints,
         progress: progress_reports.clone(),
         queries: network_queries_out,
         reconciler: to_reconciler,
+        carried: network::Carried::default(),
         applied_endpoints: inputs.applied_endpoints,
         lease_request,
         overlay,
@@ -88,9 +87,10 @@ pub fn connect(inputs: Inputs) -> (network::Channels, reconcile::Channels, Outpu
         changes,
         ports_lost,
         heartbeat: reconciler_heartbeat,
+        run: 0,
     };
     let outputs = Outputs {
-        queries: Queries { network: network_queries, reconciler: reconciler_queries },
+        queries: Queries { network: network_queries, reconciler: reconciler_queries, failures: Failures::default() },
         lease_request: lease_requests,
         overlay: overlays,
         progress: progress_reports,

@@ -22,9 +22,9 @@ use crate::plan::{ApplyReport, Key, Op, OpError, Value};
 
 /// Ops per `send`. More would gain less than one percent and hold the table locks longer.
 const OPS_PER_SEND: usize = 200;
-/// Size of each socket buffer in bytes. An error takes some hundred bytes; this is many times the room for one per message of a
-/// chunk.
-const SOCKET_BUFFER_SIZE: usize = 8 << 20;
+/// Size of each socket buffer in bytes, one pair per network namespace. An error takes some hundred bytes, and 1 KiB of kernel
+/// memory; this is four times the room for one per message of a chunk.
+const SOCKET_BUFFER_SIZE: usize = 1 << 20;
 /// Size of the receive buffer in bytes. Replies are datagrams of some hundred bytes each.
 const RECEIVE_SIZE: usize = 16 * 1024;
 

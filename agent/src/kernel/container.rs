@@ -28,7 +28,8 @@ use super::peer_messages::EntryQuery;
 use super::route_socket::{KernelError, RouteSocket};
 use super::rtnl::{arp_notify, new_address, route, veth};
 use super::snapshot::{self, OverlaySnapshot};
-use super::{Shared, blocking, host_ports, sysctl};
+use super::sysctl::{self, Sysctls};
+use super::{Shared, blocking, host_ports};
 use crate::model::device::{PORT_PREFIX, bridge_full_message};
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, PublishedPort};
 use crate::plan::desired::source_elements;
@@ -43,24 +44,25 @@ const RUNNING_POLL_INTERVAL: Duration = Duration::from_micros(500);
 /// Attaches and detaches container ports. Cheap to clone.
 #[derive(Clone)]
 pub struct PortManager {
+    netns: Netns,
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
 }
 
 impl PortManager {
-    pub(super) fn new(shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
-        PortManager { shared, connections }
+    pub(super) fn new(netns: Netns, shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
+        PortManager { netns, shared, connections }
     }
 
     /// Reads the current state of the bridge, its ports and the VXLAN devices. Does not wait for running changes; blocks.
     pub fn snapshot(&self, bridge: Device) -> Result<OverlaySnapshot, OpError> {
-        snapshot::read_overlay(bridge)
+        snapshot::read_overlay(&self.netns, bridge)
     }
 
     /// Reads how many packets our filters have dropped since their tables were created. Waits only for a running nf_tables
     /// transaction; blocks.
     pub fn dropped_packets(&self) -> Result<BTreeMap<Counter, u64>, OpError> {
-        snapshot::dropped_packets()
+        snapshot::dropped_packets(&self.netns)
     }
 }
 
@@ -71,7 +73,7 @@ impl PortDriver for PortManager {
     }
 
     fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError> {
-        let mut socket = RouteSocket::open()?;
+        let mut socket = RouteSocket::open_in(&self.netns)?;
         let found = objects::link(&mut socket, &spec.bridge.name()).and_then(|bridge| {
             let link = objects::link(&mut socket, &spec.host_interface)?;
             Ok((bridge.index, link))
@@ -104,7 +106,7 @@ impl PortDriver for PortManager {
             shared.cache.mark_removed(index);
             index
         };
-        let removed = delete_links(&[index]).into_iter().collect::<Result<(), _>>();
+        let removed = delete_links(&self.netns, &[index]).into_iter().collect::<Result<(), _>>();
         let mut shared = self.shared.lock().await;
         let Err(error) = removed else { return revoke_source(&mut shared, host_interface) };
         shared.cache.unmark_removed(index);
@@ -132,7 +134,7 @@ impl PortDriver for PortManager {
     }
 
     fn is_host_netns(&self, netns: &Path) -> bool {
-        Netns::open(netns).and_then(|netns| netns.is_same(&Netns::current()?)).unwrap_or(false)
+        Netns::open(netns).and_then(|netns| netns.is_same(&self.netns)).unwrap_or(false)
     }
 
     fn host_netns(&self) -> PathBuf {
@@ -150,11 +152,11 @@ impl PortDriver for PortManager {
     }
 
     fn host_ports(&self, wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
-        host_ports::query(wanted)
+        self.netns.run_in_place(|| host_ports::query(wanted)).map_err(|e| OpError::from(&e))?
     }
 
     fn list_host_interfaces(&self) -> Result<Vec<String>, OpError> {
-        let links = objects::links(&mut RouteSocket::open()?)?;
+        let links = objects::links(&mut RouteSocket::open_in(&self.netns)?)?;
         let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_own_link(link);
         Ok(links.into_iter().filter(port).map(|link| link.name).collect())
     }
@@ -214,7 +216,7 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
     })?;
     let index =
         objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?.index;
-    let ipv6 = shared.ipv6_conf_dir.disable_accept_ra(host)?;
+    let ipv6 = shared.sysctls.write_if_exists(&sysctl::accept_ra(host), sysctl::OFF)?;
     change_link(&mut shared.socket, alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
     let (mut netns_socket, inner) = netns.run_in_place(|| configure_inner(spec)).map_err(|e| OpError::from(&e))??;
     let source_filter = allow_source(shared, spec)?;
@@ -310,17 +312,18 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     let step = |what: &str, error: KernelError| error.context(format!("cannot {what} in {}", spec.netns.display()));
     let mut socket = RouteSocket::open()?;
     let index = objects::link(&mut socket, inner).map_err(|e| step(&format!("find {inner}"), e))?.index;
-    sysctl::write_if_exists(&sysctl::accept_ra(inner), "0")?;
-    sysctl::write_if_exists(&sysctl::ndisc_notify(inner), "1")?;
+    let sysctls = Sysctls::open(&[Family::V6]);
+    sysctls.write_if_exists(&sysctl::accept_ra(inner), "0")?;
+    sysctls.write_if_exists(&sysctl::ndisc_notify(inner), "1")?;
     if spec.source_check && !spec.addresses.iter().any(IpNetwork::is_ipv6) {
         // Without an overlay IPv6 address the container may send no IPv6. But the kernel creates and announces a link-local
         // address for each interface that comes up, which the source filter would count as spoofed.
-        sysctl::write_if_exists(&sysctl::addr_gen_mode(inner), "1")?;
+        sysctls.write_if_exists(&sysctl::addr_gen_mode(inner), "1")?;
     }
     if spec.addresses.iter().any(IpNetwork::is_ipv6) {
         // New interfaces in the namespace may have IPv6 disabled (`conf/default/disable_ipv6`): the kernel would refuse the
         // address.
-        sysctl::write_if_exists(&sysctl::disable_ipv6(inner), sysctl::OFF)?;
+        sysctls.write_if_exists(&sysctl::disable_ipv6(inner), sysctl::OFF)?;
     }
     for address in &spec.addresses {
         let added = socket.create(&RouteNetlinkMessage::NewAddress(new_address(index, *address)));

@@ -29,7 +29,7 @@ pub fn read_state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, O
 fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
     read_links(shared)?;
     read_addresses(shared)?;
-    read_sysctls(&mut shared.cache)?;
+    read_sysctls(shared)?;
     shared.cache.rules = shared.nft.dump()?.into_entries();
     let mut state = shared.cache.state();
     let mut queries: Vec<EntryQuery> = Vec::new();
@@ -164,9 +164,10 @@ fn read_addresses(shared: &mut Shared) -> Result<(), OpError> {
 }
 
 /// Reads sysctls and tracks them: from now on the monitor reports changes by other processes. Missing sysctls are left out.
-pub fn track_sysctls(cache: &mut KernelCache, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
+pub fn track_sysctls(shared: &mut Shared, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
+    let Shared { sysctls, cache, .. } = shared;
     for path in paths {
-        let found = sysctl::read(&path)?.or_else(|| sysctl::is_implicitly_off(&path).then(|| sysctl::OFF.to_owned()));
+        let found = sysctls.read(&path)?.or_else(|| sysctls.is_implicitly_off(&path).then(|| sysctl::OFF.to_owned()));
         if let Some(text) = found {
             cache.sysctls.insert(path, text);
         }
@@ -175,7 +176,8 @@ pub fn track_sysctls(cache: &mut KernelCache, paths: impl IntoIterator<Item = St
 }
 
 /// Reads the fixed sysctls, those of our devices, and all that were read or written before.
-fn read_sysctls(cache: &mut KernelCache) -> Result<(), OpError> {
+fn read_sysctls(shared: &mut Shared) -> Result<(), OpError> {
+    let cache = &mut shared.cache;
     let mut paths: BTreeSet<String> = cache.sysctls.keys().cloned().collect();
     paths.extend(Family::ALL.map(|family| sysctls::forwarding(family).to_owned()));
     for (_, device) in cache.devices() {
@@ -188,5 +190,5 @@ fn read_sysctls(cache: &mut KernelCache) -> Result<(), OpError> {
         paths.extend(families.flat_map(|family| sysctls::device_settings(*device, family)).map(|(path, _)| path));
     }
     cache.sysctls.clear();
-    track_sysctls(cache, paths)
+    track_sysctls(shared, paths)
 }

@@ -18,7 +18,7 @@ use super::nlmsg::{attributes, u32_at};
 use super::objects::{self, AddressInfo, LinkInfo, RouteInfo};
 use super::peer_messages::{KernelEntry, family_of};
 use super::route_socket::RouteSocket;
-use super::sysctl;
+use super::sysctl::{self, Sysctls};
 use super::uapi::*;
 use crate::model::{Device, Mac, Role};
 use crate::plan::desired::sysctls;
@@ -141,7 +141,7 @@ pub fn apply_event(
         }
         libc::RTM_NEWADDR | libc::RTM_DELADDR => {
             if let Some(address) = AddressInfo::read(body) {
-                on_address(header.message_type == libc::RTM_NEWADDR, &address, &mut shared.cache, host_interfaces, pending);
+                on_address(header.message_type == libc::RTM_NEWADDR, &address, shared, host_interfaces, pending);
             }
         }
         RTM_NEWNETCONF => on_netconf(body, &mut shared.cache, host_interfaces, pending),
@@ -221,10 +221,11 @@ fn on_link(
 fn on_address(
     present: bool,
     info: &AddressInfo,
-    cache: &mut KernelCache,
+    shared: &mut Shared,
     host_interfaces: &mut HostInterfaces,
     pending: &mut PendingEvents,
 ) {
+    let Shared { sysctls, cache, .. } = shared;
     if let Some(device) = cache.device(info.index) {
         let Some(key) = info.address_key(device) else { return };
         let address = (device, info.address);
@@ -234,7 +235,7 @@ fn on_address(
             let (before, now) = if present { (absent, value) } else { (value, absent) };
             pending.record_change(key, before, now);
             if !present && info.address.is_ipv6() {
-                on_ipv6_disabled(device, cache, pending);
+                on_ipv6_disabled(device, sysctls, cache, pending);
             }
         }
     } else if info.is_global() && !cache.is_removed(info.index) {
@@ -254,9 +255,9 @@ fn on_address(
 
 /// Detects that IPv6 was switched off, after an address was removed. The kernel reports only the removal of the addresses; it
 /// sends no event for the switch, nor for the device's routes and neighbours.
-fn on_ipv6_disabled(device: Device, cache: &mut KernelCache, pending: &mut PendingEvents) {
+fn on_ipv6_disabled(device: Device, sysctls: &Sysctls, cache: &mut KernelCache, pending: &mut PendingEvents) {
     let path = sysctl::disable_ipv6(&device.name());
-    if let Ok(Some(text)) = sysctl::read(&path)
+    if let Ok(Some(text)) = sysctls.read(&path)
         && text != sysctl::OFF
         && cache.sysctls.get(&path).is_some_and(|before| *before != text)
     {

@@ -13,10 +13,12 @@ use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, Link
 
 use super::cache::{KernelCache, LINK_GROUP, is_own_link};
 use super::ethtool::Ethtool;
+use super::netns::Netns;
 use super::objects::{self, LinkInfo};
 use super::route_socket::{KernelError, RouteSocket};
+use super::blocking;
 use super::rtnl::no_link_local;
-use super::{blocking, sysctl};
+use super::sysctl::{self, Sysctls};
 use crate::model::network::IPV6_MIN_MTU;
 use crate::plan::OpError;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Vxlan};
@@ -37,6 +39,10 @@ pub struct Links<'a> {
     pub socket: &'a mut RouteSocket,
     /// Reads and changes offload settings.
     pub ethtool: &'a Ethtool,
+    /// Reads and changes sysctls.
+    pub sysctls: &'a Sysctls,
+    /// The namespace of all of them.
+    pub netns: &'a Netns,
     /// The cache; updated with each change.
     pub cache: &'a mut KernelCache,
 }
@@ -79,7 +85,7 @@ impl Links<'_> {
     pub fn delete_all(&mut self, names: &[&str]) -> Vec<Result<(), OpError>> {
         let found: Vec<_> = names.iter().map(|name| self.find_own(name)).collect();
         let indexes: Vec<u32> = found.iter().flatten().flatten().map(|link| link.index).collect();
-        let mut deleted = delete_links(&indexes).into_iter();
+        let mut deleted = delete_links(self.netns, &indexes).into_iter();
         let mut results = Vec::with_capacity(names.len());
         for (name, link) in names.iter().zip(found) {
             let result = link.and_then(|link| match link.and_then(|link| Some((link.index, deleted.next()?))) {
@@ -177,7 +183,7 @@ impl Links<'_> {
         let link =
             objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
         // Set before the link comes up for the first time.
-        sysctl::write_if_exists(&sysctl::accept_ra(name), "0")?;
+        self.sysctls.write_if_exists(&sysctl::accept_ra(name), "0")?;
         Ok(link)
     }
 
@@ -188,7 +194,7 @@ impl Links<'_> {
 
     /// Like [`Links::ensure_alias`], but regardless of the current alias.
     fn set_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        let ipv6 = sysctl::read(&sysctl::accept_ra(&link.name))?.is_some();
+        let ipv6 = self.sysctls.read(&sysctl::accept_ra(&link.name))?.is_some();
         let change = alias_message(link.index, ipv6);
         self.socket.change_link(change).map_err(|e| alias_error(&link.name, &e))
     }
@@ -245,13 +251,13 @@ impl Links<'_> {
     /// Undoes IPv6's automatic configuration on a link where the kernel has just started IPv6. A link-local address exists by
     /// then.
     fn disable_ipv6_autoconf(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        sysctl::write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
+        self.sysctls.write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
         self.set_alias(link)?;
         let switch = sysctl::disable_ipv6(&link.name);
-        if sysctl::read(&switch)?.as_deref() == Some(sysctl::OFF) {
+        if self.sysctls.read(&switch)?.as_deref() == Some(sysctl::OFF) {
             // IPv6 has only just started, so no other address is lost.
-            sysctl::write(&switch, "1")?;
-            sysctl::write(&switch, sysctl::OFF)?;
+            self.sysctls.write(&switch, "1")?;
+            self.sysctls.write(&switch, sysctl::OFF)?;
         }
         Ok(())
     }
@@ -297,8 +303,8 @@ impl Links<'_> {
 /// The kernel takes some 15 ms for a link, mostly waiting until no processor can see it any more (`netdev_run_todo` in
 /// `net/core/dev.c`), but hardly longer for several links at once. So threads share the links, each with its own socket. The port
 /// ids of these sockets are not filtered from the events: record the links as removed before their events are processed.
-pub fn delete_links(indexes: &[u32]) -> Vec<Result<(), KernelError>> {
-    let delete = |indexes: &[u32]| -> Vec<_> { indexes.iter().map(|index| delete_link(*index)).collect() };
+pub fn delete_links(netns: &Netns, indexes: &[u32]) -> Vec<Result<(), KernelError>> {
+    let delete = |indexes: &[u32]| -> Vec<_> { indexes.iter().map(|index| delete_link(netns, *index)).collect() };
     if indexes.len() < 2 {
         return blocking(|| delete(indexes));
     }
@@ -311,8 +317,8 @@ pub fn delete_links(indexes: &[u32]) -> Vec<Result<(), KernelError>> {
     })
 }
 
-fn delete_link(index: u32) -> Result<(), KernelError> {
-    let mut socket = RouteSocket::open().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
+fn delete_link(netns: &Netns, index: u32) -> Result<(), KernelError> {
+    let mut socket = RouteSocket::open_in(netns).map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
     match socket.delete_link(index) {
         Err(e) if e.errno != libc::ENODEV => Err(e),
         _ => Ok(()),

@@ -28,8 +28,7 @@ pub struct NetnsBuilder {
 impl NetnsBuilder {
     /// Opens a socket in the namespace.
     pub fn open(netns: &Netns) -> Result<NetnsBuilder, OpError> {
-        let socket = netns.run(RouteSocket::open).map_err(|e| OpError::from(&e))??;
-        Ok(NetnsBuilder { socket: Mutex::new(socket) })
+        Ok(NetnsBuilder { socket: Mutex::new(RouteSocket::open_in(netns)?) })
     }
 
     /// The interface index of a link.

@@ -52,9 +52,9 @@ pub struct NftState {
     /// Our tables and their set elements, as [`Key::Ruleset`] and [`Key::Element`]. Equals the applied state after
     /// [`Nft::apply`].
     pub rules: State,
-    /// The network that our rules in the FORWARD chain of iptables accept. If another process altered the rules, the value is the
-    /// unspecified address with full prefix length (`0.0.0.0/32`, `::/128`), which no network has.
-    pub forward_accept: PerFamily<Cidr>,
+    /// The ranges that our rules in the FORWARD chain of iptables accept, sorted. If another process altered the rules, the value is
+    /// the unspecified address with full prefix length (`0.0.0.0/32`, `::/128`), which no network has.
+    pub forward_accept: PerFamily<Box<[Cidr]>>,
     /// The families whose iptables FORWARD chain has the policy drop.
     pub forward_drops: Vec<Family>,
 }
@@ -71,8 +71,8 @@ impl NftState {
     /// Converts the state to entries.
     pub fn into_entries(self) -> State {
         let mut entries = self.rules;
-        let accepted = |(family, network): (Family, &Cidr)| (Key::ForwardAccept(family), Value::ForwardAccept(*network));
-        entries.extend(self.forward_accept.iter().map(accepted));
+        let accepted = self.forward_accept.iter();
+        entries.extend(accepted.map(|(family, ranges)| (Key::ForwardAccept(family), Value::ForwardAccept(ranges.clone()))));
         entries
     }
 }
@@ -166,18 +166,18 @@ impl Nft {
         self.socket.read_consistent(|_| Ok(())).expect("a generation").1
     }
 
-    /// Makes a family's iptables FORWARD chain accept traffic from and to a network. Two rules at the head of the chain do this.
-    /// Our rules for another network are removed. If both rules exist, nothing is written.
+    /// Makes a family's iptables FORWARD chain accept traffic from and to these ranges, which are sorted. Two rules for each at the
+    /// head of the chain do this. Our rules for other ranges are removed. If the rules exist, nothing is written.
     ///
     /// # Errors
-    /// `EINVAL` if the network has the other family, `ENOENT` if the chain does not exist, or the kernel refused.
-    pub fn set_forward_accept(&mut self, family: Family, network: Cidr) -> Result<(), OpError> {
-        if network.family() != family {
+    /// `EINVAL` if a range has the other family, `ENOENT` if the chain does not exist, or the kernel refused.
+    pub fn set_forward_accept(&mut self, family: Family, ranges: &[Cidr]) -> Result<(), OpError> {
+        if let Some(network) = ranges.iter().find(|range| range.family() != family) {
             let message =
                 format!("{network} is not an {family} network: its accept rules belong in the other family's FORWARD chain");
             return Err(OpError { errno: libc::EINVAL, message });
         }
-        forward::set(&mut self.socket, family, Some(network))
+        forward::set(&mut self.socket, family, ranges)
     }
 
     /// Removes our rules from a family's iptables FORWARD chain. Missing rules or a missing chain count as success.
@@ -185,7 +185,7 @@ impl Nft {
     /// # Errors
     /// The kernel refused.
     pub fn delete_forward_accept(&mut self, family: Family) -> Result<(), OpError> {
-        forward::set(&mut self.socket, family, None)
+        forward::set(&mut self.socket, family, &[])
     }
 }
 
@@ -208,7 +208,7 @@ fn read_rules(socket: &mut NfnlSocket) -> Result<State, OpError> {
 fn read_forward(socket: &mut NfnlSocket, state: &mut NftState) -> Result<(), OpError> {
     for family in Family::ALL {
         let forward = forward::read(socket, family)?;
-        *state.forward_accept.slot(family) = forward.accepted_network(family);
+        *state.forward_accept.slot(family) = forward.accepted_ranges(family);
         if forward.policy_drop {
             state.forward_drops.push(family);
         }

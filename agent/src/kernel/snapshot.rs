@@ -8,6 +8,7 @@ use netlink_packet_core::ParseableParametrized;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, Stats64};
 
+use super::netns::Netns;
 use super::nft::Nft;
 use super::objects::{self, LinkInfo, raw_attributes};
 use super::route_socket::RouteSocket;
@@ -36,8 +37,8 @@ struct LinkStats {
 }
 
 /// Reads the snapshot. Blocks for as long as a dump of all links takes.
-pub fn read_overlay(bridge: Device) -> Result<OverlaySnapshot, OpError> {
-    let mut socket = RouteSocket::open()?;
+pub fn read_overlay(netns: &Netns, bridge: Device) -> Result<OverlaySnapshot, OpError> {
+    let mut socket = RouteSocket::open_in(netns)?;
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
     let all = socket
         .dump(&request, Vec::new, |all: &mut Vec<LinkStats>, header, body| {
@@ -72,8 +73,8 @@ pub fn read_overlay(bridge: Device) -> Result<OverlaySnapshot, OpError> {
 }
 
 /// Reads how many packets our filters have dropped; empty if our tables do not exist.
-pub fn dropped_packets() -> Result<BTreeMap<Counter, u64>, OpError> {
-    let counted = Nft::open()?.counters()?;
+pub fn dropped_packets(netns: &Netns) -> Result<BTreeMap<Counter, u64>, OpError> {
+    let counted = netns.run_in_place(Nft::open).map_err(|e| OpError::from(&e))??.counters()?;
     Ok(counted.into_iter().map(|(counter, counted)| (counter, counted.packets)).collect())
 }
 

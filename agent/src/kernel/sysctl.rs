@@ -1,16 +1,17 @@
 //! Reads and writes sysctls of the network namespace.
 //!
-//! They are files below `/proc/sys/net`, which shows the namespace of the thread that opens them. A value is read before it is
-//! written: if it is already set, nothing is written, and a read-only `/proc/sys` is no error.
+//! They are files below `/proc/sys/net`. A value is read before it is written: if it is already set, nothing is written, and a
+//! read-only `/proc/sys` is no error.
 
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 
+use crate::model::{Family, PerFamily};
 use crate::plan::OpError;
 
 const ROOT: &str = "/proc/sys/net";
@@ -42,96 +43,91 @@ pub fn route_localnet(interface: &str) -> String {
     format!("ipv4/conf/{interface}/route_localnet")
 }
 
-/// Reads the value at a path below `/proc/sys/net`; `None` if there is no such file, for example without IPv6.
-pub fn read(path: &str) -> Result<Option<String>, OpError> {
-    read_file(fs::File::open(sysctl_path(path)?), path)
-}
-
-/// Reads a sysctl's file; `None` if it does not exist.
-fn read_file(file: io::Result<fs::File>, path: &str) -> Result<Option<String>, OpError> {
-    match file.and_then(io::read_to_string) {
-        Ok(text) => Ok(Some(text.trim_end().to_owned())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(error("read", path, &e)),
-    }
-}
-
-/// Writes a value unless the sysctl already has it.
-pub fn write(path: &str, value: &str) -> Result<(), OpError> {
-    let found = read(path)?;
-    if found.as_deref() == Some(value) || (found.is_none() && value == OFF && is_implicitly_off(path)) {
-        return Ok(());
-    }
-    overwrite(path, value)
-}
-
-fn overwrite(path: &str, value: &str) -> Result<(), OpError> {
-    // Without O_CREAT: /proc/sys refuses it with a misleading EACCES if the file is missing.
-    write_file(fs::File::options().write(true).open(sysctl_path(path)?), path, value)
-}
-
-fn write_file(file: io::Result<fs::File>, path: &str, value: &str) -> Result<(), OpError> {
-    file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|e| error("write", path, &e))
-}
-
-/// The directory of one namespace's IPv6 interface settings, held open. The kernel keeps an entry for each namespace in which
-/// `net/ipv6` was ever looked up, all of one name and in one list. With hundreds of containers a lookup from the root takes
-/// several times as long.
+/// The sysctls of one network namespace: its directories `ipv4` and `ipv6` below `/proc/sys/net`, held open.
+///
+/// `/proc/sys/net` shows the namespace of the thread that looks up a name in it. The directories below it belong to one namespace,
+/// whichever thread uses them. They also save time: the kernel keeps an entry for each namespace in which `net/ipv6` was ever
+/// looked up, all of one name and in one list. With hundreds of containers a lookup from the root takes several times as long.
 #[derive(Debug)]
-pub struct Ipv6ConfDir(Option<OwnedFd>);
+pub struct Sysctls {
+    directories: PerFamily<OwnedFd>,
+}
 
-impl Ipv6ConfDir {
-    /// Opens the directory of the calling thread's namespace.
-    pub fn open() -> Ipv6ConfDir {
+impl Sysctls {
+    /// Opens the sysctls of these families in the calling thread's namespace.
+    pub fn open(families: &[Family]) -> Sysctls {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        // A kernel without IPv6 has no such directory.
-        Ipv6ConfDir(open(&PathBuf::from(format!("{ROOT}/ipv6/conf")), flags, Mode::empty()).ok())
+        let directory = |family: &Family| {
+            let name = if *family == Family::V4 { "ipv4" } else { "ipv6" };
+            // A kernel without IPv6 has no such directory.
+            Some((*family, open(&PathBuf::from(format!("{ROOT}/{name}")), flags, Mode::empty()).ok()?))
+        };
+        Sysctls { directories: families.iter().filter_map(directory).collect() }
     }
 
-    /// Makes an interface ignore router advertisements. Returns whether it has IPv6 at all.
-    pub fn disable_accept_ra(&self, interface: &str) -> Result<bool, OpError> {
-        let Some(directory) = &self.0 else { return Ok(false) };
-        let path = accept_ra(interface);
-        let file = |flags: OFlag| {
-            let name = PathBuf::from(format!("{interface}/accept_ra"));
-            Ok(openat(directory, &name, flags | OFlag::O_CLOEXEC, Mode::empty())?.into())
-        };
-        let Some(now) = read_file(file(OFlag::O_RDONLY), &path)? else { return Ok(false) };
-        if now != OFF {
-            write_file(file(OFlag::O_WRONLY), &path, OFF)?;
+    /// Reads the value at a path below `/proc/sys/net`; `None` if there is no such file, for example without IPv6.
+    pub fn read(&self, path: &str) -> Result<Option<String>, OpError> {
+        match self.file(path, OFlag::O_RDONLY)?.and_then(io::read_to_string) {
+            Ok(text) => Ok(Some(text.trim_end().to_owned())),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(error("read", path, &e)),
         }
-        Ok(true)
+    }
+
+    /// Writes a value unless the sysctl already has it.
+    pub fn write(&self, path: &str, value: &str) -> Result<(), OpError> {
+        let found = self.read(path)?;
+        if found.as_deref() == Some(value) || (found.is_none() && value == OFF && self.is_implicitly_off(path)) {
+            return Ok(());
+        }
+        self.overwrite(path, value)
+    }
+
+    /// Writes a value if the sysctl exists. Returns whether it does.
+    pub fn write_if_exists(&self, path: &str, value: &str) -> Result<bool, OpError> {
+        let found = self.read(path)?;
+        if found.as_deref().is_some_and(|found| found != value) {
+            self.overwrite(path, value)?;
+        }
+        Ok(found.is_some())
+    }
+
+    fn overwrite(&self, path: &str, value: &str) -> Result<(), OpError> {
+        // Without O_CREAT: /proc/sys refuses it with a misleading EACCES if the file is missing.
+        let file = self.file(path, OFlag::O_WRONLY)?;
+        file.and_then(|mut file| file.write_all(value.as_bytes())).map_err(|e| error("write", path, &e))
+    }
+
+    /// Whether a missing sysctl counts as switched off. Then the kernel has no IPv6 at all (`ipv6.disable=1`), or none on an
+    /// existing interface, because its MTU is below 1280 (`addrconf_notify` in `net/ipv6/addrconf.c`).
+    pub fn is_implicitly_off(&self, path: &str) -> bool {
+        let exists = |path: &str| self.file(path, OFlag::O_PATH).is_ok_and(|file| file.is_ok());
+        let Some(rest) = path.strip_prefix("ipv6/") else { return false };
+        let interface = rest.strip_prefix("conf/").and_then(|rest| rest.split_once('/')).map(|(interface, _)| interface);
+        self.directories.v6.is_none()
+            || interface.is_some_and(|name| !exists(&format!("ipv6/conf/{name}")) && exists(&format!("ipv4/conf/{name}")))
+    }
+
+    /// Opens the file at a path below `/proc/sys/net`.
+    fn file(&self, path: &str, flags: OFlag) -> Result<io::Result<fs::File>, OpError> {
+        let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        let (directory, name) = match path.split_once('/') {
+            Some(("ipv4", name)) if name.split('/').all(is_plain) => (&self.directories.v4, name),
+            Some(("ipv6", name)) if name.split('/').all(is_plain) => (&self.directories.v6, name),
+            _ => {
+                let message = format!("`{path}` is not a sysctl path below {ROOT}/ipv4 or {ROOT}/ipv6");
+                return Err(OpError { errno: libc::EINVAL, message });
+            }
+        };
+        let missing = || Err(io::Error::from_raw_os_error(libc::ENOENT));
+        Ok(directory.as_ref().map_or_else(missing, |directory| {
+            Ok(openat(directory, Path::new(name), flags | OFlag::O_CLOEXEC, Mode::empty())?.into())
+        }))
     }
 }
 
 /// The value of a setting that is switched off.
 pub const OFF: &str = "0";
-
-/// Whether a missing sysctl counts as switched off. Then the kernel has no IPv6 at all (`ipv6.disable=1`), or none on an existing
-/// interface, because its MTU is below 1280 (`addrconf_notify` in `net/ipv6/addrconf.c`).
-pub fn is_implicitly_off(path: &str) -> bool {
-    let exists = |path: &str| PathBuf::from(format!("{ROOT}/{path}")).exists();
-    let Some(rest) = path.strip_prefix("ipv6/") else { return false };
-    let interface = rest.strip_prefix("conf/").and_then(|rest| rest.split_once('/')).map(|(interface, _)| interface);
-    !exists("ipv6") || interface.is_some_and(|name| !exists(&format!("ipv6/conf/{name}")) && exists(&format!("ipv4/conf/{name}")))
-}
-
-/// Writes a value if the sysctl exists.
-pub fn write_if_exists(path: &str, value: &str) -> Result<(), OpError> {
-    match read(path)? {
-        Some(found) if found != value => overwrite(path, value),
-        _ => Ok(()),
-    }
-}
-
-fn sysctl_path(path: &str) -> Result<PathBuf, OpError> {
-    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
-    if !path.split('/').all(is_plain) {
-        let message = format!("`{path}` is not a sysctl path below {ROOT}");
-        return Err(OpError { errno: libc::EINVAL, message });
-    }
-    Ok(PathBuf::from(format!("{ROOT}/{path}")))
-}
 
 fn error(verb: &str, path: &str, error: &io::Error) -> OpError {
     let remedy = match error.raw_os_error() {
@@ -150,11 +146,14 @@ mod tests {
 
     #[test]
     fn paths_outside_root_are_rejected() {
-        for path in ["", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"] {
-            assert_eq!(read(path).expect_err(path).errno, libc::EINVAL, "{path:?}");
+        let sysctls = Sysctls::open(&Family::ALL);
+        for path in
+            ["", "ipv4", "core/somaxconn", "/etc/passwd", "../../etc/passwd", "ipv4/../../../etc", "ipv4//x", "ipv4/.", "ipv4/\0"]
+        {
+            assert_eq!(sysctls.read(path).expect_err(path).errno, libc::EINVAL, "{path:?}");
         }
-        assert_eq!(read("ipv4/no_such_thing"), Ok(None));
-        let error = write("ipv4/no_such_thing", "1").expect_err("missing");
+        assert_eq!(sysctls.read("ipv4/no_such_thing"), Ok(None));
+        let error = sysctls.write("ipv4/no_such_thing", "1").expect_err("missing");
         assert!(error.message.contains("no such setting"), "{error}");
     }
 }

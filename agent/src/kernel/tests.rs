@@ -1,6 +1,7 @@
 //! Tests against the real kernel. Each creates its own network namespaces. They need root.
 
 mod container;
+mod handle;
 mod links;
 mod monitor;
 mod netns;

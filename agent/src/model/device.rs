@@ -9,6 +9,9 @@ use super::{Family, Vni};
 /// Name prefix of the host's ends of the endpoints' veth pairs.
 pub const PORT_PREFIX: &str = "ove";
 
+/// The start of a bridge's name.
+pub const BRIDGE_PREFIX: &str = "ovb.";
+
 /// Maximum number of ports of a bridge in the kernel (`BR_MAX_PORTS` in `net/bridge/br_private.h`, minus number 0).
 pub const MAX_BRIDGE_PORTS: usize = 1023;
 

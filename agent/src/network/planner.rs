@@ -1,7 +1,7 @@
 //! Plans a network's desired entries: those of this host, and those of the peers with accepted leases.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use tokio::time::Instant;
 
 use super::{Dirty, Network, NetworkStateStore};
 use crate::metrics::Metrics;
@@ -32,18 +32,14 @@ pub(super) struct Planner {
     /// The shared input that the reconciler has.
     shared: Option<SharedSpec>,
     pending: Option<EntryChange>,
-    sequence: u64,
+    /// Number of the last contribution.
+    pub(super) sequence: u64,
     rejection_log: LogRateLimit,
 }
 
 impl Planner {
-    /// Number of the last contribution.
-    pub(super) fn sequence(&self) -> u64 {
-        self.sequence
-    }
-
-    /// The change since the last call, if there is any.
-    pub(super) fn take_contribution(&mut self, network: &NetworkName) -> Option<Contribution> {
+    /// The change since the last call, if there is any, for this run of the reconciler.
+    pub(super) fn take_contribution(&mut self, network: &NetworkName, run: u64) -> Option<Contribution> {
         let change = self.pending.take()?;
         self.sequence += 1;
         let changed_host = self.host.as_ref().filter(|_| self.host_sequence == self.sequence);
@@ -51,7 +47,7 @@ impl Planner {
         if let Some(shared) = &shared {
             self.shared = Some(shared.clone());
         }
-        Some(Contribution { network: network.clone(), sequence: self.sequence, shared, change })
+        Some(Contribution { network: network.clone(), run, sequence: self.sequence, shared, change })
     }
 
     /// Plans this host's entries. If the peers' entries depend on the change, plans these too.
@@ -67,6 +63,15 @@ impl Planner {
             _ => self.replan_all(host, leases, metrics, dirty, now),
         }
         self.host_sequence = self.sequence + 1;
+    }
+
+    /// Plans everything again, for a reconciler that has nothing of this network.
+    pub(super) fn start_over(&mut self, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
+        self.shared = None;
+        if let Some(host) = self.host.take() {
+            self.replan_all(host, leases, metrics, dirty, now);
+            self.host_sequence = self.sequence + 1;
+        }
     }
 
     /// Plans the entries of all peers whose leases changed.
@@ -172,7 +177,7 @@ impl Planner {
                 Classification::Rejected(rejected) => {
                     if rejected_before.get(&key) != Some(&rejected) {
                         metrics.count_rejected_value(rejected.kind.as_str());
-                        if self.rejection_log.allows(now) {
+                        if self.rejection_log.allows(now.into_std()) {
                             tracing::warn!(key = rejected.key, reason = rejected.kind.as_str(), "{rejected}");
                         }
                     }
@@ -180,7 +185,7 @@ impl Planner {
                 }
             }
         }
-        if let Some(leases) = self.rejection_log.take_suppressed(now) {
+        if let Some(leases) = self.rejection_log.take_suppressed(now.into_std()) {
             tracing::warn!(leases, "more leases ignored; list them with `overlayctl subnets`");
         }
         merge(&mut self.peers, peers);
@@ -223,6 +228,7 @@ impl<M: NetworkStateStore> Network<M> {
             backend_data,
             bridge_mac,
             masquerade: self.settings.masquerade,
+            numbered_sets: self.settings.name != NetworkName::default(),
             tx_checksum: self.settings.tx_checksum,
             docker: self.settings.docker,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),

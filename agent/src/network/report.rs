@@ -34,7 +34,7 @@ impl<M: NetworkStateStore> Network<M> {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.settings.node.name.clone(),
             node_id: self.settings.node.id.clone(),
-            uptime_seconds: self.started.elapsed().as_secs(),
+            uptime_seconds: self.uptime_since.elapsed().as_secs(),
             ready: self.is_ready(),
             health: Health::Waiting,
             problems: self.problems(),

@@ -2,7 +2,9 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{Network, NetworkStateStore};
 use crate::model::network::Pool;
@@ -30,7 +32,7 @@ pub(super) struct UnderlayState {
     /// Time at which the selection has to be made again without an event.
     pub(super) reselect_at: Option<Instant>,
     /// IPv6 was disabled when the external interface was selected.
-    ipv4_only: bool,
+    pub(super) ipv4_only: bool,
 }
 
 impl<M: NetworkStateStore> Network<M> {

@@ -19,6 +19,8 @@ pub enum ReconcilerInput {
         /// Number of this request, from 1; [`HostView::refreshes`] repeats it.
         number: u64,
     },
+    /// A network leaves the network namespace: its entries are removed.
+    Withdraw(NetworkName),
 }
 
 /// A change of a network's desired entries in one network namespace.
@@ -26,6 +28,8 @@ pub enum ReconcilerInput {
 pub struct Contribution {
     /// The network.
     pub network: NetworkName,
+    /// [`HostView::run`] of the reconciler that it continues. Any other one lacks the contributions before it, and ignores it.
+    pub run: u64,
     /// Number of this contribution, from 1; [`NetworkProgress::sequence`] repeats it.
     pub sequence: u64,
     /// The network's new input to the shared entries; `None` if it did not change.
@@ -51,6 +55,8 @@ pub enum EntryChange {
 /// What a network plans from, besides the store: the host as the reconciler of its network namespace read it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HostView {
+    /// Number of the reconciler's run, from 1. A new run has nothing of the networks: each sends all its entries again.
+    pub run: u64,
     /// The host's interfaces, addresses and default routes.
     pub inventory: HostInventory,
     /// Our devices at the last dump.

@@ -35,6 +35,8 @@ pub struct HostSpec {
     pub bridge_mac: Mac,
     /// Whether packets that leave the overlay are masqueraded with the host's address.
     pub masquerade: bool,
+    /// Whether the names of the network's tunnel sets end with its VNI; those of the default network do not.
+    pub numbered_sets: bool,
     /// Transmit checksum offload on the VXLAN devices.
     pub tx_checksum: bool,
     /// Whether Docker attaches containers to the bridge, in addition to the endpoints.
@@ -90,6 +92,7 @@ impl HostSpec {
                 local: self.underlay.local,
                 masquerade: self.masquerade,
                 publishes: self.has_published_ports(),
+                numbered_sets: self.numbered_sets,
             },
         }
     }
@@ -182,14 +185,26 @@ impl HostSpec {
 
     /// Whether both are equal except for their ports.
     fn eq_ignoring_ports(&self, other: &HostSpec) -> bool {
-        let HostSpec { network, subnet, underlay, backend_data, bridge_mac, masquerade, tx_checksum, docker, ports: _, reserved } =
-            self;
+        let HostSpec {
+            network,
+            subnet,
+            underlay,
+            backend_data,
+            bridge_mac,
+            masquerade,
+            numbered_sets,
+            tx_checksum,
+            docker,
+            ports: _,
+            reserved,
+        } = self;
         *network == other.network
             && *subnet == other.subnet
             && *underlay == other.underlay
             && *backend_data == other.backend_data
             && *bridge_mac == other.bridge_mac
             && *masquerade == other.masquerade
+            && *numbered_sets == other.numbered_sets
             && *tx_checksum == other.tx_checksum
             && *docker == other.docker
             && *reserved == other.reserved

@@ -1,7 +1,9 @@
 //! Desired entries that the networks of one network namespace share: forwarding, rule tables, accept rules in iptables.
 
+use std::collections::BTreeSet;
+
 use super::desired::sysctls;
-use super::ruleset::{InetTableSpec, source_filter};
+use super::ruleset::{InetTableSpec, inet_table, source_filter};
 use super::state::{Key, RouteTarget, State, Value};
 use crate::model::{Cidr, Device, Family, PerFamily};
 
@@ -59,16 +61,18 @@ pub fn shared_entries(specs: &[&SharedSpec], facts: &NamespaceFacts) -> State {
     if let Some(spec) = specs.iter().find(|spec| spec.inet.publishes && spec.families.contains(&Family::V6)) {
         // For a published port of ::1: for a reply that arrives on the bridge, the kernel finds the address on no other device
         // (`ip6_route_input_lookup` in net/ipv6/route.c). Packets with that address from the wire are dropped before
-        // (`ip6_rcv_core`).
+        // (`ip6_rcv_core`). A route has one device, so of several networks the first has this.
         let loopback = Cidr::host(std::net::Ipv6Addr::LOCALHOST.into());
         state.insert(Key::Route(loopback), Value::Route(RouteTarget::Local(spec.bridge)));
     }
-    for ruleset in specs.iter().take(1).map(|spec| spec.inet.ruleset()).chain([source_filter()]) {
+    let inet: Vec<&InetTableSpec> = specs.iter().map(|spec| &spec.inet).collect();
+    for ruleset in [inet_table(&inet), source_filter()] {
         state.insert(Key::Ruleset(ruleset.table), Value::Ruleset(Box::new(ruleset)));
     }
     for family in &facts.forward_drops {
-        if let Some(range) = specs.iter().find_map(|spec| spec.forwarded.get(*family)) {
-            state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*range));
+        let ranges: BTreeSet<Cidr> = specs.iter().filter_map(|spec| spec.forwarded.get(*family).copied()).collect();
+        if !ranges.is_empty() {
+            state.insert(Key::ForwardAccept(*family), Value::ForwardAccept(ranges.into_iter().collect()));
         }
     }
     state

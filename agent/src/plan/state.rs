@@ -67,8 +67,8 @@ pub enum Value {
     Ruleset(Box<Ruleset>),
     /// An element exists; in a map, with its target.
     Element(Option<Box<SocketAddr>>),
-    /// The network from and to which the rules accept forwarding.
-    ForwardAccept(Cidr),
+    /// The ranges from and to which the rules accept forwarding, sorted.
+    ForwardAccept(Box<[Cidr]>),
     /// The underlay address of a MAC.
     Fdb(IpAddr),
     /// The MAC of an address.
@@ -316,7 +316,9 @@ impl fmt::Display for Value {
             Value::Ruleset(rules) => write!(f, "{} chains", rules.chains.len()),
             Value::Element(Some(target)) => write!(f, "to {target}"),
             Value::Element(None) => f.write_str("present"),
-            Value::ForwardAccept(network) => write!(f, "{network}"),
+            Value::ForwardAccept(ranges) => {
+                ranges.iter().enumerate().try_for_each(|(i, range)| write!(f, "{}{range}", if i == 0 { "" } else { ", " }))
+            }
             Value::Fdb(address) => write!(f, "dst {address}"),
             Value::Neigh(mac) => write!(f, "lladdr {mac}"),
             Value::Nexthop { device, gateway } => write!(f, "via {gateway} dev {device}"),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::state::{Entries, Key, LinkState, State, Value};
 use crate::model::NetworkName;
 
-/// Desired entries, by the network that contributed them. No two parts contain the same key.
+/// Desired entries, by the network that contributed them. If two parts contain the same key, the first one owns it.
 #[derive(Debug, Default)]
 pub struct DesiredState {
     /// Entries shared by the networks.
@@ -29,7 +29,10 @@ impl Entries for DesiredState {
         let mut parts: Vec<_> = self.parts().map(|part| part.iter().peekable()).collect();
         std::iter::from_fn(move || {
             let heads = parts.iter_mut().enumerate().filter_map(|(index, part)| part.peek().map(|(key, _)| (*key, index)));
-            let (_, first) = heads.min()?;
+            let (key, first) = heads.min()?;
+            for part in parts.iter_mut().skip(first + 1) {
+                let _not_owned = part.next_if(|(other, _)| *other == key);
+            }
             parts.get_mut(first)?.next()
         })
     }
@@ -45,6 +48,16 @@ mod tests {
 
     fn state(paths: &[&str]) -> State {
         paths.iter().map(|path| (Key::Sysctl((*path).into()), Value::Sysctl("1".into()))).collect()
+    }
+
+    #[test]
+    fn first_part_owns_key() {
+        let value = |value: &str| State::from([(Key::Sysctl("b".into()), Value::Sysctl(value.into()))]);
+        let networks = [("one", value("1")), ("two", value("2"))].map(|(name, state)| (name.into(), state)).into();
+        let desired = DesiredState { shared: state(&["a", "c"]), networks };
+        let all = state(&["a", "b", "c"]);
+        assert!(Entries::iter(&desired).eq(Entries::iter(&all)));
+        assert!(all.iter().all(|(key, value)| desired.get(key) == Some(value)));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Devices are applied first. Entries that depend on a failed entry are left out.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::{HEAP_TRIM_DELAY, Reconciler, SysctlStore};
 use crate::model::Device;
@@ -70,7 +71,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             }
         }
         if batch.len() > BULK_THRESHOLD {
-            self.schedule.heap_trim = Some(Instant::now() + HEAP_TRIM_DELAY);
+            self.schedule.heap_trim = Some((self.now)() + HEAP_TRIM_DELAY);
         }
         let begun = Instant::now();
         let report = self.data_path.apply(&batch).await;
@@ -83,7 +84,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         for (index, op) in batch.into_iter().enumerate() {
             if let Some((_, error)) = failed.next_if(|(i, _)| *i == index) {
                 let cause = if let Op::Set(key, value) = &op { self.blocked_by(key, value) } else { None };
-                self.retries.record_failure(&op, error, cause, Instant::now());
+                self.retries.record_failure(&op, error, cause, (self.now)());
                 continue;
             }
             if self.retries.record_success(op.key()) {

@@ -1,7 +1,9 @@
 //! Changes of our entries by other processes: their number, the last one, and entries that are changed again and again.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::model::api::Drift;
 use crate::plan::Key;

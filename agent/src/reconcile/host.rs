@@ -1,12 +1,15 @@
 //! Reads the host's interfaces for the networks, plans the shared entries, and reads the sysctls of the host's own interfaces.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
 use crate::metrics::FullRead;
 use crate::model::{Device, Family};
 use crate::plan::desired::sysctls;
+use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
 use crate::plan::state::{Entries, Value};
 use crate::plan::{DataPath, Key, LinkKind};
@@ -18,8 +21,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         self.metrics.count_full_read(FullRead::Interfaces);
         let begun = Instant::now();
         let read = self.data_path.inventory().await;
-        self.schedule.host_read_not_before = Instant::now() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
+        self.schedule.host_read_not_before = (self.now)() + begun.elapsed() * HOST_READ_PAUSE_FACTOR;
         let mut view = self.host.take().map(Arc::unwrap_or_clone).unwrap_or_default();
+        view.run = self.run;
         view.refreshes.clone_from(&self.refreshes);
         match read {
             Ok(inventory) => {
@@ -33,7 +37,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Err(error) => {
                 tracing::error!(%error, "cannot read the host's interfaces, retrying in 1 s");
                 view.error = Some(error.to_string());
-                self.schedule.host_read = Some(Instant::now() + Duration::from_secs(1));
+                self.schedule.host_read = Some((self.now)() + Duration::from_secs(1));
             }
         }
         let ours = self.actual.links().filter(|(_, link)| !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port));
@@ -51,6 +55,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the entries that the networks share.
     pub(super) fn plan_shared(&mut self) {
         let Some(host) = &self.host else { return };
+        if !self.absent.is_empty() && self.actual.contains_key(&Key::Ruleset(Table::Inet)) {
+            return;
+        }
         let specs: Vec<&SharedSpec> = self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());

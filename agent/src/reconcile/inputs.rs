@@ -1,10 +1,11 @@
 //! Folds the networks' contributions and the kernel's events, and marks dirty entries.
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use tokio::time::Instant;
 
 use super::drift::Verdict;
 use super::{HOST_READ_DEBOUNCE, MAX_LOG_LINES, Reconciler, SysctlStore};
 use crate::metrics::EventSource;
+use crate::model::NetworkName;
 use crate::plan::bulk::{BULK_THRESHOLD, is_bulk, merge};
 use crate::plan::contribution::{Contribution, EntryChange, ReconcilerInput};
 use crate::plan::diff::is_satisfied;
@@ -17,13 +18,28 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             ReconcilerInput::Contribution(contribution) => self.fold_contribution(*contribution),
             ReconcilerInput::RefreshHost { network, number } => {
                 self.refreshes.insert(network, number);
-                self.schedule.host_read = Some(Instant::now());
+                self.schedule.host_read = Some((self.now)());
+            }
+            ReconcilerInput::Withdraw(network) => {
+                self.no_longer_absent(&network);
+                self.contributors.remove(&network);
+                self.refreshes.remove(&network);
+                if let Some(entries) = self.desired.networks.remove(&network) {
+                    self.retries.remove_all(|key| entries.contains_key(key));
+                    (self.dirty.all, self.dirty.shared) = (true, true);
+                }
             }
         }
     }
 
     fn fold_contribution(&mut self, contribution: Contribution) {
-        let Contribution { network, sequence, shared, change } = contribution;
+        let Contribution { network, run, sequence, shared, change } = contribution;
+        if run != self.run {
+            // It continues one that an earlier run had.
+            return;
+        }
+        self.has_desired_state = true;
+        self.no_longer_absent(&network);
         let contributor = self.contributors.entry(network.clone()).or_default();
         contributor.sequence = sequence;
         if shared.is_some() {
@@ -62,6 +78,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         self.desired.networks.insert(network, entries);
     }
 
+    /// Records that a network's desired state is known.
+    fn no_longer_absent(&mut self, network: &NetworkName) {
+        if self.absent.remove(network) && self.absent.is_empty() {
+            (self.dirty.all, self.dirty.shared) = (true, true);
+        }
+    }
+
     /// Replaces gateways by next-hop objects, if these are used.
     fn resolve(&mut self, entries: Vec<(Key, Value)>) -> Vec<(Key, Value)> {
         if self.settings.nexthop_objects { self.nexthop_ids.resolve(entries) } else { entries }
@@ -95,7 +118,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.schedule.dump_reason = Some(reason);
             }
             KernelEvent::HostNetworkChanged => {
-                let due = (Instant::now() + HOST_READ_DEBOUNCE).max(self.schedule.host_read_not_before);
+                let due = ((self.now)() + HOST_READ_DEBOUNCE).max(self.schedule.host_read_not_before);
                 self.schedule.host_read.get_or_insert(due);
             }
         }
@@ -133,14 +156,14 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             Some(value) => self.actual.insert(key.clone(), value),
             None => self.actual.remove(&key),
         };
-        if !self.has_desired_state() || self.is_in_sync(&key) {
+        if !self.has_desired_state || self.is_in_sync(&key) {
             return false;
         }
         let is_port = matches!(self.desired.get(&key), Some(Value::Link(link)) if link.kind == LinkKind::Port);
         self.port_lost |= is_port && !self.actual.contains_key(&key);
         self.dirty.keys.insert(key.clone());
         if was_in_sync {
-            self.record_drift(&key, Instant::now(), log);
+            self.record_drift(&key, (self.now)(), log);
         }
         was_in_sync
     }
@@ -155,7 +178,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 "drift: restoring an entry changed by another process"
             );
         }
-        if let Verdict::Contended { repairs, excess } = self.drift.record(key, now, unix_time()) {
+        if let Verdict::Contended { repairs, excess } = self.drift.record(key, now, (self.unix_time)()) {
             if excess == 1 {
                 tracing::error!(entry = %key, repairs, "another process keeps changing an entry; limiting the rate of repairs");
             }
@@ -201,9 +224,4 @@ fn is_entry_in_sync(wanted: Option<&Value>, found: Option<&Value>) -> bool {
         (None, Some(Value::Route(RouteTarget::Foreign))) => true,
         _ => false,
     }
-}
-
-/// Seconds since the epoch.
-fn unix_time() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }

@@ -1,6 +1,6 @@
 //! Answers queries about the data path.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use super::{Reconciler, ReconcilerQuery, SysctlStore};
 use crate::model::api::{Drift, FailedOp};
@@ -40,9 +40,9 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     pub(super) fn answer_query(&self, query: ReconcilerQuery) {
         // A client that has gone away is no error.
         match query {
-            ReconcilerQuery::Status(reply) => drop(reply.send(self.report(Instant::now()))),
+            ReconcilerQuery::Status(reply) => drop(reply.send(self.report((self.now)()))),
             ReconcilerQuery::Peers(peers, reply) => {
-                let states = peers.into_iter().map(|entries| self.peer_state(entries)).collect();
+                let states = peers.iter().map(|entries| self.peer_state(entries.clone())).collect();
                 drop(reply.send(states));
             }
         }

@@ -1,7 +1,9 @@
 //! Retry queue: entries that the kernel rejected or that are contended, each with jittered back-off.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::drift::CONTENTION_WINDOW;
 use crate::model::api::FailedOp;

@@ -4,17 +4,19 @@ mod backend;
 mod failures;
 mod fake_kernel;
 mod liveness;
+mod restarts;
 
-use self::fake_kernel::FakeKernel;
+use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
 use super::*;
 use crate::app::queries::Queries;
+use crate::app::supervisor::Supervisor;
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
     BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason,
     RejectedLease, StorePosition, Subnet, Vni, api,
 };
-use crate::network::{self, Network, NetworkStateStore};
+use crate::network::{self, Network};
 use crate::plan::state::{LinkState, device_of};
 use crate::plan::underlay::UnderlaySelector;
 use crate::plan::{LinkKind, Op, Value};
@@ -22,31 +24,12 @@ use crate::plan::{LinkKind, Op, Value};
 /// TTL of the lease while the store does not answer.
 const LEASE_TTL: Duration = Duration::from_millis(500);
 
-struct FakeStateStore;
-
-impl NetworkStateStore for FakeStateStore {
-    fn device_mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
-        Mac([2, 0, 0, 0, 0, if device == Device::bridge(Vni::DEFAULT) { 0xb0 } else { 0x64 }])
-    }
-    fn preferred_subnet(&self) -> Option<Subnet> {
-        None
-    }
-    fn published_addresses(&self) -> PerFamily<IpAddr> {
-        PerFamily::default()
-    }
-}
-
-impl SysctlStore for FakeStateStore {
-    fn save_sysctl(&mut self, _: &str, _: &str) {}
-    fn saved_sysctl(&self, _: &str) -> Option<String> {
-        None
-    }
-}
-
-/// A running reconciler and the other ends of its channels.
+/// A running network with its reconciler, and the other ends of their channels.
 struct Fixture {
     kernel: FakeKernel,
-    store: mpsc::Sender<StoreEvent>,
+    state_store: FakeStateStore,
+    /// To the network's present run.
+    store: watch::Receiver<Option<mpsc::Sender<StoreEvent>>>,
     events: mpsc::Sender<KernelEvent>,
     queries: Queries,
     ready: watch::Receiver<bool>,
@@ -55,7 +38,8 @@ struct Fixture {
     stop: CancellationToken,
     endpoints: watch::Sender<Vec<Arc<Endpoint>>>,
     applied_endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
-    _tasks: [tokio::task::JoinHandle<()>; 2],
+    supervisor: Supervisor,
+    fail_store: Arc<tokio::sync::Notify>,
 }
 
 impl Drop for Fixture {
@@ -95,12 +79,13 @@ impl Fixture {
     }
 
     fn start_with(kernel: FakeKernel, resync: Duration) -> Fixture {
-        let (store, store_events) = mpsc::channel(64);
+        let (stores, store) = watch::channel(None);
+        let fail_store = Arc::new(tokio::sync::Notify::new());
+        let store_fails = Arc::clone(&fail_store);
         let (events, kernel_events) = mpsc::channel(64);
         let (endpoints, endpoints_out) = watch::channel(Vec::new());
         let (applied, applied_endpoints) = watch::channel(Vec::new());
-        let inputs =
-            wiring::Inputs { store: store_events, kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
+        let inputs = wiring::Inputs { kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
         let (network_channels, channels, outputs) = wiring::connect(inputs);
         let wiring::Outputs { queries, lease_request, ready, heartbeats: [_, heartbeat], .. } = outputs;
         let stop = CancellationToken::new();
@@ -116,11 +101,29 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let network = Network::new(settings, FakeStateStore, Arc::clone(&metrics)).run(network_channels, stop.clone());
-        let settings = Settings { nexthop_objects: true, resync, probe_address: None };
-        let reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore, metrics).run(channels, stop.clone());
+        let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+        let state_store = FakeStateStore::default();
+        let (network_state, network_metrics) = (state_store.clone(), Arc::clone(&metrics));
+        let network =
+            move || Network::new(settings.clone(), network_state.clone(), Arc::clone(&network_metrics)).with_clock(clock);
+        supervisor.start_network(NetworkName::default(), network_channels, network, move |store, stop| {
+            let (stores, fail) = (stores.clone(), Arc::clone(&store_fails));
+            async move {
+                stores.send_replace(Some(store));
+                tokio::select! {
+                    () = stop.cancelled() => Ok(()),
+                    () = fail.notified() => Err("a defect of the store"),
+                }
+            }
+        });
+        let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync, probe_address: None };
+        let (data_path, sysctls) = (kernel.clone(), state_store.clone());
+        let reconciler =
+            move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics)).with_clock(clock);
+        supervisor.start_reconciler(NamespaceName::Host, channels, reconciler);
         Fixture {
             kernel,
+            state_store,
             store,
             events,
             queries,
@@ -130,7 +133,8 @@ impl Fixture {
             stop,
             endpoints,
             applied_endpoints,
-            _tasks: [tokio::spawn(network), tokio::spawn(reconciler)],
+            supervisor,
+            fail_store,
         }
     }
 
@@ -158,7 +162,10 @@ impl Fixture {
     }
 
     async fn send(&self, event: StoreEvent) {
-        self.store.send(event).await.unwrap();
+        let mut store = self.store.clone();
+        let is_open = |store: &Option<mpsc::Sender<_>>| store.as_ref().is_some_and(|store| !store.is_closed());
+        let store = store.wait_for(is_open).await.unwrap().clone().unwrap();
+        store.send(event).await.unwrap();
     }
 
     /// The status after all events sent before are folded and applied.
@@ -411,7 +418,8 @@ async fn store_outage_beyond_lease_ttl_clears_readiness() {
     let reservation = HeldLease { subnet: subnet(100), expiry: None, origin: LeaseOrigin::Reused };
     fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
     fixture.send(down()).await;
-    tokio::time::sleep(2 * LEASE_TTL).await;
+    fixture.status().await;
+    advance_clock(2 * LEASE_TTL);
     assert!(fixture.status().await.ready);
     // A lease that expires does, in the same outage.
     fixture.send(held_lease(100)).await;

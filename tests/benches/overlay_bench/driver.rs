@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use overlay_agent::app::wiring;
+use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
 use overlay_agent::model::{
-    Cidr, Device, Endpoint, Family, Mac, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
+    Cidr, Device, Endpoint, Family, Mac, NamespaceName, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
 };
 use overlay_agent::network::{self, Network, NetworkStateStore};
 use overlay_agent::plan::contribution::Progress;
@@ -95,7 +96,7 @@ async fn run_snapshots(
     agent.stop().await?;
 
     let start = Instant::now();
-    let (mut kernel, _events, _monitor) = Kernel::open(&KernelOptions::default())?;
+    let (mut kernel, _events, _monitor) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
     let batch = diff(&State::new(), &kernel.dump().await?);
     let read = Instant::now();
     let report = kernel.apply(&batch).await;
@@ -124,7 +125,7 @@ struct Agent {
 impl Agent {
     /// Starts it in the calling thread's namespace and waits until it is ready, without peers.
     async fn start(families: &[Family]) -> anyhow::Result<Agent> {
-        let (kernel, kernel_events, monitor) = Kernel::open(&KernelOptions::default())?;
+        let (kernel, kernel_events, monitor) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
         let clock = SharedApplyStats::default();
         ensure!(kernel.nexthop_objects(), "this kernel has no next-hop objects: the raw limit needs Linux 5.3");
         let settings = network::Settings {
@@ -140,25 +141,30 @@ impl Agent {
         };
         let metrics = Arc::new(Metrics::new());
         let network = Network::new(settings, EphemeralState, Arc::clone(&metrics));
-        let settings = reconcile::Settings { nexthop_objects: true, resync: Duration::from_secs(300), probe_address: None };
+        let settings = reconcile::Settings {
+            namespace: NamespaceName::Host,
+            nexthop_objects: true,
+            resync: Duration::from_secs(300),
+            probe_address: None,
+        };
         let data_path = TimedDataPath { inner: kernel, apply_stats: clock.clone() };
         let reconciler = Reconciler::new(settings, data_path, EphemeralState, metrics);
         let (store_in, store) = mpsc::channel(1024);
         let (ports, endpoints) = watch::channel(Vec::new());
-        let inputs = wiring::Inputs { store, kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
-        let (network_channels, reconciler_channels, mut outputs) = wiring::connect(inputs);
+        let inputs = wiring::Inputs { kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
+        let (mut network_channels, mut reconciler_channels, mut outputs) = wiring::connect(inputs);
         let stop = CancellationToken::new();
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { monitor.run().await.context("the monitor ended") });
-        let (network, token) = (network.run(network_channels, stop.clone()), stop.clone());
+        let token = stop.clone();
         tasks.spawn(async move {
-            network.await;
+            network.run(store, &mut network_channels, Duration::ZERO, token.clone()).await;
             token.cancel();
             Ok(())
         });
-        let (reconciler, token) = (reconciler.run(reconciler_channels, stop.clone()), stop.clone());
+        let token = stop.clone();
         tasks.spawn(async move {
-            reconciler.await;
+            reconciler.run(&mut reconciler_channels, Duration::ZERO, token.clone()).await;
             token.cancel();
             Ok(())
         });

@@ -144,10 +144,15 @@ impl<'a> TransactionPlan<'a> {
         let mut replaced: BTreeMap<Table, &Ruleset> = BTreeMap::new();
         // Tables that are deleted together with their elements.
         let mut removed: BTreeSet<Table> = BTreeSet::new();
+        // The sets that tables have from now on: elements of others are deleted with their set.
+        let mut sets: BTreeMap<Table, &[SetName]> = BTreeMap::new();
         for (index, op) in pending_ops() {
             let Key::Ruleset(table) = op.key() else { continue };
             if matches!(op, Op::Delete(..)) {
                 removed.insert(*table);
+            }
+            if let Op::Set(_, Value::Ruleset(wanted)) = op {
+                sets.insert(*table, &wanted.sets);
             }
             let changes = match (op, cached.get(op.key())) {
                 (Op::Set(_, Value::Ruleset(wanted)), Some(Value::Ruleset(found))) if found.foreign.is_empty() => {
@@ -188,7 +193,8 @@ impl<'a> TransactionPlan<'a> {
                 Op::Set(_, Value::Element(target)) => Some(target.as_deref().copied()),
                 _ => None,
             };
-            let before = if is_new_table { None } else { cached_value(op.key()) };
+            let is_set_gone = sets.get(&table).is_some_and(|sets| !sets.contains(&element.set()));
+            let before = if is_new_table || is_set_gone { None } else { cached_value(op.key()) };
             changes.insert(element, ElementChange { before, after, op: Some(index) });
         }
         for (message, side) in [(codec::NFT_MSG_DELSETELEM, ChangeSide::Before), (codec::NFT_MSG_NEWSETELEM, ChangeSide::After)] {

@@ -17,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 use super::codec::{self, Object, Writer};
 use super::nfnl_socket::NfnlSocket;
 use crate::kernel::host_ports::query;
+use crate::kernel::netns::Netns;
 use crate::model::{Family, Transport};
 use crate::plan::ruleset::{Element, Expr, Field, Rule, Table};
 use crate::plan::{Key, Op, OpError, State, Value};
@@ -129,14 +130,20 @@ fn masqueraded_ranges(rules: &State) -> Vec<RangeInclusive<IpAddr>> {
 }
 
 /// Deletes stale entries. Concurrent callers share one dump.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct ConntrackCleaner {
+    netns: Netns,
     queue: Mutex<Vec<StaleFilter>>,
     delete_lock: Mutex<()>,
 }
 
 impl ConntrackCleaner {
-    /// Deletes stale entries in the calling thread's network namespace; blocks. Returns their number, those of concurrent callers
+    /// A cleaner for a network namespace.
+    pub fn new(netns: Netns) -> ConntrackCleaner {
+        ConntrackCleaner { netns, queue: Mutex::default(), delete_lock: Mutex::default() }
+    }
+
+    /// Deletes stale entries; blocks. Returns their number, those of concurrent callers
     /// included.
     ///
     /// # Errors
@@ -146,21 +153,21 @@ impl ConntrackCleaner {
         let _guard = self.delete_lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Empty if another caller handled these filters: its dump began after they were queued.
         let queued = std::mem::take(&mut *self.queue.lock().unwrap_or_else(PoisonError::into_inner));
-        delete_matching(&queued)
+        delete_matching(&self.netns, &queued)
     }
 }
 
-fn delete_matching(stale: &[StaleFilter]) -> Result<usize, OpError> {
+fn delete_matching(netns: &Netns, stale: &[StaleFilter]) -> Result<usize, OpError> {
     if stale.is_empty() {
         return Ok(0);
     }
     let failed = |error: OpError| OpError { message: format!("cannot delete conntrack entries: {error}"), ..error };
-    let mut socket = NfnlSocket::open(codec::NFNL_SUBSYS_CTNETLINK).map_err(failed)?;
-    let local_addresses = if stale.iter().any(|stale| matches!(stale, StaleFilter::Port { new_target: Some(_), .. })) {
-        query(&[]).map_err(failed)?.addresses
-    } else {
-        BTreeSet::new()
-    };
+    let opened = netns.run_in_place(|| -> Result<_, OpError> {
+        let has_local = stale.iter().any(|stale| matches!(stale, StaleFilter::Port { new_target: Some(_), .. }));
+        let local_addresses = if has_local { query(&[])?.addresses } else { BTreeSet::new() };
+        Ok((NfnlSocket::open(codec::NFNL_SUBSYS_CTNETLINK)?, local_addresses))
+    });
+    let (mut socket, local_addresses) = opened.unwrap_or_else(|e| Err(OpError::from(&e))).map_err(failed)?;
     let mut found = Vec::new();
     let mut read = |object: Object<'_>| {
         let Some(entry) = ConntrackEntry::read(object.attributes) else { return };
@@ -274,7 +281,7 @@ impl StaleFilter {
 mod tests {
     use super::*;
     use crate::model::{NetworkConfig, PerFamily, Subnet};
-    use crate::plan::ruleset::InetTableSpec;
+    use crate::plan::ruleset::{InetTableSpec, inet_table};
 
     fn socket_address(text: &str) -> SocketAddr {
         text.parse().expect(text)
@@ -378,9 +385,15 @@ mod tests {
         let network = NetworkConfig::parse(text).expect("a configuration").config;
         let subnet = Subnet::from_key("10.244.7.0-24&fd00:10:244:7::-64").expect("a subnet");
         let ranges = |masquerade| {
-            let rules =
-                InetTableSpec { network: network.clone(), subnet, local: PerFamily::default(), masquerade, publishes: true };
-            let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules.ruleset())));
+            let rules = InetTableSpec {
+                network: network.clone(),
+                subnet,
+                local: PerFamily::default(),
+                masquerade,
+                publishes: true,
+                numbered_sets: false,
+            };
+            let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(inet_table(&[&rules]))));
             masqueraded_ranges(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()
         };
         let all = ["10.244.1.0..=10.244.255.255", "fd00:10:244:1::..=fd00:10:244:ff:ffff:ffff:ffff:ffff"];

@@ -115,14 +115,14 @@ fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
         Expr::In { fields, set } => {
             field::load_fields(w, fields);
             expression(w, "lookup", |w| {
-                w.text(NFTA_LOOKUP_SET, set.name());
+                w.text(NFTA_LOOKUP_SET, &set.name());
                 w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
             });
         }
         Expr::Translate { fields, map } => {
             field::load_fields(w, fields);
             expression(w, "lookup", |w| {
-                w.text(NFTA_LOOKUP_SET, map.name());
+                w.text(NFTA_LOOKUP_SET, &map.name());
                 w.u32(NFTA_LOOKUP_SREG, NFT_REG_1);
                 w.u32(NFTA_LOOKUP_DREG, NFT_REG_1);
             });

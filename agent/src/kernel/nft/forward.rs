@@ -4,6 +4,8 @@
 //! does, so that `iptables -S` lists them and leaves them unchanged. `iptables-restore` writes the comment of saved rules as an
 //! xtables match; we recognise such rules as ours and replace them.
 
+use std::collections::BTreeSet;
+
 use super::codec::{self, NLM_F_CREATE, Object, Writer};
 use super::expr::{self, RuleEncoding};
 use super::nfnl_socket::{ERESTART, NfnlSocket, TransactionError};
@@ -36,24 +38,26 @@ pub(super) struct ForwardChain {
 }
 
 impl ForwardChain {
-    /// The network that our rules accept. If they are not exactly the two expected rules, it is the unspecified address with full
-    /// prefix length. No network has this value, so it differs from every network and from `None`.
-    pub(super) fn accepted_network(&self, family: Family) -> Option<Cidr> {
-        let (_, first) = self.rules.first()?;
-        let cidr = match first.exprs.first() {
-            Some(Expr::Source { cidr, .. } | Expr::Destination { cidr, .. }) => Some(*cidr),
+    /// The ranges that our rules accept, sorted; `None` without rules. If they are not exactly the two expected rules for each, it is
+    /// the unspecified address with full prefix length. No network has this value, so it differs from every network and from `None`.
+    pub(super) fn accepted_ranges(&self, family: Family) -> Option<Box<[Cidr]>> {
+        let range = |rule: &Rule| match rule.exprs.first() {
+            Some(Expr::Source { cidr, .. }) => Some(*cidr),
             _ => None,
         };
-        let invalid = Cidr::host(family.unspecified());
-        Some(cidr.filter(|cidr| self.has_accept_rules(*cidr)).unwrap_or(invalid))
+        let ranges: BTreeSet<Cidr> = self.rules.iter().filter_map(|(_, rule)| range(rule)).collect();
+        let ranges: Box<[Cidr]> = ranges.into_iter().collect();
+        let invalid = || Box::from([Cidr::host(family.unspecified())]);
+        (!self.rules.is_empty()).then(|| if self.has_accept_rules(&ranges) { ranges } else { invalid() })
     }
 
-    fn has_accept_rules(&self, cidr: Cidr) -> bool {
-        self.rules.len() == 2 && accept_rules(cidr).iter().all(|wanted| self.rules.iter().any(|(_, rule)| rule == wanted))
+    fn has_accept_rules(&self, ranges: &[Cidr]) -> bool {
+        let mut wanted = ranges.iter().flat_map(|range| accept_rules(*range));
+        self.rules.len() == 2 * ranges.len() && wanted.all(|wanted| self.rules.iter().any(|(_, rule)| *rule == wanted))
     }
 }
 
-/// The two accept rules of a network.
+/// The two accept rules of a range.
 fn accept_rules(cidr: Cidr) -> [Rule; 2] {
     [Expr::Source { cidr, negate: false }, Expr::Destination { cidr, negate: false }]
         .map(|range| Rule { exprs: vec![range, Expr::Counter, Expr::Accept] })
@@ -88,22 +92,18 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
     Ok(ForwardChain { policy_drop: policy == Some(codec::NF_DROP), rules })
 }
 
-/// Replaces our rules by the two of `network`, or removes them. The rules stand at the head of the chain. Writes nothing if the
-/// rules are already right.
-pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>) -> Result<(), OpError> {
+/// Replaces our rules by the two of each range. The rules stand at the head of the chain. Writes nothing if the rules are already
+/// right.
+pub(super) fn set(socket: &mut NfnlSocket, family: Family, ranges: &[Cidr]) -> Result<(), OpError> {
     let number = expr::protocol_number(family);
     let mut last = None;
     for _ in 0..MAX_RETRIES {
         let (present, generation) = socket.read_consistent(|socket| read(socket, family))?;
-        let in_sync = match network {
-            Some(cidr) => present.has_accept_rules(cidr),
-            None => present.rules.is_empty(),
-        };
-        if in_sync {
+        if present.has_accept_rules(ranges) {
             return Ok(());
         }
-        let new = network.map(accept_rules);
-        let count = present.rules.len() + if new.is_some() { 2 } else { 0 };
+        let new: Vec<Rule> = ranges.iter().flat_map(|range| accept_rules(*range)).collect();
+        let count = present.rules.len() + new.len();
         let outcome = socket.commit(Some(generation), u32::try_from(count).unwrap_or(u32::MAX), |transaction| {
             for (handle, _) in &present.rules {
                 transaction.push_message(codec::NFT_MSG_DELRULE, 0, number, |w| {
@@ -112,7 +112,7 @@ pub(super) fn set(socket: &mut NfnlSocket, family: Family, network: Option<Cidr>
                 });
             }
             // Without `NLM_F_APPEND` the kernel inserts at the head, so the rules are sent in reverse order.
-            for rule in new.iter().flatten().rev() {
+            for rule in new.iter().rev() {
                 transaction.push_message(codec::NFT_MSG_NEWRULE, NLM_F_CREATE, number, |w| {
                     write_rule_chain(w);
                     expr::write(w, rule, RuleEncoding::Iptables(family));
@@ -194,11 +194,11 @@ mod tests {
         let [from, to] = accept_rules(cidr);
         let accepted = |rules: &[&Rule]| {
             let rules = rules.iter().zip(1..).map(|(rule, handle)| (handle, (*rule).clone())).collect();
-            ForwardChain { policy_drop: true, rules }.accepted_network(Family::V4)
+            ForwardChain { policy_drop: true, rules }.accepted_ranges(Family::V4)
         };
-        let invalid = Some(Cidr::host(Family::V4.unspecified()));
+        let invalid = Some(Box::from([Cidr::host(Family::V4.unspecified())]));
         assert_eq!(accepted(&[]), None);
-        assert_eq!(accepted(&[&from, &to]), Some(cidr));
+        assert_eq!(accepted(&[&from, &to]), Some(Box::from([cidr])));
         assert_eq!(accepted(&[&from]), invalid);
         assert_eq!(accepted(&[&from, &from]), invalid);
         assert_eq!(accepted(&[&from, &to, &to]), invalid);

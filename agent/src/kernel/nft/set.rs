@@ -61,7 +61,7 @@ const HOST_ENDIAN_USERDATA: [u8; 6] = {
 pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
     transaction.push_message(codec::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
         w.text(NFTA_SET_TABLE, TABLE);
-        w.text(NFTA_SET_NAME, set.name());
+        w.text(NFTA_SET_NAME, &set.name());
         w.u32(NFTA_SET_FLAGS, set_flags(set));
         w.u32(NFTA_SET_KEY_TYPE, type_id(&set.key()));
         w.u32(NFTA_SET_KEY_LEN, encoded_length(&set.key()));
@@ -128,7 +128,7 @@ pub(super) fn change_elements(
     let flags = if message == codec::NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
     transaction.push_message(message, flags, table_family(set.table()), |w| {
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-        w.text(NFTA_SET_ELEM_LIST_SET, set.name());
+        w.text(NFTA_SET_ELEM_LIST_SET, &set.name());
         w.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |w| {
             for (element, target) in elements {
                 w.nest(NFTA_LIST_ELEM, |w| {
@@ -153,7 +153,7 @@ pub(super) fn read_elements(socket: &mut NfnlSocket, set: SetName, state: &mut S
     let mut all_ours = true;
     let of_set = |w: &mut Writer| {
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
-        w.text(NFTA_SET_ELEM_LIST_SET, set.name());
+        w.text(NFTA_SET_ELEM_LIST_SET, &set.name());
     };
     socket.dump(codec::NFT_MSG_GETSETELEM, table_family(set.table()), of_set, |object: Object<'_>| {
         let list = codec::attribute(object.attributes, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();

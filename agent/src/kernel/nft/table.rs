@@ -107,7 +107,7 @@ impl TableChange<'_> {
                 delete_named(transaction, codec::NFT_MSG_DELCHAIN, codec::NFTA_CHAIN_TABLE, codec::NFTA_CHAIN_NAME, &chain.name);
             }
             TableChange::DeleteSet(set) => {
-                delete_named(transaction, codec::NFT_MSG_DELSET, set::NFTA_SET_TABLE, set::NFTA_SET_NAME, set.name());
+                delete_named(transaction, codec::NFT_MSG_DELSET, set::NFTA_SET_TABLE, set::NFTA_SET_NAME, &set.name());
             }
             TableChange::DeleteCounter(counter) => transaction.push_message(codec::NFT_MSG_DELOBJ, 0, family, |w| {
                 w.text(NFTA_OBJ_TABLE, TABLE);

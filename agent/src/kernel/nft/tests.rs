@@ -4,6 +4,7 @@ mod elements;
 mod eval;
 mod forward;
 mod monitor;
+mod networks;
 mod table;
 
 use std::io::Write;
@@ -11,7 +12,7 @@ use std::process::{Command, Stdio};
 
 use super::Nft;
 use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
-use crate::plan::ruleset::{InetTableSpec, Table};
+use crate::plan::ruleset::{InetTableSpec, Table, inet_table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
 /// Runs `body` on a thread with a new network namespace. Commands that it starts run in the same namespace.
@@ -77,10 +78,16 @@ fn local_subnet(network: &NetworkConfig) -> Subnet {
     Subnet::new(Family::ALL.into_iter().filter_map(of).collect()).expect("a subnet")
 }
 
-/// The rules for a network.
-fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
+/// The input of the rules for a network.
+fn spec(network: &NetworkConfig, masquerade: bool, publishes: bool) -> InetTableSpec {
     let local: PerFamily<_> = network.families().map(|family| (family, underlay_address(family))).collect();
-    InetTableSpec { network: network.clone(), subnet: local_subnet(network), local, masquerade, publishes }.ruleset()
+    let subnet = local_subnet(network);
+    InetTableSpec { network: network.clone(), subnet, local, masquerade, publishes, numbered_sets: false }
+}
+
+/// The rules for a network alone.
+fn ruleset(network: &NetworkConfig, masquerade: bool, publishes: bool) -> Ruleset {
+    inet_table(&[&spec(network, masquerade, publishes)])
 }
 
 /// This host's address on the underlay.

@@ -6,7 +6,7 @@ use crate::kernel::PAUSE_EVENTS_ABOVE;
 use std::net::IpAddr;
 
 use crate::model::{Family, Mac, NetworkConfig, Subnet};
-use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table};
+use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table, inet_table};
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
 
@@ -142,7 +142,15 @@ fn elements_and_entries_apply_in_parallel() {
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
         let own = Subnet::new(own.into_iter().collect()).expect("a subnet");
         let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
-        let rules = InetTableSpec { network: network.clone(), subnet: own, local, masquerade: true, publishes: false }.ruleset();
+        let spec = InetTableSpec {
+            network: network.clone(),
+            subnet: own,
+            local,
+            masquerade: true,
+            publishes: false,
+            numbered_sets: false,
+        };
+        let rules = inet_table(&[&spec]);
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;
         let before = peer_entries(host.dump().await).len();
         let element = |n: u16| {
@@ -168,7 +176,7 @@ fn elements_and_entries_apply_in_parallel() {
 fn lost_replies_resend_messages_individually() {
     on_host("lost", KernelOptions::default(), async |host| {
         host.create_devices().await;
-        host.kernel.batch_socket().set_receive_buffer(2048);
+        host.kernel.set_batch_receive_buffer(2048).await;
         let mut batch = peers(Family::V4, 0..400, true);
         for n in 0..100 {
             let route = 1250 + n;

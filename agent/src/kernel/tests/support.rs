@@ -84,17 +84,33 @@ pub fn on_host_with_monitor(
     configure: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
-    on_host_in(TestNetns::new(what), options, configure, test);
+    let scratch = TestNetns::new(what);
+    on_host_in(scratch.netns.clone(), scratch, options, configure, test);
+}
+
+/// Like [`on_host`], but the test and the data path's tasks run in another namespace.
+pub fn on_host_from_outside(what: &str, test: impl AsyncFnOnce(&mut Host, &Netns) + Send) {
+    let inside = TestNetns::new(what);
+    let netns = inside.netns.clone();
+    on_host_in(
+        inside.netns.clone(),
+        TestNetns::new(what),
+        KernelOptions::default(),
+        |_| (),
+        async |host| {
+            test(host, &netns).await;
+        },
+    );
 }
 
 fn on_host_in(
-    scratch: TestNetns,
+    netns: Netns,
+    thread: TestNetns,
     options: KernelOptions,
     configure: impl FnOnce(&Monitor) + Send,
     test: impl AsyncFnOnce(&mut Host) + Send,
 ) {
-    let netns = scratch.netns.clone();
-    scratch.block_on(async move || {
+    thread.block_on(async move || {
         let setup = NetnsBuilder::open(&netns).expect("a socket");
         setup.add_veth("eth0", "far", &netns).expect("a pair");
         for address in ["10.99.0.1/24", "fd99::1/64"] {
@@ -106,7 +122,7 @@ fn on_host_in(
             setup.add_route(None, Some(gateway.parse().expect("address")), Some("eth0")).expect("a route");
         }
         let underlay = setup.link_index("eth0").expect("eth0");
-        let (kernel, events, monitor) = Kernel::open(&options).expect("the kernel");
+        let (kernel, events, monitor) = Kernel::open(&netns, &options).expect("the kernel");
         configure(&monitor);
         let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
         let mut host = Host { kernel, events, monitor, underlay };

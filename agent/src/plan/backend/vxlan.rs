@@ -76,7 +76,9 @@ impl Backend for VxlanConfig {
         let RemoteSubnet { subnet, public_ip, endpoint } = *remote;
         let Some(PeerEndpoint::Vxlan(mac)) = endpoint else { return };
         let (device, gateway) = (Device::vxlan(family, self.vni), subnet.base());
-        entries.extend(allowed_sources(host, family, remote).map(|element| (Key::Element(element), Value::Element(None))));
+        let vni = host.numbered_sets.then_some(self.vni);
+        let sources = allowed_sources(host, family, remote).map(|element| element.of_network(vni));
+        entries.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
         entries.push((Key::Fdb(device, mac), Value::Fdb(public_ip)));
         entries.push((Key::Neigh(device, gateway), Value::Neigh(mac)));
         entries.push((Key::Route(subnet), Value::Route(RouteTarget::Gateway(device, gateway))));

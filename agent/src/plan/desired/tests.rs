@@ -29,6 +29,7 @@ fn host(config: &str, key: &str) -> HostSpec {
         bridge_mac: Mac([0xc6, 0xb3, 0xec, 0x32, 0x65, 0x47]),
         network,
         masquerade: true,
+        numbered_sets: false,
         tx_checksum: true,
         docker: false,
         ports: Vec::new(),
@@ -370,4 +371,74 @@ fn bridge_has_docker_link_local_address() {
     };
     assert!(found(DUAL, DUAL_KEY));
     assert!(!found(V4, "10.244.7.0-24"));
+}
+
+/// A second network in the same namespace, with the same hosts.
+fn second_network() -> HostSpec {
+    let config = r#"{"Network":"10.99.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:99::/56","Backend":{"VNI":7}}"#;
+    HostSpec { numbered_sets: true, masquerade: false, ..host(config, "10.99.7.0-24&fd00:99:7::-64") }
+}
+
+#[test]
+fn two_networks_share_no_key() {
+    let networks = [host(DUAL, DUAL_KEY), second_network()];
+    let facts = NamespaceFacts { forward_drops: Family::ALL.to_vec(), ..NamespaceFacts::default() };
+    let shared = shared_entries(&networks.each_ref().map(HostSpec::shared).each_ref(), &facts);
+    let [first, second] = networks.map(|host| {
+        let [a, b, c] = match host.numbered_sets {
+            false => ["10.244.9.0/24", "fd00:10:244:9::/64", "10.244.10.0/25"],
+            true => ["10.99.9.0/24", "fd00:99:9::/64", "10.99.10.0/25"],
+        };
+        let mut state = host.entries();
+        for (v4, v6) in [(a, Some(b)), (c, None)] {
+            let mut peer = peer();
+            peer.remote_subnets.v4.as_mut().expect("IPv4").subnet = cidr(v4);
+            peer.remote_subnets.v6 =
+                peer.remote_subnets.v6.zip(v6).map(|(remote, v6)| RemoteSubnet { subnet: cidr(v6), ..remote });
+            state.extend(host.peer_entries(&peer));
+        }
+        state
+    });
+    let parts = [&shared, &first, &second];
+    for (i, part) in parts.iter().enumerate() {
+        for other in &parts[i + 1..] {
+            let common: Vec<&Key> = part.keys().filter(|key| other.contains_key(*key)).collect();
+            assert!(common.is_empty(), "{common:?}");
+        }
+    }
+    let accepted = |family, ranges: [&str; 2]| {
+        assert_eq!(shared.get(&Key::ForwardAccept(family)), Some(&Value::ForwardAccept(ranges.map(cidr).into())));
+    };
+    accepted(Family::V4, ["10.99.0.0/16", "10.244.0.0/16"]);
+    accepted(Family::V6, ["fd00:10:244::/56", "fd00:99::/56"]);
+}
+
+#[test]
+fn tunnel_filter_of_two_networks_is_by_vni() {
+    let specs = [host(DUAL, DUAL_KEY).shared(), second_network().shared()];
+    let shared = shared_entries(&specs.each_ref(), &NamespaceFacts::default());
+    let Some(Value::Ruleset(rules)) = shared.get(&Key::Ruleset(Table::Inet)) else { panic!("rules") };
+    let text = rules.to_string();
+    let lines_of = |name: &str| {
+        let chain = text.split(&format!("\tchain {name} {{\n")).nth(1).and_then(|rest| rest.split("\t}\n").next());
+        chain.unwrap_or_default().lines().map(str::trim).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        lines_of("vxlan"),
+        [
+            "iifname \"ovb.1\" counter name \"encapsulation\" drop",
+            "iifname \"ovb.7\" counter name \"encapsulation\" drop",
+            "@th,96,24 0x1 jump vxlan.1",
+            "@th,96,24 0x7 jump vxlan.7",
+        ]
+    );
+    for (vni, sets) in [("1", ["@peers4 ", "@peers6 "]), ("7", ["@peers4.7 ", "@peers6.7 "])] {
+        let rules = lines_of(&format!("vxlan.{vni}"));
+        assert!(sets.iter().all(|set| rules.iter().any(|rule| rule.contains(set))), "{rules:?}");
+        assert_eq!(rules.last().map(String::as_str), Some("counter name \"tunnel\" drop"));
+    }
+    assert!(!lines_of("vxlan.1").iter().any(|rule| rule.contains(".7")), "{text}");
+    // One port for both: each rule for it is there once.
+    assert_eq!(lines_of("outgoing").len(), 2, "{text}");
+    assert!(lines_of("incoming").contains(&"iifname != \"ovb.*\" accept".to_owned()), "{text}");
 }

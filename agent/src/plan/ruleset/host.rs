@@ -1,11 +1,13 @@
 //! The table `inet overlayd`: forwarding, masquerade, published ports, and the tunnel source filter.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
+use crate::model::device::BRIDGE_PREFIX;
 use crate::model::network::Pool;
 use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
-use crate::plan::backend::{self, Backend, Tunnel};
+use crate::plan::backend::{self, Backend};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
@@ -14,13 +16,15 @@ const NF_IP_PRI_NAT_SRC: i32 = 100;
 
 /// The chain that defines the overlay's address ranges.
 pub const OVERLAY_CHAIN: &str = "overlay";
+/// The chain of the tunnel source filter.
+const TUNNEL_CHAIN: &str = "vxlan";
 
 /// Offsets from the UDP header of a VXLAN packet: UDP has 8 bytes, VXLAN 8, and an Ethernet header 14 (RFC 7348 section 5).
 const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
-/// The input of the rules.
+/// A network's input of the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InetTableSpec {
     /// The network.
@@ -33,164 +37,59 @@ pub struct InetTableSpec {
     pub masquerade: bool,
     /// Whether ports are published. Without them, their chains are left out, so that no connection pays for them.
     pub publishes: bool,
+    /// Whether the names of its tunnel sets end with its VNI; those of the default network do not.
+    pub numbered_sets: bool,
 }
 
 impl InetTableSpec {
-    /// Builds the table `inet overlayd`. Without a tunnel it lacks `tunnel`, `vxlan`, `encapsulated` and `outgoing`:
-    ///
-    /// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner
-    ///   source in that peer's subnet. The hook is input, after fragment reassembly, so that a later fragment cannot hide a
-    ///   checked field. Other VNIs on the port pass unchecked.
-    /// - `incoming`: drops encapsulation forged by a container, for this host or another one. Containers neither send from
-    ///   127.0.0.0/8 nor reach it, regardless of `route_localnet`.
-    /// - `encapsulated` (jumped to from `incoming`) and `outgoing`: exempt the tunnel's own packets from conntrack. Otherwise
-    ///   conntrack would track them as a connection, in addition to the inner one. VXLAN packets that this host only forwards
-    ///   stay tracked, because foreign rules may translate them.
-    /// - `overlay`: no packet traverses it. It documents the overlay's address ranges for operators and `overlayctl trace`. The
-    ///   ranges cover the leased subnets, not the whole network, which may also contain hosts. Accepting forwarded packets needs
-    ///   no rule: a packet that passes this table is accepted, and no rule here can override a drop in another table.
-    /// - `prerouting`, `output`: published ports.
-    /// - `postrouting`: with `masquerade`, traffic that leaves the overlay gets the host's address, except multicast and traffic
-    ///   that stays on the bridge. With `masquerade`, traffic that enters the tunnel from outside the overlay gets this host's
-    ///   address in the overlay, because peers accept only its subnet from a host. Connections to a published port from the
-    ///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
-    ///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
-    ///   longer leases.
-    pub fn ruleset(&self) -> Ruleset {
-        let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
-        let families: Vec<Family> = self.network.families().collect();
-        let mut chains = vec![self.incoming_chain(&families), self.overlay_chain()];
-        if let Some(tunnel) = self.backend().tunnel() {
-            let untrack = vec![rule([port_match(tunnel), vec![Expr::Untrack]].concat())];
-            chains.push(self.encapsulated_chain(&families));
-            chains.push(base_chain("outgoing", Hook::Output, ChainKind::Filter, NF_IP_PRI_RAW, untrack));
-            chains.extend(tunnel.vni.map(|_| tunnel_chain(tunnel)));
-            chains.extend(tunnel.vni.map(|vni| self.vxlan_chain(vni, &families)));
-        }
-        if !families.contains(&Family::V4) {
-            counters.retain(|counter| *counter != Counter::Loopback);
-        }
-        if self.publishes {
-            chains.push(base_chain(
-                "prerouting",
-                Hook::Prerouting,
-                ChainKind::Nat,
-                NF_IP_PRI_NAT_DST,
-                self.publish_rules(&families, true),
-            ));
-            chains.push(base_chain(
-                "output",
-                Hook::Output,
-                ChainKind::Nat,
-                NF_IP_PRI_NAT_DST,
-                self.publish_rules(&families, false),
-            ));
-        }
-        let postrouting = self.postrouting_rules(&families);
-        if !postrouting.is_empty() {
-            chains.push(base_chain("postrouting", Hook::Postrouting, ChainKind::Nat, NF_IP_PRI_NAT_SRC, postrouting));
-        }
-        let mut sets = Vec::new();
-        for family in families {
-            sets.extend([SetName::Peers(family), SetName::Ranges(family)]);
-            if !self.masquerade {
-                sets.push(SetName::Hosts(family));
-            }
-            if self.publishes {
-                sets.extend([SetName::Bound(family), SetName::Ports(family)]);
-            }
-        }
-        sets.sort();
-        chains.sort_by(|a, b| a.name.cmp(&b.name));
-        Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
+    fn backend(&self) -> &dyn Backend {
+        backend::of(&self.network)
     }
 
     fn bridge_name(&self) -> String {
         self.backend().bridge().name()
     }
 
-    fn backend(&self) -> &dyn Backend {
-        backend::of(&self.network)
+    /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none.
+    fn vni(&self) -> Option<Vni> {
+        self.backend().tunnel()?.vni
     }
 
-    fn vxlan_chain(&self, vni: Vni, families: &[Family]) -> Chain {
-        let [_, vni @ ..] = vni.get().to_be_bytes();
-        let mut rules = vec![
-            rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop]),
-            rule([is_not(VNI_FIELD, &vni), Expr::Return]),
-        ];
-        for family in families {
-            let Some(pool) = self.network.pools.get(*family) else { continue };
-            let bits = family.bits();
+    /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
+    fn tunnel_sets(&self, family: Family, subnet_length: u8) -> impl Iterator<Item = (SetName, u8)> {
+        let (vni, bits) = (self.vni().filter(|_| self.numbered_sets), family.bits());
+        let hosts = (!self.masquerade).then_some((SetName::Hosts(family), bits));
+        let sets = [Some((SetName::Peers(family), subnet_length)), hosts, Some((SetName::Ranges(family), bits))];
+        sets.into_iter().flatten().map(move |(set, length)| (set.of_network(vni), length))
+    }
+
+    /// Accepts packets with the network's VNI from its peers, and drops all others.
+    fn tunnel_rules(&self) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        for (family, pool) in self.network.pools.iter() {
             // RFC 791 section 3.1, RFC 8200 section 3: offset of the source in the inner IP header.
             let (ethertype, offset) = match family {
                 Family::V4 => ([0x08, 0x00], INNER_IP_OFFSET + 12),
                 Family::V6 => ([0x86, 0xdd], INNER_IP_OFFSET + 8),
             };
-            let mut allow = |set, prefix| {
-                let fields = vec![Field::Source(*family), Field::Transport { offset, length: bits / 8, prefix }];
-                rules.push(rule([is(INNER_ETHERTYPE, &ethertype), Expr::In { fields, set }, Expr::Accept]));
-            };
-            allow(SetName::Peers(*family), pool.subnet_length);
-            if !self.masquerade {
-                allow(SetName::Hosts(*family), bits);
-            }
-            allow(SetName::Ranges(*family), bits);
+            rules.extend(self.tunnel_sets(family, pool.subnet_length).map(|(set, prefix)| {
+                let fields = vec![Field::Source(family), Field::Transport { offset, length: family.bits() / 8, prefix }];
+                rule([is(INNER_ETHERTYPE, &ethertype), Expr::In { fields, set }, Expr::Accept])
+            }));
         }
         rules.push(rule([Expr::Count(Counter::Tunnel), Expr::Drop]));
-        Chain { name: "vxlan".to_owned(), base: None, rules }
-    }
-
-    /// Packets from interfaces other than the bridge leave this chain after one comparison.
-    fn incoming_chain(&self, families: &[Family]) -> Chain {
-        let jump = |tunnel| rule([port_match(tunnel), vec![Expr::Jump("encapsulated".to_owned())]].concat());
-        let mut rules: Vec<Rule> = self.backend().tunnel().map(jump).into_iter().collect();
-        if families.contains(&Family::V4) {
-            let cidr = loopback(Family::V4);
-            rules.push(rule([interface_is_not(Field::InputInterface, &self.bridge_name()), Expr::Accept]));
-            let matches = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
-            rules.extend(matches.map(|expr| rule([expr, Expr::Count(Counter::Loopback), Expr::Drop])));
-        }
-        base_chain("incoming", Hook::Prerouting, ChainKind::Filter, NF_IP_PRI_RAW, rules)
-    }
-
-    fn encapsulated_chain(&self, families: &[Family]) -> Chain {
-        let mut rules = vec![rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])];
-        let local_addresses = families.iter().filter_map(|family| self.local.get(*family));
-        let destinations = local_addresses.map(|address| Expr::Destination { cidr: Cidr::host(*address), negate: false });
-        rules.extend(destinations.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
-        Chain { name: "encapsulated".to_owned(), base: None, rules }
-    }
-
-    fn overlay_chain(&self) -> Chain {
-        let fields = |family| [Field::Source(family), Field::Destination(family)];
-        let exprs =
-            self.network.pools.iter().flat_map(|(family, pool)| fields(family).map(|field| in_leased_range(field, pool, false)));
-        Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: exprs.map(|expr| rule([expr, Expr::Accept])).collect() }
-    }
-
-    /// Ports bound to one address come before ports of any address. A loopback address cannot be reached from outside: ports
-    /// bound to it are reachable from this host only.
-    fn publish_rules(&self, families: &[Family], from_outside: bool) -> Vec<Rule> {
-        let mut rules = Vec::new();
-        if from_outside && families.contains(&Family::V4) {
-            rules.push(rule([Expr::Destination { cidr: loopback(Family::V4), negate: false }, Expr::Accept]));
-        }
-        let port = [Field::Layer4, Field::DestinationPort];
-        for family in families {
-            let fields = [Field::Destination(*family)].into_iter().chain(port).collect();
-            rules.push(rule([Expr::Translate { fields, map: SetName::Bound(*family) }]));
-        }
-        for family in families {
-            rules.push(rule([Expr::ToThisHost, Expr::Translate { fields: port.to_vec(), map: SetName::Ports(*family) }]));
-        }
         rules
     }
 
-    fn postrouting_rules(&self, families: &[Family]) -> Vec<Rule> {
+    /// Drops packets that the network's containers send to a VXLAN port.
+    fn encapsulation_rule(&self) -> Rule {
+        rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])
+    }
+
+    fn postrouting_rules(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
         if self.publishes {
-            let sources = families.iter().flat_map(|family| [self.subnet.get(*family), Some(loopback(*family))]).flatten();
+            let sources = self.network.families().flat_map(|family| [self.subnet.get(family), Some(loopback(family))]).flatten();
             for cidr in sources {
                 let source = Expr::Source { cidr, negate: false };
                 rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, source, Expr::Masquerade]));
@@ -220,14 +119,147 @@ impl InetTableSpec {
     }
 }
 
-/// UDP to the tunnel's port.
-fn port_match(tunnel: Tunnel) -> Vec<Expr> {
-    vec![is(Field::Layer4, &UDP), is(Field::DestinationPort, &tunnel.port.to_be_bytes())]
+/// Builds the table `inet overlayd` of a network namespace from its networks, at least one. Without a tunnel it lacks `tunnel`,
+/// `vxlan`, `encapsulated` and `outgoing`:
+///
+/// - `tunnel` and `vxlan`: the tunnel source filter. VXLAN with our VNI is only accepted from a peer, and only with an inner
+///   source in that peer's subnet. With several networks, a chain for each VNI. The hook is input, after fragment reassembly, so
+///   that a later fragment cannot hide a checked field. Other VNIs on the port pass unchecked.
+/// - `incoming`: drops encapsulation forged by a container, for this host or another one. Containers neither send from
+///   127.0.0.0/8 nor reach it, regardless of `route_localnet`.
+/// - `encapsulated` (jumped to from `incoming`) and `outgoing`: exempt the tunnel's own packets from conntrack. Otherwise
+///   conntrack would track them as a connection, in addition to the inner one. VXLAN packets that this host only forwards
+///   stay tracked, because foreign rules may translate them.
+/// - `overlay`: no packet traverses it. It documents the overlay's address ranges for operators and `overlayctl trace`. The
+///   ranges cover the leased subnets, not the whole network, which may also contain hosts. Accepting forwarded packets needs
+///   no rule: a packet that passes this table is accepted, and no rule here can override a drop in another table.
+/// - `prerouting`, `output`: published ports.
+/// - `postrouting`: with `masquerade`, traffic that leaves the overlay gets the host's address, except multicast and traffic
+///   that stays on the bridge. With `masquerade`, traffic that enters the tunnel from outside the overlay gets this host's
+///   address in the overlay, because peers accept only its subnet from a host. Connections to a published port from the
+///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
+///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
+///   longer leases.
+pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
+    let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
+    let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
+    let publishes = specs.iter().any(|spec| spec.publishes);
+    let ports: BTreeSet<u16> = specs.iter().filter_map(|spec| spec.backend().tunnel()).map(|tunnel| tunnel.port).collect();
+    let to_tunnel_port = |statement: Expr| {
+        let to = |port: &u16| [is(Field::Layer4, &UDP), is(Field::DestinationPort, &port.to_be_bytes())];
+        ports.iter().map(|port| rule(to(port).into_iter().chain([statement.clone()]))).collect::<Vec<_>>()
+    };
+    let filter = |name, hook, rules| base_chain(name, hook, ChainKind::Filter, NF_IP_PRI_RAW, rules);
+    let mut incoming = to_tunnel_port(Expr::Jump("encapsulated".to_owned()));
+    incoming.extend(loopback_rules(specs, &families));
+    let mut chains = vec![filter("incoming", Hook::Prerouting, incoming), overlay_chain(specs)];
+    if !ports.is_empty() {
+        chains.push(filter("outgoing", Hook::Output, to_tunnel_port(Expr::Untrack)));
+        chains.push(encapsulated_chain(specs));
+    }
+    let with_vni: Vec<(&InetTableSpec, Vni)> = specs.iter().filter_map(|spec| Some((*spec, spec.vni()?))).collect();
+    if !with_vni.is_empty() {
+        chains.push(filter("tunnel", Hook::Input, to_tunnel_port(Expr::Jump(TUNNEL_CHAIN.to_owned()))));
+        chains.extend(tunnel_chains(&with_vni));
+    }
+    if publishes {
+        let nat = |name, hook, rules| base_chain(name, hook, ChainKind::Nat, NF_IP_PRI_NAT_DST, rules);
+        chains.push(nat("prerouting", Hook::Prerouting, publish_rules(&families, true)));
+        chains.push(nat("output", Hook::Output, publish_rules(&families, false)));
+    }
+    let postrouting: Vec<Rule> = specs.iter().flat_map(|spec| spec.postrouting_rules()).collect();
+    if !postrouting.is_empty() {
+        chains.push(base_chain("postrouting", Hook::Postrouting, ChainKind::Nat, NF_IP_PRI_NAT_SRC, postrouting));
+    }
+    chains.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut sets: Vec<SetName> = Vec::new();
+    for (spec, _) in &with_vni {
+        sets.extend(spec.network.families().flat_map(|family| spec.tunnel_sets(family, 0)).map(|(set, _)| set));
+    }
+    if publishes {
+        sets.extend(families.iter().flat_map(|family| [SetName::Bound(*family), SetName::Ports(*family)]));
+    }
+    sets.sort();
+    let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
+    if !families.contains(&Family::V4) {
+        counters.retain(|counter| *counter != Counter::Loopback);
+    }
+    Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
 }
 
-fn tunnel_chain(tunnel: Tunnel) -> Chain {
-    let jump = rule([port_match(tunnel), vec![Expr::Jump("vxlan".to_owned())]].concat());
-    base_chain("tunnel", Hook::Input, ChainKind::Filter, NF_IP_PRI_RAW, vec![jump])
+/// The tunnel source filter: one chain for a single network, or one that jumps to a chain for each VNI.
+fn tunnel_chains(specs: &[(&InetTableSpec, Vni)]) -> Vec<Chain> {
+    let mut rules: Vec<Rule> = specs.iter().map(|(spec, _)| spec.encapsulation_rule()).collect();
+    let mut chains = Vec::new();
+    for (spec, vni) in specs {
+        let [_, field @ ..] = vni.get().to_be_bytes();
+        if specs.len() == 1 {
+            rules.push(rule([is_not(VNI_FIELD, &field), Expr::Return]));
+            rules.extend(spec.tunnel_rules());
+        } else {
+            let name = format!("{TUNNEL_CHAIN}.{vni}");
+            rules.push(rule([is(VNI_FIELD, &field), Expr::Jump(name.clone())]));
+            chains.push(Chain { name, base: None, rules: spec.tunnel_rules() });
+        }
+    }
+    chains.push(Chain { name: TUNNEL_CHAIN.to_owned(), base: None, rules });
+    chains
+}
+
+/// Drops containers' packets from and to loopback addresses. Packets from other interfaces leave the chain after one comparison.
+fn loopback_rules(specs: &[&InetTableSpec], families: &[Family]) -> Vec<Rule> {
+    if !families.contains(&Family::V4) {
+        return Vec::new();
+    }
+    let not_from_container = match specs {
+        [only] => interface_is_not(Field::InputInterface, &only.bridge_name()),
+        _ => is_not(Field::InputInterface, BRIDGE_PREFIX.as_bytes()),
+    };
+    let cidr = loopback(Family::V4);
+    let matches = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
+    let drops = matches.map(|expr| rule([expr, Expr::Count(Counter::Loopback), Expr::Drop]));
+    [rule([not_from_container, Expr::Accept])].into_iter().chain(drops).collect()
+}
+
+fn encapsulated_chain(specs: &[&InetTableSpec]) -> Chain {
+    let mut rules: Vec<Rule> = specs.iter().map(|spec| spec.encapsulation_rule()).collect();
+    let mut local: Vec<IpAddr> = Vec::new();
+    for spec in specs {
+        let addresses = spec.network.families().filter_map(|family| spec.local.get(family).copied());
+        for address in addresses {
+            if !local.contains(&address) {
+                local.push(address);
+            }
+        }
+    }
+    let destinations = local.into_iter().map(|address| Expr::Destination { cidr: Cidr::host(address), negate: false });
+    rules.extend(destinations.map(|to_us| rule([to_us, Expr::Untrack, Expr::Accept])));
+    Chain { name: "encapsulated".to_owned(), base: None, rules }
+}
+
+fn overlay_chain(specs: &[&InetTableSpec]) -> Chain {
+    let fields = |family| [Field::Source(family), Field::Destination(family)];
+    let pools = specs.iter().flat_map(|spec| spec.network.pools.iter());
+    let exprs = pools.flat_map(|(family, pool)| fields(family).map(|field| in_leased_range(field, pool, false)));
+    Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: exprs.map(|expr| rule([expr, Expr::Accept])).collect() }
+}
+
+/// Ports bound to one address come before ports of any address. A loopback address cannot be reached from outside: ports bound to
+/// it are reachable from this host only.
+fn publish_rules(families: &[Family], from_outside: bool) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    if from_outside && families.contains(&Family::V4) {
+        rules.push(rule([Expr::Destination { cidr: loopback(Family::V4), negate: false }, Expr::Accept]));
+    }
+    let port = [Field::Layer4, Field::DestinationPort];
+    for family in families {
+        let fields = [Field::Destination(*family)].into_iter().chain(port).collect();
+        rules.push(rule([Expr::Translate { fields, map: SetName::Bound(*family) }]));
+    }
+    for family in families {
+        rules.push(rule([Expr::ToThisHost, Expr::Translate { fields: port.to_vec(), map: SetName::Ports(*family) }]));
+    }
+    rules
 }
 
 fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {

@@ -1,14 +1,15 @@
 //! The sets and maps of our tables, and the meaning of their elements.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
 use super::Table;
-use crate::model::{Family, Mac, Transport};
+use crate::model::{Family, Mac, Transport, Vni};
 
-/// The sets and maps.
+/// The sets and maps. Those of the tunnel source filter belong to one network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SetName {
@@ -26,6 +27,20 @@ pub enum SetName {
     Source(Family),
     /// The interfaces of endpoints without source checks.
     Unchecked,
+    /// A set of the network with this VNI, which ends its name. The sets without a VNI are the default network's.
+    Network(Vni, TunnelSet),
+}
+
+/// The sets of the tunnel source filter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TunnelSet {
+    /// As [`SetName::Hosts`].
+    Hosts(Family),
+    /// As [`SetName::Peers`].
+    Peers(Family),
+    /// As [`SetName::Ranges`].
+    Ranges(Family),
 }
 
 /// Types of a set's fields, with their `nft` names.
@@ -59,7 +74,7 @@ pub enum SetValue {
 }
 
 impl SetName {
-    /// All sets and maps.
+    /// All sets and maps without a VNI.
     pub const ALL: [SetName; 13] = [
         SetName::Bound(Family::V4),
         SetName::Bound(Family::V6),
@@ -85,8 +100,41 @@ impl SetName {
     }
 
     /// Its name in the table.
-    pub const fn name(self) -> &'static str {
+    pub fn name(self) -> Cow<'static, str> {
+        match self.vni() {
+            Some(vni) => format!("{}.{vni}", self.base_name()).into(),
+            None => self.base_name().into(),
+        }
+    }
+
+    /// The VNI in its name.
+    const fn vni(self) -> Option<Vni> {
+        if let SetName::Network(vni, _) = self { Some(vni) } else { None }
+    }
+
+    /// The default network's set of the same kind.
+    const fn without_vni(self) -> SetName {
         match self {
+            SetName::Network(_, TunnelSet::Hosts(family)) => SetName::Hosts(family),
+            SetName::Network(_, TunnelSet::Peers(family)) => SetName::Peers(family),
+            SetName::Network(_, TunnelSet::Ranges(family)) => SetName::Ranges(family),
+            other => other,
+        }
+    }
+
+    /// The set of the same kind that belongs to a network. A set that networks share is returned as it is.
+    pub fn of_network(self, vni: Option<Vni>) -> SetName {
+        let set = match self {
+            SetName::Hosts(family) => TunnelSet::Hosts(family),
+            SetName::Peers(family) => TunnelSet::Peers(family),
+            SetName::Ranges(family) => TunnelSet::Ranges(family),
+            other => return other,
+        };
+        vni.map_or(self, |vni| SetName::Network(vni, set))
+    }
+
+    const fn base_name(self) -> &'static str {
+        match self.without_vni() {
             SetName::Bound(Family::V4) => "bound4",
             SetName::Bound(Family::V6) => "bound6",
             SetName::Hosts(Family::V4) => "hosts4",
@@ -99,25 +147,32 @@ impl SetName {
             SetName::Ranges(Family::V6) => "ranges6",
             SetName::Source(Family::V4) => "source4",
             SetName::Source(Family::V6) => "source6",
-            SetName::Unchecked => "unchecked",
+            // `without_vni` returns no other set.
+            SetName::Unchecked | SetName::Network(..) => "unchecked",
         }
     }
 
     /// The set of that name in a table.
     pub fn from_name(table: Table, name: &[u8]) -> Option<SetName> {
-        SetName::ALL.into_iter().find(|set| set.table() == table && set.name().as_bytes() == name)
+        let name = std::str::from_utf8(name).ok()?;
+        let (base, vni) = match name.split_once('.') {
+            Some((base, vni)) => (base, Some(Vni::try_from(vni.parse::<u32>().ok()?).ok()?)),
+            None => (name, None),
+        };
+        let set = SetName::ALL.into_iter().find(|set| set.table() == table && set.base_name() == base)?.of_network(vni);
+        (set.name() == name).then_some(set)
     }
 
     /// The types of its key's fields.
     pub fn key(self) -> Vec<SetFieldType> {
-        match self {
+        match self.without_vni() {
             SetName::Bound(family) => vec![SetFieldType::Address(family), SetFieldType::Protocol, SetFieldType::Port],
             SetName::Hosts(family) | SetName::Peers(family) | SetName::Ranges(family) => {
                 vec![SetFieldType::Address(family), SetFieldType::Address(family)]
             }
             SetName::Ports(_) => vec![SetFieldType::Protocol, SetFieldType::Port],
             SetName::Source(family) => vec![SetFieldType::Interface, SetFieldType::Mac, SetFieldType::Address(family)],
-            SetName::Unchecked => vec![SetFieldType::Interface],
+            SetName::Unchecked | SetName::Network(..) => vec![SetFieldType::Interface],
         }
     }
 
@@ -131,7 +186,7 @@ impl SetName {
 
     /// Whether its elements are ranges.
     pub const fn has_ranges(self) -> bool {
-        matches!(self, SetName::Ranges(_))
+        matches!(self.without_vni(), SetName::Ranges(_))
     }
 }
 
@@ -166,6 +221,8 @@ pub enum Element {
     Source(Box<(String, Mac, IpAddr)>),
     /// An interface may send with any MAC and address.
     Unchecked(Box<str>),
+    /// An element of the tunnel source filter that belongs to the network with this VNI instead of the default network.
+    Network(Box<(Vni, Element)>),
 }
 
 /// An underlay address and the base address of a subnet, of one family. Each peer has one, stored three times; so IPv4 pairs need
@@ -238,6 +295,15 @@ impl Element {
             Element::Bound(address, ..) => SetName::Bound(Family::of(*address)),
             Element::Source(source) => SetName::Source(Family::of(source.2)),
             Element::Unchecked(_) => SetName::Unchecked,
+            Element::Network(network) => network.1.set().of_network(Some(network.0)),
+        }
+    }
+
+    /// The same element in the set of a network.
+    pub fn of_network(self, vni: Option<Vni>) -> Element {
+        match vni {
+            Some(vni) => Element::Network(Box::new((vni, self))),
+            None => self,
         }
     }
 
@@ -264,6 +330,7 @@ impl Element {
                 vec![SetValue::Interface(source.0.clone()), SetValue::Mac(source.1), SetValue::Address(source.2)]
             }
             Element::Unchecked(interface) => vec![SetValue::Interface(interface.to_string())],
+            Element::Network(network) => network.1.key(),
         }
     }
 
@@ -271,6 +338,7 @@ impl Element {
     pub fn key_end(&self) -> Option<Vec<SetValue>> {
         match self {
             Element::Range(range) => Some(vec![SetValue::Address(range.0), SetValue::Address(range.2)]),
+            Element::Network(network) => network.1.key_end(),
             _ => None,
         }
     }
@@ -279,7 +347,7 @@ impl Element {
     pub fn from_key(set: SetName, key: Vec<SetValue>, end: Option<Vec<SetValue>>) -> Option<Element> {
         use SetValue::{Address, Interface, Mac, Port, Protocol};
         let transport = |number: u8| [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|t| t.number() == number);
-        let element = match (set, key.as_slice(), end.as_deref()) {
+        let element = match (set.without_vni(), key.as_slice(), end.as_deref()) {
             (SetName::Peers(_), [Address(outer), Address(base)], None) => Element::Peer(PeerPair::new(*outer, *base)?),
             (SetName::Ranges(_), [Address(outer), Address(first)], Some([Address(same), Address(last)])) if same == outer => {
                 Element::Range(Box::new((*outer, *first, *last)))
@@ -295,14 +363,15 @@ impl Element {
             (SetName::Unchecked, [Interface(name)], None) => Element::Unchecked(name.clone().into()),
             _ => return None,
         };
-        Some(element)
+        Some(element.of_network(set.vni()))
     }
 }
 
 impl fmt::Display for Element {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "element of {}: ", self.set().name())?;
-        match self {
+        let element = if let Element::Network(network) = self { &network.1 } else { self };
+        match element {
             Element::Peer(peer) => write!(f, "{} . {}", peer.outer(), peer.base()),
             Element::Range(range) => write!(f, "{} . {}-{}", range.0, range.1, range.2),
             Element::Host(address) => write!(f, "{address} . {address}"),
@@ -310,6 +379,7 @@ impl fmt::Display for Element {
             Element::Bound(address, protocol, port) => write!(f, "{address} . {protocol} . {port}"),
             Element::Source(source) => write!(f, "{} . {} . {}", source.0, source.1, source.2),
             Element::Unchecked(interface) => f.write_str(interface),
+            Element::Network(nested) => nested.1.fmt(f),
         }
     }
 }

@@ -1,12 +1,20 @@
-//! A fake kernel: a map of entries.
+//! A fake kernel, which is a map of entries; a state store that forgets everything; and a clock.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use crate::model::Family;
+use tokio::time::Instant;
+
+use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
+use crate::network::NetworkStateStore;
 use crate::plan::state::LinkState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+use crate::reconcile::SysctlStore;
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
 #[derive(Debug)]
@@ -17,6 +25,8 @@ pub struct FakeState {
     pub dump_count: usize,
     /// Whether `apply` never returns.
     pub stuck: bool,
+    /// Whether the next `apply` panics.
+    pub panics: bool,
     /// The addresses of the external interface.
     pub addresses: Vec<HostAddress>,
 }
@@ -29,6 +39,7 @@ impl Default for FakeState {
             applied_ops: Vec::new(),
             dump_count: 0,
             stuck: false,
+            panics: false,
             addresses: vec![address("192.0.2.100", 24)],
         }
     }
@@ -37,6 +48,21 @@ impl Default for FakeState {
 /// An address of the external interface.
 pub fn address(text: &str, length: u8) -> HostAddress {
     HostAddress { address: text.parse().unwrap(), length, secondary: false, flaw: None }
+}
+
+thread_local! {
+    /// How far the tested tasks' clock is ahead. They run on the test's thread.
+    static AHEAD: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// The clock of the tested tasks.
+pub fn clock() -> Instant {
+    Instant::now() + AHEAD.get()
+}
+
+/// Lets time pass for the tested tasks. They notice it when they get a message.
+pub fn advance_clock(by: Duration) {
+    AHEAD.set(AHEAD.get() + by);
 }
 
 #[derive(Debug, Clone, Default)]
@@ -62,6 +88,7 @@ impl DataPath for FakeKernel {
             std::future::pending::<()>().await;
         }
         let mut kernel = self.lock();
+        assert!(!std::mem::take(&mut kernel.panics), "a defect of the data path");
         let mut report = ApplyReport::default();
         for (index, op) in batch.iter().enumerate() {
             if kernel.failing_keys.contains(op.key()) {
@@ -88,6 +115,8 @@ impl DataPath for FakeKernel {
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
+        let addresses = self.lock().addresses.clone();
+        let disabled = !addresses.iter().any(|host| host.address.is_ipv6());
         Ok(HostInventory {
             links: vec![ForeignLink {
                 index: 2,
@@ -97,8 +126,8 @@ impl DataPath for FakeKernel {
                 loopback: false,
                 kind: String::new(),
                 is_port: false,
-                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled: false }),
-                addresses: self.lock().addresses.clone(),
+                ipv6: Some(Ipv6Settings { forwarding: false, accept_ra: 1, disabled }),
+                addresses,
             }],
             default_routes: vec![DefaultRoute {
                 family: Family::V4,
@@ -113,5 +142,32 @@ impl DataPath for FakeKernel {
 
     async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
         Ok(None)
+    }
+}
+
+/// A state store without a file.
+#[derive(Debug, Clone, Default)]
+pub struct FakeStateStore {
+    /// Whether the next call of the network panics.
+    pub panics: Arc<AtomicBool>,
+}
+
+impl NetworkStateStore for FakeStateStore {
+    fn device_mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
+        assert!(!self.panics.swap(false, Ordering::Relaxed), "a defect of the network");
+        Mac([2, 0, 0, 0, 0, if device.role == Role::Bridge { 0xb0 } else { 0x64 }])
+    }
+    fn preferred_subnet(&self) -> Option<Subnet> {
+        None
+    }
+    fn published_addresses(&self) -> PerFamily<IpAddr> {
+        PerFamily::default()
+    }
+}
+
+impl SysctlStore for FakeStateStore {
+    fn save_sysctl(&mut self, _: &str, _: &str) {}
+    fn saved_sysctl(&self, _: &str) -> Option<String> {
+        None
     }
 }

@@ -35,11 +35,11 @@ fn netns_without_iptables_has_no_forward_chain() {
         assert_eq!(nft.dump().expect("dump"), NftState::default());
         for (family, _, network) in families() {
             nft.delete_forward_accept(family).expect("nothing to delete");
-            let error = nft.set_forward_accept(family, network).expect_err("no chain");
+            let error = nft.set_forward_accept(family, &[network]).expect_err("no chain");
             assert_eq!(error.errno, libc::ENOENT);
             assert!(error.message.contains("filter FORWARD: no such chain"), "{}", error.message);
         }
-        let error = nft.set_forward_accept(Family::V6, families()[0].2).expect_err("other family");
+        let error = nft.set_forward_accept(Family::V6, &[families()[0].2]).expect_err("other family");
         assert_eq!(
             error.message,
             "10.244.0.0/16 is not an IPv6 network: its accept rules belong in the other family's FORWARD chain"
@@ -79,8 +79,8 @@ fn iptables_lists_and_restores_accept_rules() {
         let mut nft = Nft::open().expect("open");
         for (family, program, network) in families() {
             let before = saved_rules(program);
-            nft.set_forward_accept(family, network).expect("set");
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));
+            nft.set_forward_accept(family, &[network]).expect("set");
+            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([network])));
             let listed = iptables(&format!("{program} -S FORWARD"));
             let ours = format!(
                 "-P FORWARD DROP\n\
@@ -99,12 +99,15 @@ fn iptables_lists_and_restores_accept_rules() {
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);
 
             // iptables-restore writes the comment as an xtables match. We do not write that form, but recognise it as ours.
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Cidr::host(family.unspecified())));
-            nft.set_forward_accept(family, network).expect("set");
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));
+            assert_eq!(
+                nft.dump().expect("dump").forward_accept.get(family),
+                Some(&Box::from([Cidr::host(family.unspecified())]))
+            );
+            nft.set_forward_accept(family, &[network]).expect("set");
+            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([network])));
             assert_eq!(iptables(&format!("{program} -S FORWARD")), listed);
 
-            nft.set_forward_accept(family, network).expect("set");
+            nft.set_forward_accept(family, &[network]).expect("set");
             nft.delete_forward_accept(family).expect("delete");
             nft.delete_forward_accept(family).expect("delete what is gone");
             assert_eq!(saved_rules(program), before);
@@ -127,28 +130,28 @@ fn setting_is_idempotent_and_repairs_damage() {
                 let ours = listed.lines().filter(|line| line.contains("comment \"overlayd\""));
                 ours.filter_map(|line| line.split("# handle ").nth(1)).map(str::to_owned).collect::<Vec<_>>()
             };
-            nft.set_forward_accept(family, network).expect("set");
+            nft.set_forward_accept(family, &[network]).expect("set");
             let first = handles();
             assert_eq!(first.len(), 2);
-            nft.set_forward_accept(family, network).expect("set again");
+            nft.set_forward_accept(family, &[network]).expect("set again");
             assert_eq!(handles(), first, "nothing was written");
 
             super::nft(&format!("delete rule {table} filter FORWARD handle {}", first[0]));
-            let damaged = nft.dump().expect("dump").forward_accept.get(family).copied();
-            assert_eq!(damaged, Some(Cidr::host(family.unspecified())));
-            nft.set_forward_accept(family, network).expect("repair");
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));
+            let damaged = nft.dump().expect("dump").forward_accept.get(family).cloned();
+            assert_eq!(damaged, Some(Box::from([Cidr::host(family.unspecified())])));
+            nft.set_forward_accept(family, &[network]).expect("repair");
+            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([network])));
             assert_eq!(handles().len(), 2);
 
             let other = Cidr::containing(network.base(), network.length() - 1).expect("shorter");
-            nft.set_forward_accept(family, other).expect("another network");
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&other));
+            nft.set_forward_accept(family, &[other]).expect("another network");
+            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([other])));
             assert_eq!(handles().len(), 2);
 
             iptables(&format!("{program} -F FORWARD"));
             assert_eq!(nft.dump().expect("dump").forward_accept.get(family), None);
-            nft.set_forward_accept(family, network).expect("after a flush");
-            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&network));
+            nft.set_forward_accept(family, &[network]).expect("after a flush");
+            assert_eq!(nft.dump().expect("dump").forward_accept.get(family), Some(&Box::from([network])));
         }
     });
 }

@@ -94,7 +94,7 @@ fn only_forward_chains_of_foreign_tables_emit_events() {
         iptables("ip6tables -P FORWARD DROP");
         collect_events(&mut monitor).await;
         for (family, network) in [(Family::V4, "10.244.0.0/16"), (Family::V6, "fd00::/8")] {
-            nft.set_forward_accept(family, network.parse().expect("cidr")).expect("set");
+            nft.set_forward_accept(family, &[network.parse().expect("cidr")]).expect("set");
             nft.delete_forward_accept(family).expect("delete");
         }
         let unrelated = [

@@ -173,6 +173,7 @@ impl Setup {
             },
             bridge_mac: Mac([2, 2, 0, 0, 0, self.own_mac]),
             masquerade,
+            numbered_sets: false,
             tx_checksum,
             docker: false,
             ports: self.ports.iter().map(|i| self.endpoint(*i)).collect(),
@@ -335,7 +336,7 @@ fn any_entry() -> impl Strategy<Value = (Key, Value)> {
             .prop_map(|(d, f, i)| (Key::Address(d, IpNetwork::from(subnet(f, i).base())), Value::Address)),
         1 => (device(), any::<bool>()).prop_map(|(d, on)| sysctl(&format!("ipv6/conf/{d}/accept_ra"), on)),
         1 => select(vec!["ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv4/tcp_sack"]).prop_map(|path| sysctl(path, false)),
-        1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept(subnet(f, 9)))),
+        1 => family().prop_map(|f| (Key::ForwardAccept(f), Value::ForwardAccept([subnet(f, 9)].into()))),
         1 => select(Table::ALL.to_vec()).prop_map(|table| (Key::Ruleset(table), Value::Ruleset(Box::default()))),
         1 => (family(), index(), index())
             .prop_map(|(f, i, j)| Element::Peer(PeerPair::new(public_ip(f, i), subnet(f, j).base()).expect("one family")))

@@ -1,0 +1,247 @@
+//! Starts, stops and restarts the networks and the reconcilers.
+//!
+//! A unit is a network with its part of the store, or the reconciler of a network namespace. Each unit has a keeper, a task that
+//! starts the unit's tasks. If one of them fails, panics or ends, the keeper stops the others and, after a back-off, starts all
+//! anew. The new tasks rebuild their state from the store and from the kernel; the kernel's entries stay meanwhile.
+//!
+//! The channels of a unit outlive its tasks, so that no other task notices a restart except by the messages that it gets.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::future::try_join_all;
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use tokio::sync::{Mutex, mpsc};
+use tokio::task::{JoinError, JoinHandle};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::backoff::Backoff;
+use crate::metrics::Metrics;
+use crate::model::event::StoreEvent;
+use crate::model::{NamespaceName, NetworkName};
+use crate::network::{self, Network, NetworkStateStore};
+use crate::plan::DataPath;
+use crate::plan::contribution::ReconcilerInput;
+use crate::reconcile::{self, Reconciler, SysctlStore};
+use crate::shutdown::{TaskExit, TaskOutcome, Tasks};
+
+/// Pause before a restart.
+const RESTART_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
+/// A unit that ran this long starts again with the shortest pause. Until then the status shows its failure.
+const STABLE_AFTER: Duration = Duration::from_secs(60);
+/// Time limit for a unit's other tasks to end after one has ended.
+const STOP_DEADLINE: Duration = Duration::from_secs(4);
+/// If a network is slower than its store, the store waits at the channel; flow control passes that on to etcd.
+const STORE_EVENT_CAPACITY: usize = 1024;
+
+/// A part of the agent that is restarted by itself.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Unit {
+    /// A network, with its part of the store.
+    Network(NetworkName),
+    /// The reconciler of a network namespace.
+    Reconciler(NamespaceName),
+}
+
+impl fmt::Display for Unit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unit::Network(name) => write!(f, "network {name}"),
+            Unit::Reconciler(namespace) => write!(f, "reconciler of {namespace}"),
+        }
+    }
+}
+
+/// The last failure of each unit. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Failures(Arc<BlockingMutex<BTreeMap<Unit, Failure>>>);
+
+#[derive(Debug)]
+struct Failure {
+    cause: String,
+    restart: Instant,
+}
+
+impl Failures {
+    /// A problem for each unit that has not been stable since its last failure.
+    pub fn problems(&self) -> Vec<String> {
+        let failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = failures.iter().filter(|(_, failure)| failure.restart.elapsed() < STABLE_AFTER);
+        let problem = |(unit, Failure { cause, .. }): (&Unit, &Failure)| {
+            format!("{unit} was restarted, the data path keeps forwarding meanwhile: {cause}; please report the agent's log")
+        };
+        recent.map(problem).collect()
+    }
+
+    fn record(&self, unit: &Unit, cause: String, restart: Instant) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(unit.clone(), Failure { cause, restart });
+    }
+
+    fn remove(&self, unit: &Unit) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).remove(unit);
+    }
+}
+
+/// Owner of the networks and reconcilers that run.
+pub struct Supervisor {
+    units: BTreeMap<Unit, Keeper>,
+    /// Input of the reconciler that each network contributes to.
+    contributes_to: BTreeMap<NetworkName, mpsc::Sender<ReconcilerInput>>,
+    failures: Failures,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+}
+
+struct Keeper {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Keeper {
+    /// Waits until it has ended.
+    async fn join(mut self) -> Result<(), JoinError> {
+        (&mut self.task).await
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Supervisor {
+    /// A supervisor without units. `shutdown` stops all units and leaves the data path unchanged.
+    pub fn new(failures: Failures, metrics: Arc<Metrics>, shutdown: CancellationToken) -> Supervisor {
+        Supervisor { units: BTreeMap::new(), contributes_to: BTreeMap::new(), failures, metrics, shutdown }
+    }
+
+    /// Starts a network. `make` makes it, without any state; `follow_store` sends it the store's events, from a snapshot on, and
+    /// keeps its lease.
+    pub fn start_network<M, F, E>(
+        &mut self,
+        name: NetworkName,
+        channels: network::Channels,
+        make: impl Fn() -> Network<M> + Send + Sync + 'static,
+        follow_store: impl Fn(mpsc::Sender<StoreEvent>, CancellationToken) -> F + Send + Sync + 'static,
+    ) where
+        M: NetworkStateStore + 'static,
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: fmt::Display + 'static,
+    {
+        self.contributes_to.insert(name.clone(), channels.reconciler.clone());
+        let channels = Arc::new(Mutex::new(channels));
+        self.start(Unit::Network(name), move |delay, stop| {
+            let (sender, events) = mpsc::channel(STORE_EVENT_CAPACITY);
+            let (network, channels, stop_network) = (make(), Arc::clone(&channels), stop.clone());
+            let store = follow_store(sender, stop.clone());
+            let mut tasks = Tasks::new();
+            tasks.spawn(
+                "network",
+                super::into_infallible(async move {
+                    let mut channels = channels.lock().await;
+                    network.run(events, &mut channels, delay, stop_network).await;
+                }),
+            );
+            tasks.spawn("store", async move {
+                match stop.run_until_cancelled(tokio::time::sleep(delay)).await {
+                    Some(()) => store.await,
+                    None => Ok(()),
+                }
+            });
+            tasks
+        });
+    }
+
+    /// Starts the reconciler of a network namespace. `make` makes it, without any state.
+    pub fn start_reconciler<D, S>(
+        &mut self,
+        namespace: NamespaceName,
+        channels: reconcile::Channels,
+        make: impl Fn() -> Reconciler<D, S> + Send + Sync + 'static,
+    ) where
+        D: DataPath + 'static,
+        S: SysctlStore + 'static,
+    {
+        let channels = Arc::new(Mutex::new(channels));
+        self.start(Unit::Reconciler(namespace), move |delay, stop| {
+            let (reconciler, channels) = (make(), Arc::clone(&channels));
+            let mut tasks = Tasks::new();
+            tasks.spawn(
+                "reconcile",
+                super::into_infallible(async move {
+                    let mut channels = channels.lock().await;
+                    reconciler.run(&mut channels, delay, stop).await;
+                }),
+            );
+            tasks
+        });
+    }
+
+    fn start(&mut self, unit: Unit, start: impl Fn(Duration, CancellationToken) -> Tasks + Send + Sync + 'static) {
+        let stop = self.shutdown.child_token();
+        let task = tokio::spawn(keep(unit.clone(), start, self.failures.clone(), stop.clone()));
+        self.units.insert(unit, Keeper { stop, task });
+    }
+
+    /// Stops a network. With `withdraw`, its entries are removed from the kernel; otherwise they stay.
+    pub async fn stop_network(&mut self, name: &NetworkName, withdraw: bool) {
+        let unit = Unit::Network(name.clone());
+        let Some(keeper) = self.units.remove(&unit) else { return };
+        keeper.stop.cancel();
+        if let Err(error) = keeper.join().await {
+            tracing::error!(%unit, %error, "cannot stop");
+        }
+        if let Some(reconciler) = self.contributes_to.remove(name)
+            && withdraw
+        {
+            // Fails only if the reconciler was stopped before.
+            let _ = reconciler.send(ReconcilerInput::Withdraw(name.clone())).await;
+        }
+        self.failures.remove(&unit);
+        self.metrics.remove_network(name);
+    }
+
+    /// The task: waits until all units were stopped by the shutdown.
+    ///
+    /// # Errors
+    /// A keeper panicked.
+    pub async fn run(self) -> Result<(), JoinError> {
+        try_join_all(self.units.into_values().map(Keeper::join)).await.map(|_| ())
+    }
+}
+
+/// Runs a unit until `stop`. `start` starts its tasks, after the given delay, until its token is cancelled.
+async fn keep(unit: Unit, start: impl Fn(Duration, CancellationToken) -> Tasks, failures: Failures, stop: CancellationToken) {
+    let mut backoff = RESTART_BACKOFF;
+    let mut random = SmallRng::from_rng(&mut rand::rng());
+    let mut delay = Duration::ZERO;
+    loop {
+        let (started, stop_tasks) = (Instant::now() + delay, stop.child_token());
+        let mut tasks = start(delay, stop_tasks.clone());
+        let first = tokio::select! {
+            biased;
+            () = stop.cancelled() => None,
+            exit = tasks.next_exit() => exit,
+        };
+        stop_tasks.cancel();
+        let exits: Vec<TaskExit> = first.into_iter().chain(tasks.join_all(STOP_DEADLINE).await).collect();
+        if stop.is_cancelled() {
+            exits.iter().for_each(|exit| tracing::warn!(%unit, %exit, "task failed during shutdown"));
+            return;
+        }
+        if started.elapsed() >= STABLE_AFTER {
+            backoff.reset();
+        }
+        delay = backoff.next_delay(&mut random);
+        // A task that panics takes the other one with it.
+        let panicked = exits.iter().find(|exit| matches!(exit.outcome, TaskOutcome::Panicked(_)));
+        let cause = panicked.or(exits.first()).map(ToString::to_string).unwrap_or_default();
+        tracing::error!(%unit, cause, delay_ms = delay.as_millis(), "restarting; data path keeps forwarding");
+        failures.record(&unit, cause, Instant::now() + delay);
+    }
+}
