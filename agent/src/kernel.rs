@@ -3,7 +3,7 @@
 //!
 //! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
 //! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
-//! share one cache of its state (`cache`).
+//! share one cache of it (`cache`): its local entries, and what is needed to recognise events of our own changes.
 //!
 //! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes through `rtnetlink`. `objects` reads
 //! them with `netlink-packet-route` over a blocking socket (`route_socket`). Entries whose number grows with the peers use
@@ -46,6 +46,7 @@ mod uapi;
 mod tests;
 
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use tokio::sync::{Mutex, mpsc};
@@ -55,7 +56,7 @@ pub use monitor::Monitor;
 pub use snapshot::OverlaySnapshot;
 
 use self::batch::BatchSocket;
-use self::cache::KernelCache;
+use self::cache::{KernelCache, SharedLocal};
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
 use self::link::Links;
@@ -66,9 +67,10 @@ use self::rtnl::Rtnl;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Ipv6ConfDir;
 use crate::blocking::blocking;
-use crate::plan::state::{LinkState, PROTOCOL, State};
+use crate::plan::actual::LocalState;
+use crate::plan::state::PROTOCOL;
 use crate::plan::underlay::HostInventory;
-use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
+use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, Value};
 
 /// Ops applied per acquisition of the shared lock, so that other waiters get it in between.
 const OPS_PER_LOCK: usize = 4096;
@@ -115,6 +117,7 @@ impl Shared {
 /// complete runs of that size are applied, and no report is returned.
 pub struct Kernel {
     shared: Arc<Mutex<Shared>>,
+    local: SharedLocal,
     connections: Arc<ConntrackCleaner>,
     batch: BatchSocket,
     subscriptions: Arc<EventSubscriptions>,
@@ -146,13 +149,14 @@ impl Kernel {
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let host_interfaces = HostInterfaces::read(&mut shared.socket)?;
+        let local = shared.cache.share_local();
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::default();
-        Ok((Kernel { shared, connections, batch, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
+        Ok((Kernel { shared, local, connections, batch, subscriptions, has_nexthop_objects, nexthop_objects }, events, monitor))
     }
 
     /// Whether routes use next-hop objects; otherwise each route has its own gateway.
@@ -203,9 +207,13 @@ impl Kernel {
 }
 
 impl DataPath for Kernel {
-    async fn dump(&mut self) -> Result<State, OpError> {
+    async fn dump(&mut self) -> Result<Dump, OpError> {
         let mut shared = self.shared.lock().await;
         blocking(|| dump::read_state(&mut shared, self.has_nexthop_objects))
+    }
+
+    fn local(&self) -> impl Deref<Target = LocalState> {
+        cache::lock(&self.local)
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -221,13 +229,13 @@ impl DataPath for Kernel {
                 end += batch[end..]
                     .iter()
                     .take(PARALLEL_ENTRIES_PER_ELEMENT * rules)
-                    .take_while(|op| peer_messages::is_peer_entry(op.key()))
+                    .take_while(|op| op.key().is_peer_entry())
                     .count();
             }
             let mut shared = self.shared.lock().await;
-            let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
+            let translations = NatMappings::capture(&batch[begin..end], &shared.cache.local().rules);
             apply(&mut shared, &mut self.batch, &batch[begin..end], begin, &mut report).await;
-            let stale = translations.stale_filters(&shared.cache.rules);
+            let stale = translations.stale_filters(&shared.cache.local().rules);
             // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
             // caches.
             drop(shared);
@@ -237,18 +245,9 @@ impl DataPath for Kernel {
         report
     }
 
-    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
-        let mut shared = self.shared.lock().await;
-        blocking(|| dump::track_sysctls(&mut shared.cache, paths.iter().cloned()))?;
-        let found = |path: String| Some((shared.cache.sysctls.get(&path)?.as_str().into(), path));
-        let found = paths.into_iter().filter_map(found);
-        Ok(found.map(|(value, path)| (Key::Sysctl(path.into()), Value::Sysctl(value))).collect())
-    }
-
-    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
-        let mut shared = self.shared.lock().await;
-        blocking(|| shared.links().refresh(name))?;
-        Ok(shared.cache.links.get(name).map(|(_, link)| link.clone()))
+    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<(), OpError> {
+        let shared = self.shared.lock().await;
+        blocking(|| dump::track_sysctls(&shared.cache, paths))
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
@@ -268,7 +267,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
-        let run = rest.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
+        let run = rest.iter().take_while(|op| op.key().is_peer_entry()).count();
         let rules = rest.iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
         let links = rest.iter().take_while(|op| matches!(op, Op::Delete(Key::Link(_), _))).count();
         if run > 0 {
@@ -281,7 +280,7 @@ async fn apply(shared: &mut Shared, batch: &mut BatchSocket, ops: &[Op], first: 
             let deletes_elements = |op: &Op| matches!(op, Op::Delete(Key::Element(_), _));
             let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
             let parallel = if rules.len() >= PARALLEL_ABOVE && same_kind { following } else { &[] };
-            let run = parallel.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
+            let run = parallel.iter().take_while(|op| op.key().is_peer_entry()).count();
             apply_parallel(shared, batch, rules, &parallel[..run], at, report);
             rest = &rest[rules.len() + run..];
         } else if links > 0 {
@@ -320,7 +319,8 @@ fn apply_parallel(
     report: &mut ApplyReport,
 ) {
     let Shared { nft, cache, .. } = shared;
-    let mut cached_rules = std::mem::take(&mut cache.rules);
+    // Taken out for the other thread. Nobody reads them meanwhile: the reconciler waits for this batch.
+    let mut cached_rules = std::mem::take(&mut cache.local().rules);
     let mut entries_report = ApplyReport::default();
     let failed = if entries.is_empty() {
         blocking(|| nft.apply(rules, &mut cached_rules))
@@ -335,7 +335,7 @@ fn apply_parallel(
             })
         })
     };
-    cache.rules = cached_rules;
+    cache.local().rules = cached_rules;
     report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
     report.failed.extend(entries_report.failed);
 }
@@ -344,7 +344,7 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
             sysctl::write(path, text)?;
-            shared.cache.sysctls.insert(path.to_string(), text.to_string());
+            shared.cache.set(op.key().clone(), Some(Value::Sysctl(text.clone())));
             Ok(())
         }
         // A sysctl cannot be removed, and its previous value is not known.
@@ -356,12 +356,12 @@ async fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false).await,
         Op::Set(Key::ForwardAccept(family), Value::ForwardAccept(network)) => {
             blocking(|| shared.nft.set_forward_accept(*family, *network))?;
-            shared.cache.rules.insert(Key::ForwardAccept(*family), Value::ForwardAccept(*network));
+            shared.cache.set(Key::ForwardAccept(*family), Some(Value::ForwardAccept(*network)));
             Ok(())
         }
         Op::Delete(Key::ForwardAccept(family), _) => {
             blocking(|| shared.nft.delete_forward_accept(*family))?;
-            shared.cache.rules.remove(&Key::ForwardAccept(*family));
+            shared.cache.set(Key::ForwardAccept(*family), None);
             Ok(())
         }
         Op::Set(key, value) => {

@@ -103,9 +103,7 @@ impl Links<'_> {
     /// Reads a link and updates the cache.
     pub fn refresh(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
-            None => {
-                self.cache.remove_link(name);
-            }
+            None => self.cache.remove_link(name),
             Some(link) => {
                 let ethtool = self.ethtool;
                 if let Some(state) = self.cache.link_state(&link, |name| ethtool.tx_checksum(name)) {

@@ -12,10 +12,8 @@
 //! While many entries are written, their events are paused too ([`EventSubscriptions`]); other processes' changes of that time
 //! are found afterwards.
 
-use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
-use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::pin::pin;
 use std::sync::Arc;
@@ -35,7 +33,7 @@ use super::route_socket::KernelError;
 use super::subscription::{EventSubscriptions, MissedEventsQueue};
 use super::uapi::MONITORED_GROUPS;
 use super::{Shared, blocking, dump};
-use crate::model::{Family, Mac};
+use crate::model::Family;
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
 /// Size of the socket's receive buffer in bytes: an event takes some 800 bytes of kernel memory.
@@ -116,7 +114,7 @@ impl Monitor {
                     let mut decoder = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
                     decoder.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
                     decoder.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
-                    self.pending.drop_reverted();
+                    self.pending.read_links(&mut shared);
                 }
                 change = self.nft.changed() => {
                     let change = change?;
@@ -169,8 +167,7 @@ impl Monitor {
                 let changed = found.iter().filter(|(key, remote)| before.get(key) != Some(remote)).map(|(key, _)| key);
                 for (index, mac) in removed.chain(changed) {
                     let Some(device) = shared.cache.device(*index) else { continue };
-                    let value = |fdb: &HashMap<(u32, Mac), IpAddr>| fdb.get(&(*index, *mac)).copied().map(Value::Fdb);
-                    self.pending.record_change(Key::Fdb(device, *mac), value(&before), value(found));
+                    self.pending.record(Key::Fdb(device, *mac), found.get(&(*index, *mac)).copied().map(Value::Fdb));
                 }
             }
             Err(error) => {
@@ -198,7 +195,8 @@ impl Monitor {
             self.pending.host_network_changed();
         }
         let current = rules.into_entries();
-        let cached = &mut shared.cache.rules;
+        let mut local = shared.cache.local();
+        let cached = &mut local.rules;
         let is_affected = |key: &Key| !forward_only || matches!(key, Key::ForwardAccept(_));
         let removed: Vec<Key> = cached.keys().filter(|key| is_affected(key) && !current.contains_key(key)).cloned().collect();
         for key in removed {

@@ -102,7 +102,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             nexthop_id.map(Key::Nexthop),
             Some(route),
         ];
-        let is_set = |key: &Key| self.desired.get(key) == self.actual.get(key);
+        let is_set = |key: &Key| self.desired.get(key) == self.peers.get(key);
         let missing: Vec<String> = keys
             .iter()
             .flatten()

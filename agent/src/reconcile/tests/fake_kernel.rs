@@ -1,12 +1,13 @@
 //! A fake kernel: a map of entries.
 
 use std::collections::BTreeSet;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::Family;
-use crate::plan::state::LinkState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
-use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+use crate::plan::actual::LocalState;
+use crate::plan::{ApplyReport, Batch, DataPath, Dump, Key, Op, OpError, State};
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
 #[derive(Debug)]
@@ -50,10 +51,21 @@ impl FakeKernel {
 }
 
 impl DataPath for FakeKernel {
-    async fn dump(&mut self) -> Result<State, OpError> {
+    async fn dump(&mut self) -> Result<Dump, OpError> {
+        let local_before = self.local().clone();
         let mut kernel = self.lock();
         kernel.dump_count += 1;
-        Ok(kernel.state.clone())
+        let peers = kernel.state.clone().into_iter().filter(|(key, _)| key.is_peer_entry());
+        Ok(Dump { peers: peers.collect(), local_before })
+    }
+
+    /// Always up to date, as with a monitor that reads each event at once.
+    fn local(&self) -> impl Deref<Target = LocalState> {
+        let mut local = Box::<LocalState>::default();
+        for (key, value) in self.lock().state.iter().filter(|(key, _)| !key.is_peer_entry()) {
+            local.set(key.clone(), Some(value.clone()));
+        }
+        local
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -74,17 +86,8 @@ impl DataPath for FakeKernel {
         report
     }
 
-    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
-        let kernel = self.lock();
-        let found = |path: String| kernel.state.get_key_value(&Key::Sysctl(path.into()));
-        Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
-    }
-
-    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
-        match self.lock().state.get(&Key::Link(name.into())) {
-            Some(Value::Link(link)) => Ok(Some((**link).clone())),
-            _ => Ok(None),
-        }
+    async fn watch_sysctls(&mut self, _: Vec<String>) -> Result<(), OpError> {
+        Ok(())
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
