@@ -1,10 +1,10 @@
 //! Reconciler of one network namespace: compares desired with actual kernel state, and applies the difference.
 //!
 //! One task per network namespace, [`Reconciler::run`], owns desired state, the peers' part of actual state, and the entries that
-//! networks share there. The data path owns the local part. Networks contribute their desired entries; the kernel reports changes.
-//! Each round takes one event and folds all further queued events. It then converges: it dumps the kernel if actual state is in
-//! doubt, diffs, applies and folds the results. The batch is applied within the round, before the next event is folded. So a
-//! foreign change after our write is also folded after our write, and actual state ends up as the kernel's state.
+//! networks share there. The data path owns the local part. Networks contribute their desired entries; the kernel reports
+//! changes. Each round takes one event and folds all further queued events. It then converges: it dumps the kernel if actual
+//! state is in doubt, diffs, applies and folds the results. The batch is applied within the round, before the next event is
+//! folded. So a foreign change after our write is also folded after our write, and actual state ends up as the kernel's state.
 //!
 //! Cancel safety: every await of the `select!` is a channel's `recv` or a timer; no event is lost when another arm wins.
 

@@ -147,7 +147,8 @@ impl KernelCache {
     /// The cache at the start of a dump: empty except for the sysctls to read and the removed links.
     pub fn new_for_dump(&self) -> KernelCache {
         let is_sysctl = |(key, _): &(&Key, &Value)| matches!(key, Key::Sysctl(_));
-        let sysctls = self.local().entries.iter().take_while(is_sysctl).map(|(key, value)| (key.clone(), value.clone())).collect();
+        let sysctls =
+            self.local().entries.iter().take_while(is_sysctl).map(|(key, value)| (key.clone(), value.clone())).collect();
         let local = Arc::new(Mutex::new(LocalState { entries: sysctls, ..LocalState::default() }));
         KernelCache { local, removed_links: self.removed_links.clone(), ..KernelCache::default() }
     }

@@ -2,6 +2,7 @@
 //!
 //! Each message is compared with the cache. New changes are kept until the monitor delivers them.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
@@ -29,11 +30,19 @@ const MAX_PENDING_CHANGES: usize = 16 * 1024;
 /// Changes that are not delivered yet; for each entry the last one.
 #[derive(Debug, Default)]
 pub struct PendingEvents {
-    changes: BTreeMap<Key, Option<Value>>,
+    changes: BTreeMap<Key, PendingChange>,
     /// Links whose last event differs from the cache.
     unread_links: BTreeSet<String>,
     resync_reason: Option<&'static str>,
     host_network_changed: bool,
+}
+
+/// A pending change of an entry.
+#[derive(Debug)]
+struct PendingChange {
+    /// The value before the change; `None` if it is not known.
+    before: Option<Option<Value>>,
+    now: Option<Value>,
 }
 
 impl PendingEvents {
@@ -45,7 +54,8 @@ impl PendingEvents {
     /// Takes the next event.
     pub fn next_event(&mut self) -> Option<KernelEvent> {
         if !self.changes.is_empty() {
-            return Some(KernelEvent::Changed(std::mem::take(&mut self.changes).into_iter().collect()));
+            let changed = std::mem::take(&mut self.changes).into_iter().map(|(key, change)| (key, change.now));
+            return Some(KernelEvent::Changed(changed.collect()));
         }
         if let Some(reason) = self.resync_reason.take() {
             return Some(KernelEvent::ResyncNeeded { reason });
@@ -53,13 +63,33 @@ impl PendingEvents {
         std::mem::take(&mut self.host_network_changed).then_some(KernelEvent::HostNetworkChanged)
     }
 
-    /// Records the new value of an entry.
+    /// Records a change of an entry whose previous value is not known.
     pub fn record(&mut self, key: Key, now: Option<Value>) {
+        self.insert(key, None, now);
+    }
+
+    /// Records a change of an entry from its previous value.
+    pub fn record_change(&mut self, key: Key, before: Option<Value>, now: Option<Value>) {
+        self.insert(key, Some(before), now);
+    }
+
+    /// Drops changes that ended at their old value: successive changes of ours to an entry cause as many events, and the last one
+    /// matches the cache.
+    pub fn drop_reverted(&mut self) {
+        self.changes.retain(|_, change| change.before.as_ref() != Some(&change.now));
+    }
+
+    fn insert(&mut self, key: Key, before: Option<Option<Value>>, now: Option<Value>) {
         if self.changes.len() >= MAX_PENDING_CHANGES {
             self.changes.clear();
             self.require_resync("too many changes are pending");
         }
-        self.changes.insert(key, now);
+        match self.changes.entry(key) {
+            Entry::Occupied(mut change) => change.get_mut().now = now,
+            Entry::Vacant(entry) => {
+                entry.insert(PendingChange { before, now });
+            }
+        }
     }
 
     /// Reads the links that events named, and records those that differ from the cache. An event that the kernel sends by itself
@@ -212,9 +242,9 @@ fn on_address(
 ) {
     if let Some(device) = cache.device(info.index) {
         let Some(key) = info.address_key(device) else { return };
-        let value = present.then_some(Value::Address);
-        if cache.set(key.clone(), value.clone()) {
-            pending.record(key, value);
+        let value = |present: bool| present.then_some(Value::Address);
+        if cache.set(key.clone(), value(present)) {
+            pending.record_change(key, value(!present), value(present));
             if !present && info.address.is_ipv6() {
                 on_ipv6_disabled(device, cache, pending);
             }
@@ -275,9 +305,10 @@ fn on_netconf(body: &[u8], cache: &mut KernelCache, host_interfaces: &HostInterf
 fn on_sysctl(path: String, text: String, cache: &KernelCache, pending: &mut PendingEvents) -> bool {
     let (key, value) = (Key::Sysctl(path.into()), Some(Value::Sysctl(text.into())));
     let mut local = cache.local();
-    let is_new = local.get(&key).is_some() && local.set(key.clone(), value.clone());
+    let before = local.get(&key).cloned();
+    let is_new = before.is_some() && local.set(key.clone(), value.clone());
     if is_new {
-        pending.record(key, value);
+        pending.record_change(key, before, value);
     }
     is_new
 }
@@ -291,8 +322,10 @@ fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache,
         KernelEntry::Fdb { remote: None, .. } => return,
         KernelEntry::Fdb { index, mac, remote, permanent } => {
             if let Some(device) = cache.device(index).filter(|d| matches!(d.role, Role::Vxlan(_))) {
+                let before = cache.fdb.get(&(index, mac)).copied();
                 if update_fdb(cache, index, mac, remote.filter(|_| permanent || !present), present) {
-                    pending.record(Key::Fdb(device, mac), cache.fdb.get(&(index, mac)).copied().map(Value::Fdb));
+                    let now = cache.fdb.get(&(index, mac)).copied();
+                    pending.record_change(Key::Fdb(device, mac), before.map(Value::Fdb), now.map(Value::Fdb));
                 }
             }
             return;

@@ -12,8 +12,10 @@
 //! While many entries are written, their events are paused too ([`EventSubscriptions`]); other processes' changes of that time
 //! are found afterwards.
 
+use std::collections::HashMap;
 use std::future::poll_fn;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::pin::pin;
 use std::sync::Arc;
@@ -33,7 +35,7 @@ use super::route_socket::KernelError;
 use super::subscription::{EventSubscriptions, MissedEventsQueue};
 use super::uapi::MONITORED_GROUPS;
 use super::{Shared, blocking, dump};
-use crate::model::Family;
+use crate::model::{Family, Mac};
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
 /// Size of the socket's receive buffer in bytes: an event takes some 800 bytes of kernel memory.
@@ -115,6 +117,7 @@ impl Monitor {
                     decoder.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
                     decoder.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
                     self.pending.read_links(&mut shared);
+                    self.pending.drop_reverted();
                 }
                 change = self.nft.changed() => {
                     let change = change?;
@@ -167,7 +170,8 @@ impl Monitor {
                 let changed = found.iter().filter(|(key, remote)| before.get(key) != Some(remote)).map(|(key, _)| key);
                 for (index, mac) in removed.chain(changed) {
                     let Some(device) = shared.cache.device(*index) else { continue };
-                    self.pending.record(Key::Fdb(device, *mac), found.get(&(*index, *mac)).copied().map(Value::Fdb));
+                    let value = |fdb: &HashMap<(u32, Mac), IpAddr>| fdb.get(&(*index, *mac)).copied().map(Value::Fdb);
+                    self.pending.record_change(Key::Fdb(device, *mac), value(&before), value(found));
                 }
             }
             Err(error) => {

@@ -238,7 +238,7 @@ pub fn source_elements(port: &Port, source_check: bool) -> impl Iterator<Item = 
     let own = port.addresses.iter().map(|(_, address)| *address);
     let addresses = own.chain(port.addresses.v6.map(|_| link_local(port.mac))).filter(move |_| source_check);
     let unchecked = (!source_check).then(|| Element::Unchecked(port.host_interface.as_str().into()));
-    let source = |address| Element::Source(Box::new((port.host_interface.clone(), port.mac, address)));
+    let source = move |address| Element::Source(Box::new((port.host_interface.clone(), port.mac, address)));
     addresses.map(source).chain(unchecked)
 }
 

@@ -20,11 +20,7 @@ pub fn diff(desired: &impl Entries, actual: &impl Entries) -> Batch {
 
 /// As [`diff`], but for some keys only. A device's link includes all entries on the device if it is created, recreated or
 /// deleted. The run time grows with the number of keys, not with the number of entries.
-pub fn diff_keys<'a>(
-    desired: &'a impl Entries,
-    actual: &'a impl Entries,
-    keys: impl IntoIterator<Item = &'a Key>,
-) -> Batch {
+pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a impl Entries, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
     let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
     let mut changes = DeviceChanges::new(desired, actual);
     let changing: BTreeSet<Device> = keys

@@ -105,7 +105,10 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             }
             match op {
                 Op::Set(key, value) if key.is_peer_entry() => set.push((key, value)),
-                op if op.key().is_peer_entry() || matches!(op, Op::Delete(Key::Link(_), _)) || changed_macs.contains(op.key()) => {
+                op if op.key().is_peer_entry()
+                    || matches!(op, Op::Delete(Key::Link(_), _))
+                    || changed_macs.contains(op.key()) =>
+                {
                     merge(&mut self.peers, std::mem::take(&mut set));
                     self.fold_applied(op);
                 }

@@ -88,7 +88,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     fn unread_sysctls(&self) -> Vec<String> {
         let local = self.data_path.local();
-        let sysctls = self.desired.iter().map_while(|(key, _)| if let Key::Sysctl(path) = key { Some((key, path)) } else { None });
+        let sysctls =
+            self.desired.iter().map_while(|(key, _)| if let Key::Sysctl(path) = key { Some((key, path)) } else { None });
         let unread = sysctls.filter(|(key, _)| key.device().is_none() && local.get(key).is_none());
         unread.map(|(_, path)| path.to_string()).collect()
     }

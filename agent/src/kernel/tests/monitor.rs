@@ -5,11 +5,11 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::LinkMessage;
 
 use super::support::*;
-use crate::kernel::{Kernel, KernelOptions, Shared};
 use crate::kernel::events::{HostInterfaces, PendingEvents, apply_event};
 use crate::kernel::nlmsg::messages;
 use crate::kernel::peer_messages;
 use crate::kernel::subscription::EventClass;
+use crate::kernel::{Kernel, KernelOptions, Shared};
 use crate::model::Family;
 use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
@@ -263,7 +263,13 @@ fn late_link_event_is_not_reported() {
             let mut shared = kernel.shared.lock().await;
             let mut pending = PendingEvents::default();
             for (header, body) in &late {
-                apply_event(*header, body, &mut shared, &mut HostInterfaces::read(&mut shared.socket).expect("read"), &mut pending);
+                apply_event(
+                    *header,
+                    body,
+                    &mut shared,
+                    &mut HostInterfaces::read(&mut shared.socket).expect("read"),
+                    &mut pending,
+                );
             }
             pending.read_links(&mut shared);
             pending.next_event()

@@ -5,8 +5,8 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::model::Family;
-use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::actual::LocalState;
+use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Dump, Key, Op, OpError, State};
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
