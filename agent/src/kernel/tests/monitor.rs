@@ -262,14 +262,9 @@ fn late_link_event_is_not_reported() {
         let replay = async |kernel: &Kernel| {
             let mut shared = kernel.shared.lock().await;
             let mut pending = PendingEvents::default();
+            let mut host_interfaces = HostInterfaces::read(&mut shared.socket).expect("the links");
             for (header, body) in &late {
-                apply_event(
-                    *header,
-                    body,
-                    &mut shared,
-                    &mut HostInterfaces::read(&mut shared.socket).expect("read"),
-                    &mut pending,
-                );
+                apply_event(*header, body, &mut shared, &mut host_interfaces, &mut pending);
             }
             pending.read_links(&mut shared);
             pending.next_event()
