@@ -3,7 +3,7 @@
 mod failures;
 mod fake_kernel;
 mod liveness;
-mod ports;
+mod local_entries;
 
 use self::fake_kernel::FakeKernel;
 use super::*;
@@ -441,24 +441,6 @@ async fn invalid_leases_are_reported_and_ignored() {
     assert!(fixture.route(7).is_none() && fixture.route(8).is_none() && fixture.route(1).is_some());
     fixture.send(StoreEvent::Remove { key }).await;
     assert_eq!(fixture.status().await.store.refused.len(), 1);
-}
-
-/// An event on its way may be older than a change of ours.
-#[tokio::test]
-async fn late_link_event_is_no_drift() {
-    let fixture = Fixture::ready([1]).await;
-    let (key, bridge) = link(&fixture, Device::bridge(Vni::DEFAULT));
-    fixture.kernel.lock().applied_ops.clear();
-    let link_value = |mtu| Some(Value::Link(Box::new(LinkState { mtu, ..bridge.clone() })));
-    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
-    let status = fixture.status().await;
-    assert_eq!((status.data_path.drift_repairs, fixture.kernel.lock().applied_ops.len()), (0, 0), "the bridge is in sync");
-
-    // The data path's present state counts, whatever the event says.
-    fixture.kernel.lock().state.insert(key.clone(), link_value(1200).unwrap());
-    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
-    assert_eq!(fixture.status().await.data_path.drift_repairs, 1);
-    assert_eq!(link(&fixture, Device::bridge(Vni::DEFAULT)), (key, bridge));
 }
 
 #[tokio::test]

@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::mpsc;
+
 use crate::model::Family;
 use crate::plan::actual::LocalState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
-use crate::plan::{ApplyReport, Batch, DataPath, Dump, Key, Op, OpError, State};
+use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, State};
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
 #[derive(Debug)]
@@ -16,6 +18,8 @@ pub struct FakeState {
     pub failing_keys: BTreeSet<Key>,
     pub applied_ops: Vec<Op>,
     pub dump_count: usize,
+    /// An entry that another process deletes before the next dump, and where to send the event.
+    pub deleted_before_dump: Option<(Key, mpsc::Sender<KernelEvent>)>,
     /// Whether `apply` never returns.
     pub stuck: bool,
     /// The addresses of the external interface.
@@ -29,6 +33,7 @@ impl Default for FakeState {
             failing_keys: BTreeSet::new(),
             applied_ops: Vec::new(),
             dump_count: 0,
+            deleted_before_dump: None,
             stuck: false,
             addresses: vec![address("192.0.2.100", 24)],
         }
@@ -52,6 +57,11 @@ impl FakeKernel {
 
 impl DataPath for FakeKernel {
     async fn dump(&mut self) -> Result<Dump, OpError> {
+        let deleted = self.lock().deleted_before_dump.take();
+        if let Some((key, events)) = deleted {
+            self.lock().state.remove(&key);
+            events.try_send(KernelEvent::Changed(vec![(key, None)])).expect("room for an event");
+        }
         let local_before = self.local().clone();
         let mut kernel = self.lock();
         kernel.dump_count += 1;

@@ -1,7 +1,39 @@
-//! Ports of endpoints: the endpoints create and remove them, the reconciler repairs them.
+//! Local entries: the data path has each change before the reconciler gets its event. Endpoints create and remove their ports.
 
 use super::*;
-use crate::plan::desired::source_elements;
+use crate::plan::desired::{source_elements, sysctls};
+
+/// An event on its way may be older than a change of ours.
+#[tokio::test]
+async fn late_link_event_is_no_drift() {
+    let fixture = Fixture::ready([1]).await;
+    let (key, bridge) = link(&fixture, Device::bridge(Vni::DEFAULT));
+    fixture.kernel.lock().applied_ops.clear();
+    let link_value = |mtu| Some(Value::Link(Box::new(LinkState { mtu, ..bridge.clone() })));
+    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
+    let status = fixture.status().await;
+    assert_eq!((status.data_path.drift_repairs, fixture.kernel.lock().applied_ops.len()), (0, 0), "the bridge is in sync");
+
+    // The data path's present state counts, whatever the event says.
+    fixture.kernel.lock().state.insert(key.clone(), link_value(1200).unwrap());
+    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
+    assert_eq!(fixture.status().await.data_path.drift_repairs, 1);
+    assert_eq!(link(&fixture, Device::bridge(Vni::DEFAULT)), (key, bridge));
+}
+
+/// Another process changes an entry before a dump, and the event arrives after it.
+#[tokio::test]
+async fn drift_before_dump_is_counted_once() {
+    let fixture = Fixture::ready([1]).await;
+    let key = Key::Sysctl(sysctls::IPV4_FORWARD.into());
+    let value = fixture.kernel.lock().state.get(&key).cloned();
+    assert!(value.is_some());
+    fixture.kernel.lock().deleted_before_dump = Some((key.clone(), fixture.events.clone()));
+    fixture.events.send(KernelEvent::ResyncNeeded { reason: "test" }).await.unwrap();
+    fixture.wait_status("the change is found", |status| status.data_path.drift_repairs > 0).await;
+    assert_eq!(fixture.status().await.data_path.drift_repairs, 1);
+    assert_eq!(fixture.kernel.lock().state.get(&key), value.as_ref());
+}
 
 fn endpoint() -> Arc<Endpoint> {
     let endpoint: Endpoint = serde_json::from_value(serde_json::json!({
