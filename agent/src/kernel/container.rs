@@ -29,7 +29,7 @@ use super::route_socket::{KernelError, RouteSocket};
 use super::rtnl::{arp_notify, new_address, route, veth};
 use super::snapshot::{self, OverlaySnapshot};
 use super::{Shared, blocking, host_ports, sysctl};
-use crate::model::device::{PORT_PREFIX, bridge_full_message};
+use crate::model::device::bridge_full_message;
 use crate::model::{Cidr, Device, Family, PerFamily, PublishedPort};
 use crate::plan::ruleset::{Counter, Element, SetName, Table};
 use crate::plan::state::PROTOCOL;
@@ -149,12 +149,6 @@ impl PortDriver for PortManager {
 
     fn host_ports(&self, wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
         host_ports::query(wanted)
-    }
-
-    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError> {
-        let links = objects::links(&mut RouteSocket::open()?)?;
-        let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_own_link(link);
-        Ok(links.into_iter().filter(port).map(|link| link.name).collect())
     }
 }
 

@@ -216,9 +216,6 @@ pub trait PortDriver: Send + Sync {
 
     /// The host's addresses, and its sockets that listen on these ports.
     fn host_ports(&self, wanted: &[crate::model::PublishedPort]) -> Result<HostPorts, OpError>;
-
-    /// The host ends of all our veth pairs, also of those without a known endpoint.
-    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError>;
 }
 
 /// Whether the source filter has a container's elements.
