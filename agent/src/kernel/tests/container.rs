@@ -1,6 +1,10 @@
 //! Attaching containers is idempotent, and all or nothing.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::support::*;
+use crate::kernel::cache::lock;
 use crate::kernel::netns::{Netns, named_path};
 use crate::kernel::{KernelOptions, PortManager};
 use crate::model::device::MAX_BRIDGE_PORTS;
@@ -181,6 +185,32 @@ fn port_has_planned_elements_only() {
         assert_eq!((sources(host, "ove1"), sources(host, "ove2")), (Vec::new(), vec![other]));
         assert_eq!(host.kernel.local().link("ove1"), None);
         host.expect_no_events().await;
+    });
+}
+
+/// A comparison during an attach has to find the port of the elements: it deletes elements without one.
+#[test]
+fn port_is_known_before_its_elements() {
+    let container = TestNetns::new("ctrorder");
+    on_host("plugorder", KernelOptions::default(), async |host| {
+        host.create_devices().await;
+        let table = source_filter();
+        host.apply(&vec![Op::Set(Key::Ruleset(table.table), Value::Ruleset(Box::new(table)))]).await;
+        let (local, attached) = (Arc::clone(&host.kernel.local), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::clone(&attached);
+        let watcher = std::thread::spawn(move || {
+            let mut orphaned = false;
+            while !stop.load(Ordering::Relaxed) {
+                let local = lock(&local);
+                orphaned |= local.source_elements("ove1").next().is_some() && local.link("ove1").is_none();
+                drop(local);
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+            orphaned
+        });
+        let source_filter = host.kernel.port_manager().attach_port(&port_spec(&container)).await;
+        attached.store(true, Ordering::Relaxed);
+        assert_eq!((source_filter, watcher.join().expect("the watcher")), (Ok(SourceFilter::Applied), false));
     });
 }
 
