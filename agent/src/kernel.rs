@@ -3,7 +3,7 @@
 //!
 //! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
 //! changes made by other processes. All three belong to the network namespace of the thread that calls [`Kernel::open`], and
-//! share one cache of it (`cache`): its local entries, and what is needed to recognise events of our own changes.
+//! share one cache (`cache`): the local entries, and what identifies events of our own changes.
 //!
 //! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes through `rtnetlink`. `objects` reads
 //! them with `netlink-packet-route` over a blocking socket (`route_socket`). Entries whose number grows with the peers use

@@ -1,5 +1,6 @@
-//! Actual kernel state in two parts: the local entries, which the kernel layer owns because it compares events with them, and the
-//! peers' entries, which the reconciler owns. No entry is in both.
+//! Actual kernel state in two parts. No entry is in both.
+//!
+//! The kernel layer owns the local entries, because it compares events with them. The reconciler owns the peers' entries.
 
 use super::ruleset::Element;
 use super::state::{Entries, Key, LinkState, State, Value};

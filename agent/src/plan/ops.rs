@@ -127,7 +127,7 @@ pub trait DataPath: Send {
     /// Reads all of our entries from the kernel. Errors are readable for an operator.
     fn dump(&mut self) -> impl Future<Output = Result<Dump, OpError>> + Send;
 
-    /// The local entries, with all changes by [`DataPath::apply`], by [`PortDriver`] and by the events of other processes.
+    /// The local entries, with every change so far: by batches, by [`PortDriver`], and by other processes.
     fn local(&self) -> impl Deref<Target = LocalState>;
 
     /// Applies a batch in order. A failed op does not stop the others.
