@@ -3,7 +3,7 @@
 //!
 //! [`Kernel`] is the data path: `reconcile` dumps it and changes it. [`PortManager`] attaches containers. [`Monitor`] reports
 //! changes made by other processes. All three belong to the network namespace given to [`Kernel::open`], whichever thread uses
-//! them, and share one cache of its state (`cache`).
+//! them, and share one cache (`cache`): the local entries, and what identifies events of our own changes.
 //!
 //! Only this module opens netlink sockets. `rtnl` changes links, addresses and single routes with `rtnetlink`'s builders;
 //! `objects` reads them with `netlink-packet-route`; both use a blocking socket (`route_socket`). Entries whose number grows with
@@ -45,6 +45,7 @@ mod uapi;
 mod tests;
 
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use tokio::sync::{Mutex, mpsc};
@@ -54,7 +55,7 @@ pub use monitor::Monitor;
 pub use snapshot::OverlaySnapshot;
 
 use self::batch::BatchSocket;
-use self::cache::KernelCache;
+use self::cache::{KernelCache, SharedLocal};
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
 use self::link::Links;
@@ -66,9 +67,10 @@ use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Sysctls;
 use crate::blocking::blocking;
 use crate::model::Family;
-use crate::plan::state::{LinkState, PROTOCOL, State};
+use crate::plan::actual::LocalState;
+use crate::plan::state::PROTOCOL;
 use crate::plan::underlay::HostInventory;
-use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
+use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, Value};
 
 /// Ops applied per acquisition of the shared lock, so that other waiters get it in between.
 const OPS_PER_LOCK: usize = 4096;
@@ -120,6 +122,7 @@ impl Shared {
 pub struct Kernel {
     netns: Netns,
     shared: Arc<Mutex<Shared>>,
+    local: SharedLocal,
     connections: Arc<ConntrackCleaner>,
     subscriptions: Arc<EventSubscriptions>,
     /// Whether the kernel supports next-hop objects. Those of an earlier run are read and removed even if `nexthop_objects` is
@@ -154,6 +157,7 @@ impl Kernel {
         let nft_port = shared.nft.port_id();
         let has_nexthop_objects = has_nexthop_objects(&mut shared.socket)?;
         let host_interfaces = HostInterfaces::read(&mut shared.socket)?;
+        let local = shared.cache.share_local();
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
@@ -161,7 +165,7 @@ impl Kernel {
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
         Ok((
-            Kernel { netns: netns.clone(), shared, connections, subscriptions, has_nexthop_objects, nexthop_objects },
+            Kernel { netns: netns.clone(), shared, local, connections, subscriptions, has_nexthop_objects, nexthop_objects },
             events,
             monitor,
         ))
@@ -210,9 +214,13 @@ impl Kernel {
 }
 
 impl DataPath for Kernel {
-    async fn dump(&mut self) -> Result<State, OpError> {
+    async fn dump(&mut self) -> Result<Dump, OpError> {
         let mut shared = self.shared.lock().await;
         blocking(|| dump::read_state(&mut shared, self.has_nexthop_objects))
+    }
+
+    fn local(&self) -> impl Deref<Target = LocalState> {
+        cache::lock(&self.local)
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -228,13 +236,13 @@ impl DataPath for Kernel {
                 end += batch[end..]
                     .iter()
                     .take(PARALLEL_ENTRIES_PER_ELEMENT * rules)
-                    .take_while(|op| peer_messages::is_peer_entry(op.key()))
+                    .take_while(|op| op.key().is_peer_entry())
                     .count();
             }
             let mut shared = self.shared.lock().await;
-            let translations = NatMappings::capture(&batch[begin..end], &shared.cache.rules);
+            let translations = NatMappings::capture(&batch[begin..end], &shared.cache.local().rules);
             apply(&mut shared, &batch[begin..end], begin, &mut report);
-            let stale = translations.stale_filters(&shared.cache.rules);
+            let stale = translations.stale_filters(&shared.cache.local().rules);
             // The next waiter gets the lock here. Nothing else yields: on another processor the work would continue with cold
             // caches.
             drop(shared);
@@ -244,18 +252,9 @@ impl DataPath for Kernel {
         report
     }
 
-    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
-        let mut shared = self.shared.lock().await;
-        blocking(|| dump::track_sysctls(&mut shared, paths.iter().cloned()))?;
-        let found = |path: String| Some((shared.cache.sysctls.get(&path)?.as_str().into(), path));
-        let found = paths.into_iter().filter_map(found);
-        Ok(found.map(|(value, path)| (Key::Sysctl(path.into()), Value::Sysctl(value))).collect())
-    }
-
-    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
-        let mut shared = self.shared.lock().await;
-        blocking(|| shared.links().refresh(name))?;
-        Ok(shared.cache.links.get(name).map(|(_, link)| link.clone()))
+    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<(), OpError> {
+        let shared = self.shared.lock().await;
+        blocking(|| dump::track_sysctls(&shared, paths))
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
@@ -275,7 +274,7 @@ fn apply(shared: &mut Shared, ops: &[Op], first: usize, report: &mut ApplyReport
     let mut rest = ops;
     while let Some(op) = rest.first() {
         let at = first + (ops.len() - rest.len());
-        let run = rest.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
+        let run = rest.iter().take_while(|op| op.key().is_peer_entry()).count();
         let rules = rest.iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
         let links = rest.iter().take_while(|op| matches!(op, Op::Delete(Key::Link(_), _))).count();
         if run > 0 {
@@ -288,7 +287,7 @@ fn apply(shared: &mut Shared, ops: &[Op], first: usize, report: &mut ApplyReport
             let deletes_elements = |op: &Op| matches!(op, Op::Delete(Key::Element(_), _));
             let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
             let parallel = if rules.len() >= PARALLEL_ABOVE && same_kind { following } else { &[] };
-            let run = parallel.iter().take_while(|op| peer_messages::is_peer_entry(op.key())).count();
+            let run = parallel.iter().take_while(|op| op.key().is_peer_entry()).count();
             apply_parallel(shared, rules, &parallel[..run], at, report);
             rest = &rest[rules.len() + run..];
         } else if links > 0 {
@@ -320,7 +319,8 @@ fn delete_stale_connections(connections: &ConntrackCleaner, stale: Vec<StaleFilt
 /// Applies ruleset ops and, in parallel, the peers' entries that follow them.
 fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, report: &mut ApplyReport) {
     let Shared { nft, batch, cache, .. } = shared;
-    let mut cached_rules = std::mem::take(&mut cache.rules);
+    // Taken out for the other thread. Nobody reads them meanwhile: the reconciler waits for this batch.
+    let mut cached_rules = std::mem::take(&mut cache.local().rules);
     let mut entries_report = ApplyReport::default();
     let failed = if entries.is_empty() {
         blocking(|| nft.apply(rules, &mut cached_rules))
@@ -335,7 +335,7 @@ fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, 
             })
         })
     };
-    cache.rules = cached_rules;
+    cache.local().rules = cached_rules;
     report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
     report.failed.extend(entries_report.failed);
 }
@@ -344,7 +344,7 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
     match op {
         Op::Set(Key::Sysctl(path), Value::Sysctl(text)) => {
             shared.sysctls.write(path, text)?;
-            shared.cache.sysctls.insert(path.to_string(), text.to_string());
+            shared.cache.set(op.key().clone(), Some(Value::Sysctl(text.clone())));
             Ok(())
         }
         // A sysctl cannot be removed, and its previous value is not known.
@@ -354,12 +354,12 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
         Op::Delete(Key::Address(device, address), _) => address::set(&mut shared.links(), *device, *address, false),
         Op::Set(key @ Key::ForwardAccept(family), value @ Value::ForwardAccept(ranges)) => {
             blocking(|| shared.nft.set_forward_accept(*family, ranges))?;
-            shared.cache.rules.insert(key.clone(), value.clone());
+            shared.cache.set(key.clone(), Some(value.clone()));
             Ok(())
         }
         Op::Delete(Key::ForwardAccept(family), _) => {
             blocking(|| shared.nft.delete_forward_accept(*family))?;
-            shared.cache.rules.remove(&Key::ForwardAccept(*family));
+            shared.cache.set(Key::ForwardAccept(*family), None);
             Ok(())
         }
         Op::Set(key, value) => {

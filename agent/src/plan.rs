@@ -3,6 +3,7 @@
 //! [`desired`] computes desired kernel state, by the network's [`backend`], [`diff`] the changes to reach it, [`lease_table`] the
 //! accepted leases, [`underlay`] the external interface, and [`mesh`] the schedule and the results of probes.
 
+pub mod actual;
 pub mod backend;
 pub mod bulk;
 pub mod contribution;
@@ -19,7 +20,7 @@ pub mod underlay;
 pub mod union;
 
 pub use ops::{
-    ApplyReport, Batch, DataPath, HostPorts, HostSocket, KernelEvent, Op, OpError, PortDriver, PortSpec, SourceFilter,
+    ApplyReport, Batch, DataPath, Dump, HostPorts, HostSocket, KernelEvent, Op, OpError, PortDriver, PortSpec, SourceFilter,
 };
 pub use ruleset::Ruleset;
 pub use state::{Key, LinkKind, LinkState, State, Value};

@@ -1,10 +1,10 @@
 //! Reconciler of one network namespace: compares desired with actual kernel state, and applies the difference.
 //!
-//! One task per network namespace, [`Reconciler::run`], owns desired state, actual state, and the entries that networks share
-//! there, so nothing is locked. Networks contribute their desired entries; the kernel reports changes. Each round takes one event
-//! and folds all further queued events. It then converges: it dumps the kernel if actual state is in doubt, diffs, applies and
-//! folds the results. The batch is applied within the round, before the next event is folded. So a foreign change after our write
-//! is also folded after our write, and actual state ends up as the kernel's state.
+//! One task per network namespace, [`Reconciler::run`], owns desired state, the peers' part of actual state, and the entries that
+//! networks share there. The data path owns the local part. Networks contribute their desired entries; the kernel reports
+//! changes. Each round takes one event and folds all further queued events. It then converges: it dumps the kernel if actual
+//! state is in doubt, diffs, applies and folds the results. The batch is applied within the round, before the next event is
+//! folded. So a foreign change after our write is also folded after our write, and actual state ends up as the kernel's state.
 //!
 //! Cancel safety: every await of the `select!` is a channel's `recv` or a timer; no event is lost when another arm wins.
 
@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::allocator;
 use crate::metrics::{FullRead, Metrics};
 use crate::model::{Device, NamespaceName, NetworkName};
+use crate::plan::actual::{ActualState, LocalState};
 use crate::plan::bulk::BULK_THRESHOLD;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
 use crate::plan::diff::{diff, diff_keys};
@@ -38,7 +39,7 @@ use crate::plan::ruleset::Table;
 use crate::plan::shared::SharedSpec;
 use crate::plan::state::Entries;
 use crate::plan::union::DesiredState;
-use crate::plan::{Batch, DataPath, KernelEvent, Key, LinkKind, State};
+use crate::plan::{Batch, DataPath, Dump, KernelEvent, Key, LinkKind, State};
 
 pub use report::{DataPathReport, PeerState};
 
@@ -135,7 +136,8 @@ pub struct Reconciler<D, S> {
     /// and the entries that networks share stay as they are.
     absent: BTreeSet<NetworkName>,
     desired: DesiredState,
-    actual: State,
+    /// The peers' part of actual state; the data path has the local part.
+    peers: State,
     nexthop_ids: NexthopIds,
 
     /// The host, as last read; `None` before the first read.
@@ -169,8 +171,6 @@ struct Contributor {
 #[derive(Debug, Default)]
 struct Dirty {
     keys: BTreeSet<Key>,
-    /// Links with an event, which have to be read.
-    links: BTreeSet<Box<str>>,
     /// All entries.
     all: bool,
     /// The shared entries have to be planned again.
@@ -211,7 +211,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             has_desired_state: false,
             absent: BTreeSet::new(),
             desired: DesiredState::default(),
-            actual: State::new(),
+            peers: State::new(),
             nexthop_ids: NexthopIds::default(),
             host: None,
             refreshes: BTreeMap::new(),
@@ -296,7 +296,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     }
 
     /// Brings actual state as close to desired state as is possible now. Returns whether there was any work.
-    async fn converge(&mut self, channels: &Channels) -> bool {
+    async fn converge(&mut self, channels: &mut Channels) -> bool {
         let now = (self.now)();
         let mut progress = false;
         self.metrics.count_loop_iteration();
@@ -304,7 +304,6 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             self.schedule.dump_reason.get_or_insert(PERIODIC_RESYNC);
             self.schedule.resync = now + self.settings.resync;
         }
-        self.reread_links(now).await;
         let mut before_dump = None;
         if self.schedule.dump_reason.is_some() && now >= self.schedule.dump_not_before {
             progress = true;
@@ -312,7 +311,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 // Changes of `accept_ra` and of resolvers cause no event.
                 self.schedule.host_read.get_or_insert(now);
             }
-            before_dump = self.dump().await;
+            before_dump = self.dump(&mut channels.kernel).await;
         }
         if self.schedule.host_read.is_some_and(|due| now >= due) && self.dump_error.is_none() {
             progress = true;
@@ -351,26 +350,31 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Replaces actual state by a dump of the kernel. Returns the previous actual state if a desired state exists to compare it
     /// with.
-    async fn dump(&mut self) -> Option<State> {
+    async fn dump(&mut self, events: &mut mpsc::Receiver<KernelEvent>) -> Option<(LocalState, State)> {
         let reason = self.schedule.dump_reason.take().unwrap_or_default();
         let begun = Instant::now();
         self.metrics.count_full_read(FullRead::State);
         match self.data_path.dump().await {
-            Ok(state) => {
+            Ok(Dump { peers, local_before }) => {
                 let took = begun.elapsed();
-                tracing::debug!(reason, entries = state.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
+                tracing::debug!(reason, peer_entries = peers.len(), ms = took.as_secs_f64() * 1e3, "kernel state read");
                 self.schedule.dump_not_before = (self.now)() + MIN_DUMP_PAUSE.max(took * DUMP_PAUSE_FACTOR);
                 self.dump_error = None;
-                let before = std::mem::replace(&mut self.actual, state);
-                self.nexthop_ids.adopt(&self.actual);
+                let peers_before = std::mem::replace(&mut self.peers, peers);
+                self.nexthop_ids.adopt(&self.peers);
+                // Local changes that are older than the dump: the comparison below would repair them uncounted.
+                while let Ok(event) = events.try_recv() {
+                    self.fold_kernel(event);
+                }
                 self.dirty.all = true;
-                if self.actual.len() > BULK_THRESHOLD {
+                if self.peers.len() > BULK_THRESHOLD {
                     self.schedule.heap_trim = Some((self.now)() + HEAP_TRIM_DELAY);
                 }
+                let local = self.data_path.local();
                 let is_lost =
-                    |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && !self.actual.contains_key(key);
+                    |(key, link): (&Key, &crate::plan::LinkState)| link.kind == LinkKind::Port && local.get(key).is_none();
                 self.port_lost |= self.desired.links().any(is_lost);
-                self.has_desired_state.then_some(before)
+                self.has_desired_state.then_some((local_before, peers_before))
             }
             Err(error) => {
                 tracing::error!(reason, %error, "cannot dump kernel state, retrying in 1 s");
@@ -388,14 +392,16 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         if !self.has_desired_state {
             return Batch::new();
         }
+        let local = self.data_path.local();
+        let actual = ActualState { local: &local, peers: &self.peers };
         if std::mem::take(&mut self.dirty.all) {
-            let mut batch = diff(&self.desired, &self.actual);
+            let mut batch = diff(&self.desired, &actual);
             if !self.absent.is_empty() {
                 batch.retain(|op| self.desired.contains_key(op.key()));
             }
             batch
         } else {
-            diff_keys(&self.desired, &self.actual, dirty.iter())
+            diff_keys(&self.desired, &actual, dirty.iter())
         }
     }
 

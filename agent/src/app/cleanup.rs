@@ -9,7 +9,9 @@ use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
 use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions};
+use crate::plan::actual::ActualState;
 use crate::plan::diff::diff;
+use crate::plan::state::Entries;
 use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
 use crate::state::{DirLock, HostState, StateDir};
 use crate::store;
@@ -57,24 +59,23 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
     let (mut kernel, _events, _follow) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
     let port_manager = kernel.port_manager();
-    let actual = kernel.dump().await.context("the kernel's state cannot be read")?;
-    for (key, value) in &actual {
-        if let (Key::Link(name), Value::Link(link)) = (key, value)
-            && link.kind == LinkKind::Port
+    let peers = kernel.dump().await.context("the kernel's state cannot be read")?.peers;
+    let links = kernel.local().entries.clone();
+    for (key, _) in links.links().filter(|(_, link)| link.kind == LinkKind::Port) {
+        if let Key::Link(name) = key
             && let Err(error) = port_manager.detach_port(name).await
         {
             failures.push(format!("{key}: {error}"));
         }
     }
-    let mut batch = diff(&State::new(), &actual);
+    let mut batch = diff(&State::new(), &ActualState { local: &kernel.local(), peers: &peers });
     // Sysctls are restored last, because they affect the host's other traffic. Sysctls of deleted interfaces no longer exist.
-    let present =
-        kernel.watch_sysctls(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
+    kernel.watch_sysctls(host.sysctls.keys().cloned().collect()).await.context("the host's settings cannot be read")?;
     let saved_sysctls =
         host.sysctls.iter().map(|(path, value)| (Key::Sysctl(path.clone().into()), Value::Sysctl(value.clone().into())));
     batch.extend(
         saved_sysctls
-            .filter(|(key, _)| key.device().is_none() && present.contains_key(key))
+            .filter(|(key, _)| key.device().is_none() && kernel.local().get(key).is_some())
             .map(|(key, value)| Op::Set(key, value)),
     );
     let report = kernel.apply(&batch).await;

@@ -15,6 +15,7 @@ use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;
 use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, PublishedPort, Subnet};
 use crate::plan::PortSpec;
+use crate::plan::desired::source_elements;
 
 /// Phase of an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -464,7 +465,7 @@ impl EndpointTable {
             mtu: network.mtu,
             addresses: Vec::new(),
             routes: Vec::new(),
-            source_check: endpoint.source_check,
+            sources: source_elements(port, endpoint.source_check).collect(),
         };
         for (family, address) in port.addresses.iter() {
             let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };

@@ -6,7 +6,7 @@ use super::link::Links;
 use super::route_socket::KernelError;
 use super::sysctl;
 use crate::model::Device;
-use crate::plan::OpError;
+use crate::plan::{Key, OpError, Value};
 
 /// Sets or removes an address of one of our devices.
 pub fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: bool) -> Result<(), OpError> {
@@ -29,10 +29,6 @@ pub fn set(links: &mut Links<'_>, device: Device, address: IpNetwork, present: b
         }
         other => other.map_err(|e| e.context(what()))?,
     }
-    if present {
-        links.cache.addresses.insert((device, address));
-    } else {
-        links.cache.addresses.remove(&(device, address));
-    }
+    links.cache.set(Key::Address(device, address), present.then_some(Value::Address));
     Ok(())
 }

@@ -84,7 +84,7 @@ impl BatchSocket {
         setsockopt(&self.socket, sockopt::RcvBuf, &bytes).expect("a small buffer");
     }
 
-    /// Applies ops, all of which must satisfy [`peer_messages::is_peer_entry`]. `first` is the index of the first op in the
+    /// Applies ops, all of which must satisfy [`Key::is_peer_entry`]. `first` is the index of the first op in the
     /// report.
     pub fn apply(&mut self, ops: &[Op], first: usize, cache: &mut KernelCache, report: &mut ApplyReport) {
         cache.reserve(ops);

@@ -1,21 +1,22 @@
-//! Caches our kernel state, and maps interface indices to our devices.
+//! Holds the local entries, and maps interface indices to our devices.
 //!
-//! Of the peers' entries it keeps only FDB remotes and removed neighbours.
+//! Of the peers' entries it keeps only FDB remotes and removed neighbours; the reconciler holds the entries themselves.
 //!
-//! The agent's own changes, dumps and events update the cache. An event that matches the cache is an echo of our own change and
+//! The agent's own changes, dumps and events update it. An event that matches the cache is an echo of our own change and
 //! is not reported. This identifies echoes if the kernel's event does not name the requesting socket (FDB entries, addresses,
 //! many link events, see [`super::monitor`]).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
-
-use ipnetwork::IpNetwork;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::objects::{LinkInfo, VxlanInfo};
 use crate::model::device::PORT_PREFIX;
 use crate::model::{Device, Mac, Role, Vni};
+use crate::plan::actual::LocalState;
+use crate::plan::ops::remove_device_entries;
 use crate::plan::state::{LINK_ALIAS, LinkKind, LinkState, Value, Vxlan};
-use crate::plan::{Key, Op, State};
+use crate::plan::{Key, Op};
 
 /// The group (`ip link show group N`) of links that we create. The alias needs a second request: the group identifies a link
 /// whose creation was interrupted by a crash. The number is our protocol number, twice.
@@ -23,17 +24,17 @@ pub const LINK_GROUP: u32 = 0x5656;
 /// Maximum number of removed links to remember.
 const MAX_TOMBSTONES: usize = 4096;
 
+/// The local entries, for readers that do not lock the kernel layer.
+pub type SharedLocal = Arc<Mutex<LocalState>>;
+
 /// Our state in one network namespace, as last written, read or reported.
 #[derive(Debug, Default)]
 pub struct KernelCache {
-    /// Our links by name, with their index.
-    pub links: BTreeMap<String, (u32, LinkState)>,
-    /// Our addresses.
-    pub addresses: BTreeSet<(Device, IpNetwork)>,
-    /// Sysctls that were read or written.
-    pub sysctls: BTreeMap<String, String>,
-    /// The ruleset and the accept rules in iptables' chains.
-    pub rules: State,
+    /// The local entries. Changed only while the kernel layer is locked ([`super::Shared`]); the reconciler reads them without
+    /// that lock.
+    local: SharedLocal,
+    /// The indices of our links, by name.
+    links: BTreeMap<String, u32>,
     /// The remote last set, read or reported, by interface index and MAC.
     pub fdb: HashMap<(u32, Mac), IpAddr>,
     /// Neighbours that we removed: the kernel's event does not name our socket.
@@ -43,7 +44,27 @@ pub struct KernelCache {
     devices: Vec<(u32, Device)>,
 }
 
+/// Locks the local entries; each change of them is complete, so a panic leaves them consistent.
+pub fn lock(local: &Mutex<LocalState>) -> MutexGuard<'_, LocalState> {
+    local.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl KernelCache {
+    /// The local entries.
+    pub fn local(&self) -> MutexGuard<'_, LocalState> {
+        lock(&self.local)
+    }
+
+    /// A handle to the local entries, for reading.
+    pub fn share_local(&self) -> SharedLocal {
+        Arc::clone(&self.local)
+    }
+
+    /// Sets a local entry, or removes it. Returns whether it was different before.
+    pub fn set(&self, key: Key, value: Option<Value>) -> bool {
+        self.local().set(key, value)
+    }
+
     /// The interface index of one of our devices; `None` if it does not exist.
     pub fn index(&self, device: Device) -> Option<u32> {
         self.devices.iter().find(|(_, d)| *d == device).map(|(index, _)| *index)
@@ -61,7 +82,12 @@ impl KernelCache {
 
     /// The name of our link with that index.
     pub fn link_name(&self, index: u32) -> Option<&str> {
-        self.links.iter().find(|(_, (i, _))| *i == index).map(|(name, _)| name.as_str())
+        self.links.iter().find(|(_, i)| **i == index).map(|(name, _)| name.as_str())
+    }
+
+    /// The index and state of our link with that name.
+    pub fn link(&self, name: &str) -> Option<(u32, LinkState)> {
+        Some((*self.links.get(name)?, self.local().link(name)?.clone()))
     }
 
     /// Reserves capacity for ops, so that no table is reallocated while they are applied.
@@ -73,7 +99,7 @@ impl KernelCache {
 
     /// Records a link of ours.
     pub fn insert_link(&mut self, name: &str, index: u32, state: LinkState) {
-        if self.links.get(name).is_some_and(|(old, _)| *old != index) {
+        if self.links.get(name).is_some_and(|old| *old != index) {
             self.remove_link(name);
         }
         self.devices.retain(|(i, _)| *i != index);
@@ -82,21 +108,22 @@ impl KernelCache {
         {
             self.devices.push((index, device));
         }
-        self.links.insert(name.to_owned(), (index, state));
+        self.links.insert(name.to_owned(), index);
+        self.set(Key::Link(name.into()), Some(Value::Link(Box::new(state))));
     }
 
-    /// Removes a link and everything cached about it; returns its state.
-    pub fn remove_link(&mut self, name: &str) -> Option<LinkState> {
-        let (index, state) = self.links.remove(name)?;
+    /// Removes a link and everything cached about it.
+    pub fn remove_link(&mut self, name: &str) {
+        let Some(index) = self.links.remove(name) else { return };
+        let key = Key::Link(name.into());
         // For a container's port nothing else is cached.
-        if let Some(device) = Device::from_name(name) {
+        if Device::from_name(name).is_some() {
             self.devices.retain(|(i, _)| *i != index);
-            self.addresses.retain(|(d, _)| *d != device);
-            self.sysctls.retain(|path, _| Key::Sysctl(path.as_str().into()).device() != Some(device));
             self.fdb.retain(|(i, _), _| *i != index);
             self.removed_neighbours.retain(|(i, _)| *i != index);
+            remove_device_entries(&mut self.local().entries, &key, |_| true);
         }
-        Some(state)
+        self.set(key, None);
     }
 
     /// Records that we removed the link with that index. Indices only grow: the smallest one is the oldest.
@@ -119,7 +146,18 @@ impl KernelCache {
 
     /// The cache at the start of a dump: empty except for the sysctls to read and the removed links.
     pub fn new_for_dump(&self) -> KernelCache {
-        KernelCache { sysctls: self.sysctls.clone(), removed_links: self.removed_links.clone(), ..KernelCache::default() }
+        let is_sysctl = |(key, _): &(&Key, &Value)| matches!(key, Key::Sysctl(_));
+        let sysctls =
+            self.local().entries.iter().take_while(is_sysctl).map(|(key, value)| (key.clone(), value.clone())).collect();
+        let local = Arc::new(Mutex::new(LocalState { entries: sysctls, ..LocalState::default() }));
+        KernelCache { local, removed_links: self.removed_links.clone(), ..KernelCache::default() }
+    }
+
+    /// Gives the local entries of a dump to the readers of `before`. Returns those that they had.
+    pub fn publish_dump(&mut self, before: KernelCache) -> LocalState {
+        let dumped = std::mem::take(&mut *self.local());
+        self.local = before.local;
+        std::mem::replace(&mut *self.local(), dumped)
     }
 
     /// Converts a link to the form that plans use. `None` if its name is not one of ours. `tx_checksum` is called only for VXLAN
@@ -148,16 +186,6 @@ impl KernelCache {
             _ => None,
         };
         Some(state(kind.unwrap_or_else(|| LinkKind::Foreign { kind: link.kind.clone() })))
-    }
-
-    /// Our links, addresses, sysctls and rules as a state.
-    pub fn state(&self) -> State {
-        let links =
-            self.links.iter().map(|(name, (_, link))| (Key::Link(name.clone().into()), Value::Link(Box::new(link.clone()))));
-        let addresses = self.addresses.iter().map(|(device, address)| (Key::Address(*device, *address), Value::Address));
-        let sysctls =
-            self.sysctls.iter().map(|(path, text)| (Key::Sysctl(path.clone().into()), Value::Sysctl(text.clone().into())));
-        links.chain(addresses).chain(sysctls).chain(self.rules.clone()).collect()
     }
 }
 

@@ -3,8 +3,8 @@
 //! The inner end is created in the container's namespace under its final name. The outer end becomes a port of the bridge.
 //! Attaching is all or nothing: if a step fails, the pair is removed, which takes both ends and all their settings.
 //!
-//! The container's elements are in the source filter's sets before its port joins the bridge. So the filter checks each packet by
-//! the same rules and does not drop the first one.
+//! The planned elements are in the source filter's sets before the port joins the bridge. So the filter checks each packet by the
+//! same rules and does not drop the first one. Each step is in the local entries at once, so the reconciler finds nothing to do.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -30,10 +30,9 @@ use super::rtnl::{arp_notify, new_address, route, veth};
 use super::snapshot::{self, OverlaySnapshot};
 use super::sysctl::{self, Sysctls};
 use super::{Shared, blocking, host_ports};
-use crate::model::device::{PORT_PREFIX, bridge_full_message};
-use crate::model::{Cidr, Device, Family, Mac, PerFamily, PublishedPort};
-use crate::plan::desired::source_elements;
-use crate::plan::ruleset::{Counter, Element, Table};
+use crate::model::device::bridge_full_message;
+use crate::model::{Cidr, Device, Family, PerFamily, PublishedPort};
+use crate::plan::ruleset::{Counter, Element, SetName, Table};
 use crate::plan::state::PROTOCOL;
 use crate::plan::{HostPorts, Key, Op, OpError, PortDriver, PortSpec, SourceFilter, Value};
 
@@ -101,14 +100,13 @@ impl PortDriver for PortManager {
                 Ok(link) if !is_own_link(&link) => return Err(foreign_link_error(&link)),
                 Ok(link) => Some(link.index),
             };
-            shared.cache.remove_link(host_interface);
-            let Some(index) = link else { return revoke_source(&mut shared, host_interface) };
+            let Some(index) = link else { return forget_port(&mut shared, host_interface) };
             shared.cache.mark_removed(index);
             index
         };
         let removed = delete_links(&self.netns, &[index]).into_iter().collect::<Result<(), _>>();
         let mut shared = self.shared.lock().await;
-        let Err(error) = removed else { return revoke_source(&mut shared, host_interface) };
+        let Err(error) = removed else { return forget_port(&mut shared, host_interface) };
         shared.cache.unmark_removed(index);
         shared.links().refresh(host_interface)?;
         Err(error.context(format!("cannot delete interface {host_interface}")))
@@ -154,12 +152,6 @@ impl PortDriver for PortManager {
     fn host_ports(&self, wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
         self.netns.run_in_place(|| host_ports::query(wanted)).map_err(|e| OpError::from(&e))?
     }
-
-    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError> {
-        let links = objects::links(&mut RouteSocket::open_in(&self.netns)?)?;
-        let port = |link: &LinkInfo| link.kind == "veth" && link.name.starts_with(PORT_PREFIX) && is_own_link(link);
-        Ok(links.into_iter().filter(port).map(|link| link.name).collect())
-    }
 }
 
 fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
@@ -179,7 +171,7 @@ fn attach_port(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpE
             }
             let inner = || run_in_netns(&netns, || inner_difference(spec, link.index));
             match outer.map_or_else(inner, |difference| Ok(Some(difference)))? {
-                None => return allow_source(shared, spec),
+                None => return allow_sources(shared, spec),
                 Some(difference) => {
                     tracing::info!(interface = spec.host_interface, difference, "recreating veth pair");
                 }
@@ -214,12 +206,16 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
         }
         error
     })?;
-    let index =
-        objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?.index;
+    let link = objects::link(&mut shared.socket, host).map_err(|e| e.context(format!("cannot find {host} after creating it")))?;
+    let index = link.index;
+    // Known before its elements, which no comparison may remove meanwhile.
+    if let Some(state) = shared.cache.link_state(&link, |_| false) {
+        shared.cache.insert_link(host, index, state);
+    }
     let ipv6 = shared.sysctls.write_if_exists(&sysctl::accept_ra(host), sysctl::OFF)?;
     change_link(&mut shared.socket, alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
     let (mut netns_socket, inner) = netns.run_in_place(|| configure_inner(spec)).map_err(|e| OpError::from(&e))??;
-    let source_filter = allow_source(shared, spec)?;
+    let source_filter = allow_sources(shared, spec)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
     let joined = change_link(&mut shared.socket, port.build());
     joined.map_err(|e| {
@@ -264,42 +260,30 @@ fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), Kern
     socket.change_link(change)
 }
 
-/// Allows the container's own addresses as sources, or any source if its sources are not checked. Removes elements of an earlier
-/// user of the interface. If the table does not exist yet, its creation adds all elements.
-fn allow_source(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
-    if !shared.cache.rules.contains_key(&Key::Ruleset(Table::Bridge)) {
+/// Adds the planned elements to the source filter, and removes those of an earlier user of the interface. If the table does not
+/// exist yet, its creation adds all elements.
+fn allow_sources(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, OpError> {
+    if shared.cache.local().get(&Key::Ruleset(Table::Bridge)).is_none() {
         return Ok(SourceFilter::Pending);
     }
-    let own = spec.addresses.iter().map(|address| address.ip());
-    let elements: Vec<Element> = source_elements(&spec.host_interface, spec.mac, own, spec.source_check).collect();
-    let mut ops = source_deletions(shared, &spec.host_interface, |element| !elements.contains(element));
-    ops.extend(elements.iter().map(|element| Op::Set(Key::Element(element.clone()), Value::Element(None))));
-    apply_rules(shared, &ops, "cannot add the container's addresses to the source filter").map(|()| SourceFilter::Applied)
+    set_sources(shared, &spec.host_interface, &spec.sources, "cannot add the container's addresses to the source filter")?;
+    Ok(SourceFilter::Applied)
 }
 
-/// Removes an interface's elements from the source filter's sets.
-fn revoke_source(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
-    let ops = source_deletions(shared, host_interface, |_| true);
-    apply_rules(shared, &ops, "cannot remove the container's addresses from the source filter")
+/// Removes a deleted port from the local entries, and its elements from the source filter.
+fn forget_port(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
+    shared.cache.remove_link(host_interface);
+    set_sources(shared, host_interface, &[], "cannot remove the container's addresses from the source filter")
 }
 
-/// The ops that remove an interface's elements, if `filter` accepts them.
-fn source_deletions(shared: &Shared, interface: &str, filter: impl Fn(&Element) -> bool) -> Vec<Op> {
-    let first = Element::Source(Box::new((interface.to_owned(), Mac([0; 6]), Family::V4.unspecified())));
-    let rules = &shared.cache.rules;
-    let sources = rules.range(Key::Element(first)..).map_while(|(key, _)| match key {
-        Key::Element(element @ Element::Source(_)) if element.interface() == Some(interface) => Some(element),
-        _ => None,
-    });
-    let unchecked = Element::Unchecked(interface.into());
-    let is_unchecked = rules.contains_key(&Key::Element(unchecked.clone()));
-    let all = sources.cloned().chain(is_unchecked.then_some(unchecked));
-    all.filter(filter).map(|element| Op::Delete(Key::Element(element), Value::Element(None))).collect()
-}
-
-fn apply_rules(shared: &mut Shared, ops: &[Op], what: &str) -> Result<(), OpError> {
+/// Makes these elements the interface's only ones in the source filter.
+fn set_sources(shared: &mut Shared, interface: &str, wanted: &[Element], what: &str) -> Result<(), OpError> {
     let Shared { nft, cache, .. } = shared;
-    match nft.apply(ops, &mut cache.rules).into_iter().next() {
+    let mut local = cache.local();
+    let obsolete = local.source_elements(interface).filter(|element| !wanted.contains(element));
+    let mut ops: Vec<Op> = obsolete.map(|element| Op::Delete(Key::Element(element), Value::Element(None))).collect();
+    ops.extend(wanted.iter().map(|element| Op::Set(Key::Element(element.clone()), Value::Element(None))));
+    match nft.apply(&ops, &mut local.rules).into_iter().next() {
         Some((_, OpError { errno, message })) => Err(OpError { errno, message: format!("{what}: {message}") }),
         None => Ok(()),
     }
@@ -315,9 +299,9 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
     let sysctls = Sysctls::open(&[Family::V6]);
     sysctls.write_if_exists(&sysctl::accept_ra(inner), "0")?;
     sysctls.write_if_exists(&sysctl::ndisc_notify(inner), "1")?;
-    if spec.source_check && !spec.addresses.iter().any(IpNetwork::is_ipv6) {
-        // Without an overlay IPv6 address the container may send no IPv6. But the kernel creates and announces a link-local
-        // address for each interface that comes up, which the source filter would count as spoofed.
+    if !spec.sources.iter().any(|element| matches!(element.set(), SetName::Source(Family::V6) | SetName::Unchecked)) {
+        // The container may send no IPv6. But the kernel creates and announces a link-local address for each interface that
+        // comes up, which the source filter would count as spoofed.
         sysctls.write_if_exists(&sysctl::addr_gen_mode(inner), "1")?;
     }
     if spec.addresses.iter().any(IpNetwork::is_ipv6) {

@@ -13,25 +13,28 @@ use super::{Shared, is_own_protocol};
 use crate::model::{Family, Mac, Role};
 use crate::plan::desired::sysctls;
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
-use crate::plan::{Key, OpError, State, Value};
+use crate::plan::{Dump, Key, OpError, State, Value};
 
 /// Reads all our state and replaces the cache with it. If a read fails, the cache stays unchanged.
-pub fn read_state(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
+pub fn read_state(shared: &mut Shared, nexthop_objects: bool) -> Result<Dump, OpError> {
     let fresh = shared.cache.new_for_dump();
     let before = std::mem::replace(&mut shared.cache, fresh);
-    let state = read_all(shared, nexthop_objects);
-    if state.is_err() {
-        shared.cache = before;
+    match read_all(shared, nexthop_objects) {
+        Ok(peers) => Ok(Dump { peers, local_before: shared.cache.publish_dump(before) }),
+        Err(error) => {
+            shared.cache = before;
+            Err(error)
+        }
     }
-    state
 }
 
+/// Reads the local entries into the cache; returns the peers' entries.
 fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError> {
     read_links(shared)?;
     read_addresses(shared)?;
     read_sysctls(shared)?;
-    shared.cache.rules = shared.nft.dump()?.into_entries();
-    let mut state = shared.cache.state();
+    shared.cache.local().rules = shared.nft.dump()?.into_entries();
+    let mut state = State::new();
     let mut queries: Vec<EntryQuery> = Vec::new();
     for (index, device) in shared.cache.devices() {
         if let Role::Vxlan(_) = device.role {
@@ -155,8 +158,8 @@ fn read_links(shared: &mut Shared) -> Result<(), OpError> {
 fn read_addresses(shared: &mut Shared) -> Result<(), OpError> {
     for (index, device) in shared.cache.devices().to_vec() {
         for address in objects::addresses(&mut shared.socket, index)? {
-            if address.index == index && address.address_key(device).is_some() {
-                shared.cache.addresses.insert((device, address.address));
+            if let Some(key) = address.address_key(device).filter(|_| address.index == index) {
+                shared.cache.set(key, Some(Value::Address));
             }
         }
     }
@@ -164,21 +167,25 @@ fn read_addresses(shared: &mut Shared) -> Result<(), OpError> {
 }
 
 /// Reads sysctls and tracks them: from now on the monitor reports changes by other processes. Missing sysctls are left out.
-pub fn track_sysctls(shared: &mut Shared, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
+pub fn track_sysctls(shared: &Shared, paths: impl IntoIterator<Item = String>) -> Result<(), OpError> {
     let Shared { sysctls, cache, .. } = shared;
     for path in paths {
         let found = sysctls.read(&path)?.or_else(|| sysctls.is_implicitly_off(&path).then(|| sysctl::OFF.to_owned()));
         if let Some(text) = found {
-            cache.sysctls.insert(path, text);
+            cache.set(Key::Sysctl(path.into()), Some(Value::Sysctl(text.into())));
         }
     }
     Ok(())
 }
 
 /// Reads the fixed sysctls, those of our devices, and all that were read or written before.
-fn read_sysctls(shared: &mut Shared) -> Result<(), OpError> {
-    let cache = &mut shared.cache;
-    let mut paths: BTreeSet<String> = cache.sysctls.keys().cloned().collect();
+fn read_sysctls(shared: &Shared) -> Result<(), OpError> {
+    let cache = &shared.cache;
+    let path = |key: Key| if let Key::Sysctl(path) = key { Some(path.into_string()) } else { None };
+    let mut local = cache.local();
+    let others = local.entries.split_off(&Key::Link(Box::default()));
+    let mut paths: BTreeSet<String> = std::mem::replace(&mut local.entries, others).into_keys().filter_map(path).collect();
+    drop(local);
     paths.extend(Family::ALL.map(|family| sysctls::forwarding(family).to_owned()));
     for (_, device) in cache.devices() {
         let name = device.name();
@@ -189,6 +196,5 @@ fn read_sysctls(shared: &mut Shared) -> Result<(), OpError> {
         let families = Family::ALL.into_iter().filter(|family| device.carries(*family));
         paths.extend(families.flat_map(|family| sysctls::device_settings(*device, family)).map(|(path, _)| path));
     }
-    cache.sysctls.clear();
     track_sysctls(shared, paths)
 }

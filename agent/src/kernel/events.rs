@@ -3,7 +3,7 @@
 //! Each message is compared with the cache. New changes are kept until the monitor delivers them.
 
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use netlink_packet_core::{NLM_F_REPLACE, NetlinkHeader};
@@ -31,6 +31,8 @@ const MAX_PENDING_CHANGES: usize = 16 * 1024;
 #[derive(Debug, Default)]
 pub struct PendingEvents {
     changes: BTreeMap<Key, PendingChange>,
+    /// Links whose last event differs from the cache.
+    unread_links: BTreeSet<String>,
     resync_reason: Option<&'static str>,
     host_network_changed: bool,
 }
@@ -38,7 +40,7 @@ pub struct PendingEvents {
 /// A pending change of an entry.
 #[derive(Debug)]
 struct PendingChange {
-    /// The cached value before the change, if this kind of entry is cached.
+    /// The value before the change; `None` if it is not known.
     before: Option<Option<Value>>,
     now: Option<Value>,
 }
@@ -61,18 +63,18 @@ impl PendingEvents {
         std::mem::take(&mut self.host_network_changed).then_some(KernelEvent::HostNetworkChanged)
     }
 
-    /// Records a change of an entry whose previous value is not cached.
+    /// Records a change of an entry whose previous value is not known.
     pub fn record(&mut self, key: Key, now: Option<Value>) {
         self.insert(key, None, now);
     }
 
-    /// Records a change of an entry from its cached value.
+    /// Records a change of an entry from its previous value.
     pub fn record_change(&mut self, key: Key, before: Option<Value>, now: Option<Value>) {
         self.insert(key, Some(before), now);
     }
 
-    /// Drops changes that ended at their old value: one change of ours to a link causes several events, and the last one matches
-    /// the cache.
+    /// Drops changes that ended at their old value: successive changes of ours to an entry cause as many events, and the last one
+    /// matches the cache.
     pub fn drop_reverted(&mut self) {
         self.changes.retain(|_, change| change.before.as_ref() != Some(&change.now));
     }
@@ -86,6 +88,22 @@ impl PendingEvents {
             Entry::Occupied(mut change) => change.get_mut().now = now,
             Entry::Vacant(entry) => {
                 entry.insert(PendingChange { before, now });
+            }
+        }
+    }
+
+    /// Reads the links that events named, and records those that differ from the cache. An event that the kernel sends by itself
+    /// may be older than our last change, whose own event is filtered out.
+    pub fn read_links(&mut self, shared: &mut Shared) {
+        for name in std::mem::take(&mut self.unread_links) {
+            let before = shared.cache.link(&name);
+            if let Err(error) = shared.links().refresh(&name) {
+                tracing::warn!(%error, "cannot read a link of ours");
+                self.require_resync("a link could not be read");
+            }
+            let now = shared.cache.link(&name);
+            if before != now {
+                self.record(Key::Link(name.into()), now.map(|(_, state)| Value::Link(Box::new(state))));
             }
         }
     }
@@ -158,8 +176,8 @@ pub fn apply_event(
     }
 }
 
-/// Applies a link event: `present` means that the link exists, otherwise it was removed. An event that the kernel sends by itself
-/// may be older than our last change, whose own event is filtered out. So the receiver reads the link before it acts.
+/// Applies a link event: `present` means that the link exists, otherwise it was removed. An event that differs from the cache is
+/// left to [`PendingEvents::read_links`].
 fn on_link(
     present: bool,
     link: &LinkInfo,
@@ -177,8 +195,8 @@ fn on_link(
     if let Some(old) = &own_name
         && (*old != link.name || !present)
     {
-        let before = cache.remove_link(old).map(|state| Value::Link(Box::new(state)));
-        pending.record_change(Key::Link(old.clone().into()), before, None);
+        cache.remove_link(old);
+        pending.record(Key::Link(old.clone().into()), None);
         pending.require_resync("a link of ours was removed, with its addresses and routes");
     }
     if !present {
@@ -186,7 +204,7 @@ fn on_link(
         if own_name.is_none() {
             pending.host_network_changed();
             // Our own change ran in between, found no link and removed it from the cache: that is not reported yet.
-            if is_own_link(link) && !cache.links.contains_key(&link.name) {
+            if is_own_link(link) && cache.link(&link.name).is_none() {
                 pending.record(Key::Link(link.name.clone().into()), None);
             }
         }
@@ -203,19 +221,16 @@ fn on_link(
     let Some(state) = state else { return };
     // A mask of all bits announces a new link. Changes other than of flags announce no bits.
     let went_down = !link.up() && link.change_mask.contains(LinkFlags::Up) && link.change_mask.bits() != u32::MAX;
-    let before = cache.links.get(&link.name).map(|(index, old)| (*index, old.clone()));
-    match &before {
-        Some((index, _)) if *index != link.index => pending.require_resync("another process recreated a link of ours"),
+    match cache.link(&link.name) {
+        Some((index, _)) if index != link.index => pending.require_resync("another process recreated a link of ours"),
         // IPv4 routes, next hops and neighbours of a device that goes down are removed without an event of their own.
         Some((_, old)) if went_down && old.up && Device::from_name(&link.name).is_some() => {
             pending.require_resync("a device of ours went down, with its routes");
         }
-        Some((_, old)) if *old == state => return,
+        Some((_, old)) if old == state => return,
         _ => {}
     }
-    cache.insert_link(&link.name, link.index, state.clone());
-    let value = |state| Value::Link(Box::new(state));
-    pending.record_change(Key::Link(link.name.clone().into()), before.map(|(_, old)| value(old)), Some(value(state)));
+    pending.unread_links.insert(link.name.clone());
 }
 
 fn on_address(
@@ -228,12 +243,9 @@ fn on_address(
     let Shared { sysctls, cache, .. } = shared;
     if let Some(device) = cache.device(info.index) {
         let Some(key) = info.address_key(device) else { return };
-        let address = (device, info.address);
-        let is_new = if present { cache.addresses.insert(address) } else { cache.addresses.remove(&address) };
-        if is_new {
-            let (absent, value) = (None, Some(Value::Address));
-            let (before, now) = if present { (absent, value) } else { (value, absent) };
-            pending.record_change(key, before, now);
+        let value = |present: bool| present.then_some(Value::Address);
+        if cache.set(key.clone(), value(present)) {
+            pending.record_change(key, value(!present), value(present));
             if !present && info.address.is_ipv6() {
                 on_ipv6_disabled(device, sysctls, cache, pending);
             }
@@ -259,9 +271,8 @@ fn on_ipv6_disabled(device: Device, sysctls: &Sysctls, cache: &mut KernelCache, 
     let path = sysctl::disable_ipv6(&device.name());
     if let Ok(Some(text)) = sysctls.read(&path)
         && text != sysctl::OFF
-        && cache.sysctls.get(&path).is_some_and(|before| *before != text)
+        && on_sysctl(path, text, cache, pending)
     {
-        on_sysctl(path, text, cache, pending);
         pending.require_resync("IPv6 was switched off on a device of ours, which removed its entries");
     }
 }
@@ -291,13 +302,16 @@ fn on_netconf(body: &[u8], cache: &mut KernelCache, host_interfaces: &HostInterf
     }
 }
 
-/// Records the new value of a sysctl. Only sysctls that were read or written are tracked.
-fn on_sysctl(path: String, text: String, cache: &mut KernelCache, pending: &mut PendingEvents) {
-    let Some(value) = cache.sysctls.get_mut(&path) else { return };
-    if *value != text {
-        let before = std::mem::replace(value, text.clone());
-        pending.record_change(Key::Sysctl(path.into()), Some(Value::Sysctl(before.into())), Some(Value::Sysctl(text.into())));
+/// Records the new value of a sysctl; returns whether it is new. Only sysctls that were read or written are tracked.
+fn on_sysctl(path: String, text: String, cache: &KernelCache, pending: &mut PendingEvents) -> bool {
+    let (key, value) = (Key::Sysctl(path.into()), Some(Value::Sysctl(text.into())));
+    let mut local = cache.local();
+    let before = local.get(&key).cloned();
+    let is_new = before.is_some() && local.set(key.clone(), value.clone());
+    if is_new {
+        pending.record_change(key, before, value);
     }
+    is_new
 }
 
 fn on_entry(header: NetlinkHeader, entry: &KernelEntry, cache: &mut KernelCache, pending: &mut PendingEvents) {

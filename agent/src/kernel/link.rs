@@ -11,12 +11,12 @@ use netlink_packet_route::link::{
 };
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
+use super::blocking;
 use super::cache::{KernelCache, LINK_GROUP, is_own_link};
 use super::ethtool::Ethtool;
 use super::netns::Netns;
 use super::objects::{self, LinkInfo};
 use super::route_socket::{KernelError, RouteSocket};
-use super::blocking;
 use super::rtnl::no_link_local;
 use super::sysctl::{self, Sysctls};
 use crate::model::network::IPV6_MIN_MTU;
@@ -107,9 +107,7 @@ impl Links<'_> {
     /// Reads a link and updates the cache.
     pub fn refresh(&mut self, name: &str) -> Result<(), OpError> {
         match self.find(name)? {
-            None => {
-                self.cache.remove_link(name);
-            }
+            None => self.cache.remove_link(name),
             Some(link) => {
                 let ethtool = self.ethtool;
                 if let Some(state) = self.cache.link_state(&link, |name| ethtool.tx_checksum(name)) {

@@ -113,6 +113,7 @@ impl Monitor {
                     let mut decoder = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
                     decoder.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
                     decoder.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
+                    self.pending.read_links(&mut shared);
                     self.pending.drop_reverted();
                 }
                 change = self.nft.changed() => {
@@ -194,7 +195,8 @@ impl Monitor {
             self.pending.host_network_changed();
         }
         let current = rules.into_entries();
-        let cached = &mut shared.cache.rules;
+        let mut local = shared.cache.local();
+        let cached = &mut local.rules;
         let is_affected = |key: &Key| !forward_only || matches!(key, Key::ForwardAccept(_));
         let removed: Vec<Key> = cached.keys().filter(|key| is_affected(key) && !current.contains_key(key)).cloned().collect();
         for key in removed {

@@ -95,11 +95,6 @@ pub enum KernelRouteTarget {
     Other,
 }
 
-/// Whether this codec handles entries with this key.
-pub fn is_peer_entry(key: &Key) -> bool {
-    matches!(key, Key::Fdb(..) | Key::Neigh(..) | Key::Nexthop(_) | Key::Route(_) | Key::Unreachable(_))
-}
-
 /// The device whose index a message about the entry needs.
 pub fn entry_device(key: &Key, value: &Value) -> Option<Device> {
     match (key, value) {

@@ -163,8 +163,7 @@ impl HostSpec {
             let hairpin = !endpoint.published.is_empty();
             let link = LinkState { kind: LinkKind::Port, mac: None, mtu, up: true, master: Some(bridge), hairpin };
             let link = (Key::Link(port.host_interface.clone().into()), Value::Link(Box::new(link)));
-            let own = port.addresses.iter().map(|(_, address)| *address);
-            let sources = source_elements(&port.host_interface, port.mac, own, endpoint.source_check);
+            let sources = source_elements(port, endpoint.source_check);
             let sources = sources.map(|element| (Key::Element(element), Value::Element(None)));
             let published = endpoint.published.iter().flat_map(|publish| dnat_elements(publish, port));
             let published = published.map(|(element, target)| (Key::Element(element), Value::Element(Some(Box::new(target)))));
@@ -230,18 +229,12 @@ impl HostSpec {
 
 /// The source filter's elements for an endpoint: its MAC with each of its addresses. With IPv6 they include the link-local
 /// address that the kernel derives from the MAC. Without a source check there is one element that allows every source.
-pub fn source_elements(
-    interface: &str,
-    mac: Mac,
-    addresses: impl IntoIterator<Item = IpAddr>,
-    source_check: bool,
-) -> impl Iterator<Item = Element> {
-    let mut all: Vec<IpAddr> = addresses.into_iter().filter(|_| source_check).collect();
-    if all.iter().any(IpAddr::is_ipv6) {
-        all.push(link_local(mac));
-    }
-    let unchecked = (!source_check).then(|| Element::Unchecked(interface.into()));
-    all.into_iter().map(move |address| Element::Source(Box::new((interface.to_owned(), mac, address)))).chain(unchecked)
+pub fn source_elements(port: &Port, source_check: bool) -> impl Iterator<Item = Element> {
+    let own = port.addresses.iter().map(|(_, address)| *address);
+    let addresses = own.chain(port.addresses.v6.map(|_| link_local(port.mac))).filter(move |_| source_check);
+    let unchecked = (!source_check).then(|| Element::Unchecked(port.host_interface.as_str().into()));
+    let source = move |address| Element::Source(Box::new((port.host_interface.clone(), port.mac, address)));
+    addresses.map(source).chain(unchecked)
 }
 
 /// Endpoints that are only in `new`, and those only in `old`, both sorted by name. A changed endpoint is in both results.

@@ -10,17 +10,17 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::ops::{Batch, Op};
 use super::ruleset::Table;
-use super::state::{Entries, Key, LinkKind, LinkState, RouteTarget, State, Value, device_of};
+use super::state::{Entries, Key, LinkKind, LinkState, RouteTarget, Value, device_of};
 use crate::model::Device;
 
 /// The batch that makes `actual` equal to `desired`.
-pub fn diff(desired: &impl Entries, actual: &State) -> Batch {
+pub fn diff(desired: &impl Entries, actual: &impl Entries) -> Batch {
     compare(desired, actual, union(desired, actual))
 }
 
 /// As [`diff`], but for some keys only. A device's link includes all entries on the device if it is created, recreated or
 /// deleted. The run time grows with the number of keys, not with the number of entries.
-pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a State, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
+pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a impl Entries, keys: impl IntoIterator<Item = &'a Key>) -> Batch {
     let mut keys: BTreeSet<&Key> = keys.into_iter().collect();
     let mut changes = DeviceChanges::new(desired, actual);
     let changing: BTreeSet<Device> = keys
@@ -42,7 +42,7 @@ pub fn diff_keys<'a>(desired: &'a impl Entries, actual: &'a State, keys: impl In
 type EntryPair<'a> = (&'a Key, Option<&'a Value>, Option<&'a Value>);
 
 /// Merges both states in the order of the keys, in one pass and without lookups.
-fn union<'a>(desired: &'a impl Entries, actual: &'a State) -> impl Iterator<Item = EntryPair<'a>> {
+fn union<'a>(desired: &'a impl Entries, actual: &'a impl Entries) -> impl Iterator<Item = EntryPair<'a>> {
     let (mut desired, mut actual) = (desired.iter().peekable(), actual.iter().peekable());
     std::iter::from_fn(move || {
         let order = match (desired.peek(), actual.peek()) {
@@ -57,7 +57,7 @@ fn union<'a>(desired: &'a impl Entries, actual: &'a State) -> impl Iterator<Item
     })
 }
 
-fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item = EntryPair<'a>>) -> Batch {
+fn compare<'a>(desired: &impl Entries, actual: &impl Entries, pairs: impl Iterator<Item = EntryPair<'a>>) -> Batch {
     let mut changes = DeviceChanges::new(desired, actual);
     let any_device_changes = changes.any_changes();
     let is_removed = |table: &Table| actual.contains_key(&Key::Ruleset(*table)) && !desired.contains_key(&Key::Ruleset(*table));
@@ -97,7 +97,7 @@ fn compare<'a>(desired: &impl Entries, actual: &State, pairs: impl Iterator<Item
                 }
                 sets.push(Op::Set(key.clone(), wanted.clone()));
             }
-            (None, Some(found)) if is_managed(key, found) => {
+            (None, Some(found)) if is_managed(key, found, desired, actual) => {
                 // The kernel deletes entries with their device, and elements with their table.
                 let removed_implicitly = match key {
                     Key::Element(element) => removed_tables.contains(&element.set().table()),
@@ -150,14 +150,14 @@ impl DeviceChange {
 }
 
 /// Cache of the changes of devices.
-struct DeviceChanges<'a, D> {
+struct DeviceChanges<'a, D, A> {
     desired: &'a D,
-    actual: &'a State,
+    actual: &'a A,
     cache: BTreeMap<Device, DeviceChange>,
 }
 
-impl<'a, D: Entries> DeviceChanges<'a, D> {
-    fn new(desired: &'a D, actual: &'a State) -> DeviceChanges<'a, D> {
+impl<'a, D: Entries, A: Entries> DeviceChanges<'a, D, A> {
+    fn new(desired: &'a D, actual: &'a A) -> DeviceChanges<'a, D, A> {
         DeviceChanges { desired, actual, cache: BTreeMap::new() }
     }
 
@@ -243,11 +243,26 @@ fn needs_recreate(wanted: &Value, found: &Value) -> bool {
 }
 
 /// Whether an entry may be deleted: sysctls cannot be deleted, foreign entries are not ours, and the endpoints own their links.
-fn is_managed(key: &Key, found: &Value) -> bool {
+/// While an endpoint is attached or detached, its port exists but is not desired: the port keeps its elements of the source
+/// filter.
+fn is_managed(key: &Key, found: &Value, desired: &impl Entries, actual: &impl Entries) -> bool {
     match (key, found) {
         (Key::Sysctl(_), _) | (_, Value::Route(RouteTarget::Foreign)) => false,
+        (Key::Element(element), _) => element.interface().is_none_or(|interface| {
+            let link = Key::Link(interface.into());
+            desired.contains_key(&link) || !matches!(actual.get(&link), Some(Value::Link(link)) if link.kind == LinkKind::Port)
+        }),
         (_, Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port),
         _ => true,
+    }
+}
+
+/// Whether a comparison finds nothing to do for an entry.
+pub fn is_in_sync(key: &Key, desired: &impl Entries, actual: &impl Entries) -> bool {
+    match (desired.get(key), actual.get(key)) {
+        (Some(wanted), Some(found)) => is_satisfied(wanted, found),
+        (Some(_), None) => false,
+        (None, found) => found.is_none_or(|found| !is_managed(key, found, desired, actual)),
     }
 }
 

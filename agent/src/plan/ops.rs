@@ -1,10 +1,13 @@
 //! Kernel changes, batches of them and their results, and the traits that apply them.
 
 use std::fmt;
+use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-use super::state::{Key, LinkState, RouteTarget, State, Value, device_of};
+use super::actual::LocalState;
+use super::ruleset::Element;
+use super::state::{Key, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
 /// One change of the kernel. `Set` is idempotent: it replaces an entry with another value.
@@ -62,7 +65,7 @@ impl Op {
 }
 
 /// Removes matching entries of the device `link`. Its ports lose their master.
-fn remove_device_entries(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
+pub fn remove_device_entries(state: &mut State, link: &Key, kind: impl Fn(&Key) -> bool) {
     let Key::Link(name) = link else { return };
     let Some(device) = Device::from_name(name) else { return };
     let mut removed = Vec::new();
@@ -110,19 +113,29 @@ pub struct ApplyReport {
     pub failed: Vec<(usize, OpError)>,
 }
 
+/// Result of [`DataPath::dump`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Dump {
+    /// The peers' entries.
+    pub peers: State,
+    /// The local entries as they were known before the dump.
+    pub local_before: LocalState,
+}
+
 /// Interface of `reconcile` to the data path; `kernel` implements it.
 pub trait DataPath: Send {
     /// Reads all of our entries from the kernel. Errors are readable for an operator.
-    fn dump(&mut self) -> impl Future<Output = Result<State, OpError>> + Send;
+    fn dump(&mut self) -> impl Future<Output = Result<Dump, OpError>> + Send;
+
+    /// The local entries, with every change so far: by batches, by [`PortDriver`], and by other processes.
+    fn local(&self) -> impl Deref<Target = LocalState>;
 
     /// Applies a batch in order. A failed op does not stop the others.
     fn apply(&mut self, batch: &Batch) -> impl Future<Output = ApplyReport> + Send;
 
-    /// Reads the existing ones of these sysctls. From now on dumps include them, and changes of them cause events.
-    fn watch_sysctls(&mut self, paths: Vec<String>) -> impl Future<Output = Result<State, OpError>> + Send;
-
-    /// Reads a link's present state by name; `None` if it does not exist.
-    fn get_link(&mut self, name: &str) -> impl Future<Output = Result<Option<LinkState>, OpError>> + Send;
+    /// Adds the existing ones of these sysctls to the local entries. From now on dumps include them, and changes of them cause
+    /// events.
+    fn watch_sysctls(&mut self, paths: Vec<String>) -> impl Future<Output = Result<(), OpError>> + Send;
 
     /// Reads the host's links, addresses and default routes that are not ours, for the selection of the external interface.
     fn inventory(&mut self) -> impl Future<Output = Result<super::underlay::HostInventory, OpError>> + Send;
@@ -134,8 +147,8 @@ pub trait DataPath: Send {
 /// Changes in the kernel by other processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum KernelEvent {
-    /// Entries changed: the new value, or `None` if the entry was deleted. A link's value may be older than our own last change,
-    /// so it is only a hint to read the link ([`DataPath::get_link`]).
+    /// Entries changed: the new value, or `None` if the entry was deleted. [`DataPath::local`] has the changes of local entries
+    /// already.
     Changed(Vec<(Key, Option<Value>)>),
     /// A dump is needed: events were lost, or a device went down or vanished together with its entries.
     ResyncNeeded {
@@ -165,8 +178,8 @@ pub struct PortSpec {
     pub addresses: Vec<ipnetwork::IpNetwork>,
     /// Routes with their gateway, the bridge's address: a default route in each family, or routes to the overlay network.
     pub routes: Vec<(crate::model::Cidr, std::net::IpAddr)>,
-    /// Whether it may use only its own MAC and addresses as source.
-    pub source_check: bool,
+    /// The source filter's elements that it needs before it joins the bridge ([`super::desired::source_elements`]).
+    pub sources: Vec<Element>,
 }
 
 /// Interface of `endpoint` for containers' ports; `kernel` implements it.
@@ -203,9 +216,6 @@ pub trait PortDriver: Send + Sync {
 
     /// The host's addresses, and its sockets that listen on these ports.
     fn host_ports(&self, wanted: &[crate::model::PublishedPort]) -> Result<HostPorts, OpError>;
-
-    /// The host ends of all our veth pairs, also of those without a known endpoint.
-    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError>;
 }
 
 /// Whether the source filter has a container's elements.

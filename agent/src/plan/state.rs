@@ -232,6 +232,11 @@ impl Key {
         }
     }
 
+    /// Whether the entry belongs to a peer or is an unreachable route. All other entries are local.
+    pub fn is_peer_entry(&self) -> bool {
+        matches!(self, Key::Fdb(..) | Key::Neigh(..) | Key::Nexthop(_) | Key::Route(_) | Key::Unreachable(_))
+    }
+
     /// Whether the value is of this key's kind.
     pub fn fits(&self, value: &Value) -> bool {
         matches!(

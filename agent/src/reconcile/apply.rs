@@ -8,8 +8,10 @@ use tokio::time::Instant;
 
 use super::{HEAP_TRIM_DELAY, Reconciler, SysctlStore};
 use crate::model::Device;
+use crate::plan::actual::ActualState;
 use crate::plan::bulk::{BULK_THRESHOLD, merge};
 use crate::plan::diff::prerequisite;
+use crate::plan::ops::remove_device_entries;
 use crate::plan::state::Entries;
 use crate::plan::{Batch, DataPath, Key, LinkKind, Op, Value};
 
@@ -53,7 +55,8 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Whether the entry exists as ours, with any value.
     fn exists(&self, key: &Key) -> bool {
-        match self.actual.get(key) {
+        let local = self.data_path.local();
+        match (ActualState { local: &local, peers: &self.peers }).get(key) {
             Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),
             found => found.is_some(),
         }
@@ -61,13 +64,23 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Applies a batch and folds the result of each op.
     async fn apply(&mut self, batch: Batch) {
+        // Devices that get another MAC: the kernel then deletes their neighbours.
+        let mut changed_macs = BTreeSet::new();
         for op in &batch {
-            // Sysctls of our own devices vanish with the devices.
-            if let Op::Set(key @ Key::Sysctl(path), _) = op
-                && key.device().is_none()
-                && let Some(Value::Sysctl(original)) = self.actual.get(key)
-            {
-                self.sysctl_store.save_sysctl(path, original);
+            match op {
+                // Sysctls of our own devices vanish with the devices.
+                Op::Set(key @ Key::Sysctl(path), _) if key.device().is_none() => {
+                    if let Some(Value::Sysctl(original)) = self.data_path.local().get(key) {
+                        self.sysctl_store.save_sysctl(path, original);
+                    }
+                }
+                Op::Set(key @ Key::Link(name), Value::Link(new)) => {
+                    let local = self.data_path.local();
+                    if local.link(name).is_some_and(|old| new.mac.is_some() && new.mac != old.mac) {
+                        changed_macs.insert(key.clone());
+                    }
+                }
+                _ => {}
             }
         }
         if batch.len() > BULK_THRESHOLD {
@@ -92,31 +105,37 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 recovered.insert(op.key().clone());
             }
             match op {
-                Op::Set(key, value) if !matches!(key, Key::Link(_)) => set.push((key, value)),
-                op => {
-                    merge(&mut self.actual, std::mem::take(&mut set));
+                Op::Set(key, value) if key.is_peer_entry() => set.push((key, value)),
+                op if op.key().is_peer_entry()
+                    || matches!(op, Op::Delete(Key::Link(_), _))
+                    || changed_macs.contains(op.key()) =>
+                {
+                    merge(&mut self.peers, std::mem::take(&mut set));
                     self.fold_applied(op);
                 }
+                // The local part has the op's result already.
+                _ => {}
             }
         }
-        merge(&mut self.actual, set);
+        merge(&mut self.peers, set);
         if !recovered.is_empty() {
             self.dirty.keys.extend(self.retries.release_dependents(&recovered));
         }
         self.changed = true;
     }
 
-    /// Folds an op that the kernel accepted into actual state.
+    /// Folds an op that the kernel accepted into the peers' entries.
     fn fold_applied(&mut self, op: Op) {
         match op {
+            Op::Set(link, _) => remove_device_entries(&mut self.peers, &link, |key| matches!(key, Key::Neigh(..))),
             // The most frequent case. The next hop's routes were deleted before it, so no dependent entries have to be removed.
             Op::Delete(key @ Key::Nexthop(_), value) => {
                 if let (Value::Nexthop { device, gateway }, false) = (value, self.desired.contains_key(&key)) {
                     self.nexthop_ids.release(device, gateway);
                 }
-                self.actual.remove(&key);
+                self.peers.remove(&key);
             }
-            op => op.apply_to(&mut self.actual),
+            op => op.apply_to(&mut self.peers),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
 use crate::plan::state::{Entries, Value};
-use crate::plan::{DataPath, Key, LinkKind};
+use crate::plan::{DataPath, Key, LinkKind, LinkState};
 
 impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Reads the host's interfaces and sends them to the networks.
@@ -40,13 +40,12 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
                 self.schedule.host_read = Some((self.now)() + Duration::from_secs(1));
             }
         }
-        let ours = self.actual.links().filter(|(_, link)| !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port));
-        view.devices = ours
-            .filter_map(|(key, link)| match key {
-                Key::Link(name) => Some((Device::from_name(name)?, link.clone())),
-                _ => None,
-            })
-            .collect();
+        let is_ours = |link: &LinkState| !matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port);
+        let device = |(key, link): (&Key, &LinkState)| match key {
+            Key::Link(name) if is_ours(link) => Some((Device::from_name(name)?, link.clone())),
+            _ => None,
+        };
+        view.devices = self.data_path.local().entries.links().filter_map(device).collect();
         self.host = Some(Arc::new(view));
         channels.host.send_replace(self.host.clone());
         self.dirty.shared = true;
@@ -55,13 +54,13 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Plans the entries that the networks share.
     pub(super) fn plan_shared(&mut self) {
         let Some(host) = &self.host else { return };
-        if !self.absent.is_empty() && self.actual.contains_key(&Key::Ruleset(Table::Inet)) {
+        if !self.absent.is_empty() && self.data_path.local().get(&Key::Ruleset(Table::Inet)).is_some() {
             return;
         }
         let specs: Vec<&SharedSpec> = self.contributors.values().filter_map(|contributor| contributor.shared.as_ref()).collect();
         let forwarding = Key::Sysctl(sysctls::IPV6_FORWARD.into());
         let is_off = |value: &Value| *value == Value::Sysctl("0".into());
-        let enabled_by_agent = self.actual.get(&forwarding).is_some_and(is_off)
+        let enabled_by_agent = self.data_path.local().get(&forwarding).is_some_and(is_off)
             || self.sysctl_store.saved_sysctl(sysctls::IPV6_FORWARD).is_some_and(|value| value == "0");
         let changed =
             |name: &str| self.sysctl_store.saved_sysctl(&sysctls::interface_path(name, Family::V6, "accept_ra")).is_some();
@@ -86,18 +85,19 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     /// Reads the desired sysctls of the host's own interfaces that were not read before, so that their old values can be
     /// restored.
     pub(super) async fn read_sysctls(&mut self) {
-        let is_unread = |key: &&Key| key.device().is_none() && !self.actual.contains_key(key);
-        let sysctls = self.desired.iter().map(|(key, _)| key).take_while(|key| matches!(key, Key::Sysctl(_)));
-        let paths: Vec<String> = sysctls
-            .filter(is_unread)
-            .filter_map(|key| if let Key::Sysctl(path) = key { Some(path.to_string()) } else { None })
-            .collect();
-        if paths.is_empty() {
-            return;
+        let paths = self.unread_sysctls();
+        if !paths.is_empty()
+            && let Err(error) = self.data_path.watch_sysctls(paths).await
+        {
+            tracing::warn!(%error, "cannot read a sysctl of an interface");
         }
-        match self.data_path.watch_sysctls(paths).await {
-            Ok(found) => self.actual.extend(found),
-            Err(error) => tracing::warn!(%error, "cannot read a sysctl of an interface"),
-        }
+    }
+
+    fn unread_sysctls(&self) -> Vec<String> {
+        let local = self.data_path.local();
+        let sysctls =
+            self.desired.iter().map_while(|(key, _)| if let Key::Sysctl(path) = key { Some((key, path)) } else { None });
+        let unread = sysctls.filter(|(key, _)| key.device().is_none() && local.get(key).is_none());
+        unread.map(|(_, path)| path.to_string()).collect()
     }
 }

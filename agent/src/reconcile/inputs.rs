@@ -6,9 +6,10 @@ use super::drift::Verdict;
 use super::{HOST_READ_DEBOUNCE, MAX_LOG_LINES, Reconciler, SysctlStore};
 use crate::metrics::EventSource;
 use crate::model::NetworkName;
-use crate::plan::bulk::{BULK_THRESHOLD, is_bulk, merge};
+use crate::plan::actual::{ActualState, LocalState};
+use crate::plan::bulk::{is_bulk, merge};
 use crate::plan::contribution::{Contribution, EntryChange, ReconcilerInput};
-use crate::plan::diff::is_satisfied;
+use crate::plan::diff::is_in_sync;
 use crate::plan::state::{Entries, RouteTarget, State, Value};
 use crate::plan::{DataPath, KernelEvent, Key, LinkKind, Op};
 
@@ -103,11 +104,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
             KernelEvent::Changed(entries) => {
                 let mut lines = 0;
                 for (key, value) in entries {
-                    if let Key::Link(name) = key {
-                        self.dirty.links.insert(name);
-                    } else if self.fold_change(key, value, lines < MAX_LOG_LINES) {
-                        lines += 1;
-                    }
+                    lines += usize::from(self.fold_change(key, value, lines < MAX_LOG_LINES));
                 }
                 if lines > MAX_LOG_LINES {
                     tracing::warn!(entries = lines, "drift: restoring entries changed by another process");
@@ -124,43 +121,28 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         }
     }
 
-    /// Reads the links named by link events. An event may be older than our own last change of the link, so it is no evidence of
-    /// drift.
-    pub(super) async fn reread_links(&mut self, now: Instant) {
-        let changed = std::mem::take(&mut self.dirty.links);
-        if changed.len() > BULK_THRESHOLD {
-            self.schedule.dump_reason.get_or_insert("many links changed");
-            return;
-        }
-        // The dump that is due reads all links.
-        if self.schedule.dump_reason.is_some() && now >= self.schedule.dump_not_before {
-            return;
-        }
-        for (line, name) in changed.into_iter().enumerate() {
-            match self.data_path.get_link(&name).await {
-                Ok(link) => {
-                    self.fold_change(Key::Link(name), link.map(|link| Value::Link(Box::new(link))), line < MAX_LOG_LINES);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "cannot read a link of ours");
-                    self.schedule.dump_reason = Some("a link could not be read");
-                }
-            }
-        }
-    }
-
     /// Folds a changed entry. Returns whether the change is drift.
     fn fold_change(&mut self, key: Key, value: Option<Value>, log: bool) -> bool {
-        let was_in_sync = self.is_in_sync(&key);
-        match value {
-            Some(value) => self.actual.insert(key.clone(), value),
-            None => self.actual.remove(&key),
+        // The local part has its changes already; an entry that was not in sync before is dirty or waits for a retry.
+        let was_in_sync = if key.is_peer_entry() {
+            self.is_in_sync(&key)
+        } else {
+            !self.dirty.all && !self.dirty.keys.contains(&key) && !self.retries.contains(&key)
         };
+        match (value, &key) {
+            (Some(value), key) if key.is_peer_entry() => drop(self.peers.insert(key.clone(), value)),
+            (None, key) if key.is_peer_entry() => drop(self.peers.remove(key)),
+            // Nobody owns the elements of a port that is gone.
+            (None, Key::Link(name)) => {
+                self.dirty.keys.extend(self.data_path.local().source_elements(name).map(Key::Element));
+            }
+            _ => {}
+        }
         if !self.has_desired_state || self.is_in_sync(&key) {
             return false;
         }
         let is_port = matches!(self.desired.get(&key), Some(Value::Link(link)) if link.kind == LinkKind::Port);
-        self.port_lost |= is_port && !self.actual.contains_key(&key);
+        self.port_lost |= is_port && self.data_path.local().get(&key).is_none();
         self.dirty.keys.insert(key.clone());
         if was_in_sync {
             self.record_drift(&key, (self.now)(), log);
@@ -171,9 +153,10 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     fn record_drift(&mut self, key: &Key, now: Instant, log: bool) {
         if log {
             let show = |value: Option<&Value>| value.map_or_else(|| "absent".to_owned(), ToString::to_string);
+            let local = self.data_path.local();
             tracing::warn!(
                 entry = %key,
-                found = show(self.actual.get(key)),
+                found = show((ActualState { local: &local, peers: &self.peers }).get(key)),
                 wanted = show(self.desired.get(key)),
                 "drift: restoring an entry changed by another process"
             );
@@ -189,11 +172,12 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     }
 
     /// Records drift after a dump: entries that were in sync before it and are not now.
-    pub(super) fn record_dump_drift(&mut self, before: &State, batch: &[Op], now: Instant) {
+    pub(super) fn record_dump_drift(&mut self, (local, peers): &(LocalState, State), batch: &[Op], now: Instant) {
+        let before = ActualState { local, peers };
         let drifted: Vec<Key> = batch
             .iter()
             .map(Op::key)
-            .filter(|key| is_entry_in_sync(self.desired.get(key), before.get(key)))
+            .filter(|key| is_in_sync(key, &self.desired, &before))
             .filter(|key| !self.is_in_sync(key))
             .cloned()
             .collect();
@@ -207,21 +191,12 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
 
     /// Drops pending retries of entries that are in sync by now.
     pub(super) fn prune_satisfied(&mut self) {
-        let (desired, actual) = (&self.desired, &self.actual);
-        self.retries.remove_all(|key| is_entry_in_sync(desired.get(key), actual.get(key)));
+        let local = self.data_path.local();
+        let (desired, actual) = (&self.desired, ActualState { local: &local, peers: &self.peers });
+        self.retries.remove_all(|key| is_in_sync(key, desired, &actual));
     }
 
     fn is_in_sync(&self, key: &Key) -> bool {
-        is_entry_in_sync(self.desired.get(key), self.actual.get(key))
-    }
-}
-
-fn is_entry_in_sync(wanted: Option<&Value>, found: Option<&Value>) -> bool {
-    match (wanted, found) {
-        (Some(wanted), Some(found)) => is_satisfied(wanted, found),
-        (None, None) | (None, Some(Value::Sysctl(_))) => true,
-        (None, Some(Value::Link(link))) => matches!(link.kind, LinkKind::Foreign { .. } | LinkKind::Port),
-        (None, Some(Value::Route(RouteTarget::Foreign))) => true,
-        _ => false,
+        is_in_sync(key, &self.desired, &ActualState { local: &self.data_path.local(), peers: &self.peers })
     }
 }

@@ -4,6 +4,7 @@ mod backend;
 mod failures;
 mod fake_kernel;
 mod liveness;
+mod local_entries;
 mod restarts;
 
 use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
@@ -458,24 +459,6 @@ async fn invalid_leases_are_reported_and_ignored() {
     assert_eq!(fixture.status().await.store.refused.len(), 1);
 }
 
-/// A queued event may be older than a change of ours, so its content is out of date.
-#[tokio::test]
-async fn link_event_triggers_reread() {
-    let fixture = Fixture::ready([1]).await;
-    let (key, bridge) = link(&fixture, Device::bridge(Vni::DEFAULT));
-    fixture.kernel.lock().applied_ops.clear();
-    let link_value = |mtu| Some(Value::Link(Box::new(LinkState { mtu, ..bridge.clone() })));
-    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
-    let status = fixture.status().await;
-    assert_eq!((status.data_path.drift_repairs, fixture.kernel.lock().applied_ops.len()), (0, 0), "the bridge is in sync");
-
-    // The link's present state counts, whatever the event says.
-    fixture.kernel.lock().state.insert(key.clone(), link_value(1200).unwrap());
-    fixture.events.send(KernelEvent::Changed(vec![(key.clone(), link_value(1300))])).await.unwrap();
-    assert_eq!(fixture.status().await.data_path.drift_repairs, 1);
-    assert_eq!(link(&fixture, Device::bridge(Vni::DEFAULT)), (key, bridge));
-}
-
 #[tokio::test]
 async fn adopting_existing_state_writes_nothing() {
     let first = Fixture::ready([1, 2, 3]).await;
@@ -490,19 +473,4 @@ async fn adopting_existing_state_writes_nothing() {
     assert_eq!(second.kernel.lock().applied_ops, []);
     assert_eq!(second.kernel.lock().state, state);
     assert_eq!(second.status().await.data_path.drift_repairs, 0);
-}
-
-#[tokio::test]
-async fn endpoint_is_reported_once_applied() {
-    let mut fixture = Fixture::ready([]).await;
-    let endpoint: Endpoint = serde_json::from_value(serde_json::json!({
-        "name": "a", "netns": "/run/netns/a", "interface": "eth0", "host_interface": "ove0", "mac": "02:00:00:00:00:01",
-        "addresses": {"v4": "10.244.100.2"}, "attached_at": 0
-    }))
-    .unwrap();
-    let endpoint = Arc::new(endpoint);
-    fixture.endpoints.send_replace(vec![Arc::clone(&endpoint)]);
-    fixture.applied_endpoints.wait_for(|all| all.first() == Some(&endpoint)).await.unwrap();
-    fixture.endpoints.send_replace(Vec::new());
-    fixture.applied_endpoints.wait_for(Vec::is_empty).await.unwrap();
 }

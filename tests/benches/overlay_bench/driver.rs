@@ -3,6 +3,7 @@
 //! Channels feed it like the store would.
 
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,11 +17,11 @@ use overlay_agent::model::{
     Cidr, Device, Endpoint, Family, Mac, NamespaceName, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
 };
 use overlay_agent::network::{self, Network, NetworkStateStore};
+use overlay_agent::plan::actual::{ActualState, LocalState};
 use overlay_agent::plan::contribution::Progress;
 use overlay_agent::plan::diff::diff;
-use overlay_agent::plan::state::LinkState;
 use overlay_agent::plan::underlay::{HostInventory, UnderlaySelector};
-use overlay_agent::plan::{ApplyReport, Batch, DataPath, OpError, State};
+use overlay_agent::plan::{ApplyReport, Batch, DataPath, Dump, OpError, State};
 use overlay_agent::reconcile::{self, Reconciler, SysctlStore};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -97,7 +98,8 @@ async fn run_snapshots(
 
     let start = Instant::now();
     let (mut kernel, _events, _monitor) = Kernel::open(&Netns::current()?, &KernelOptions::default())?;
-    let batch = diff(&State::new(), &kernel.dump().await?);
+    let peers = kernel.dump().await?.peers;
+    let batch = diff(&State::new(), &ActualState { local: &kernel.local(), peers: &peers });
     let read = Instant::now();
     let report = kernel.apply(&batch).await;
     let (cleanup_time, cleanup_apply_time) = (start.elapsed(), read.elapsed());
@@ -259,8 +261,12 @@ struct TimedDataPath<D> {
 }
 
 impl<D: DataPath> DataPath for TimedDataPath<D> {
-    async fn dump(&mut self) -> Result<State, OpError> {
+    async fn dump(&mut self) -> Result<Dump, OpError> {
         self.inner.dump().await
+    }
+
+    fn local(&self) -> impl Deref<Target = LocalState> {
+        self.inner.local()
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -275,12 +281,8 @@ impl<D: DataPath> DataPath for TimedDataPath<D> {
         report
     }
 
-    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
+    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<(), OpError> {
         self.inner.watch_sysctls(paths).await
-    }
-
-    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
-        self.inner.get_link(name).await
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {

@@ -230,8 +230,4 @@ impl PortDriver for FakeKernel {
             sockets,
         })
     }
-
-    fn list_host_interfaces(&self) -> Result<Vec<String>, OpError> {
-        Ok(self.port_specs().into_keys().collect())
-    }
 }

@@ -1,11 +1,16 @@
 //! Attaching containers is idempotent, and all or nothing.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use super::support::*;
+use crate::kernel::cache::lock;
 use crate::kernel::netns::{Netns, named_path};
 use crate::kernel::{KernelOptions, PortManager};
 use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::{Cidr, Family, Mac};
-use crate::plan::{DataPath, Key, LinkKind, LinkState, Op, PortDriver, PortSpec, Value};
+use crate::plan::ruleset::{Element, source_filter};
+use crate::plan::{DataPath, Key, LinkKind, LinkState, Op, PortDriver, PortSpec, SourceFilter, Value};
 
 fn port_spec(container: &TestNetns) -> PortSpec {
     PortSpec {
@@ -17,8 +22,12 @@ fn port_spec(container: &TestNetns) -> PortSpec {
         mtu: 1430,
         addresses: vec!["10.244.0.2/24".parse().expect("address"), "fd00:244::2/64".parse().expect("address")],
         routes: vec![(Cidr::all(Family::V4), ip("10.244.0.1")), (Cidr::all(Family::V6), ip("fd00:244::1"))],
-        source_check: true,
+        sources: ["10.244.0.2", "fd00:244::2"].map(|address| source("ove1", address)).to_vec(),
     }
+}
+
+fn source(interface: &str, address: &str) -> Element {
+    Element::Source(Box::new((interface.to_owned(), Mac([2, 0, 0, 0, 2, 2]), ip(address))))
 }
 
 fn netns_state(netns: &Netns) -> String {
@@ -125,7 +134,7 @@ fn second_interface_gets_overlay_routes_only() {
 }
 
 #[test]
-fn link_query_reads_current_port_state() {
+fn link_event_carries_current_port_state() {
     let container = TestNetns::new("ctrlook");
     on_host("pluglook", KernelOptions::default(), async |host| {
         host.create_devices().await;
@@ -133,17 +142,75 @@ fn link_query_reads_current_port_state() {
         let spec = port_spec(&container);
         let mut port =
             LinkState { kind: LinkKind::Port, mac: None, mtu: spec.mtu, up: true, master: Some(bridge()), hairpin: true };
-        assert_eq!(host.kernel.get_link("ove1").await, Ok(None));
+        assert_eq!(host.kernel.local().link("ove1"), None);
         host.kernel.port_manager().attach_port(&spec).await.expect("attached");
         host.apply(&vec![Op::Set(Key::Link("ove1".into()), Value::Link(Box::new(port.clone())))]).await;
         host.drain_events().await;
 
         run("ip link set ove1 mtu 1300");
         port.mtu = 1300;
-        let link = host.kernel.get_link("ove1").await.expect("read").expect("a port");
+        let link = link_of(host.wait_for_change(&Key::Link("ove1".into())).await.as_ref());
+        assert_eq!(host.kernel.local().link("ove1"), Some(&link));
         assert_eq!(LinkState { mac: None, ..link }, port);
-        // The query has updated the cache, so the pending link event is not reported.
+        // Further events of the same change are not reported.
         host.expect_no_events().await;
+    });
+}
+
+/// The source filter's elements are in place with the port, in the kernel and in the local entries.
+#[test]
+fn port_has_planned_elements_only() {
+    let container = TestNetns::new("ctrsource");
+    on_host("plugsource", KernelOptions::default(), async |host| {
+        host.create_devices().await;
+        host.dump().await;
+        host.drain_events().await;
+        let port_manager = host.kernel.port_manager();
+        let spec = port_spec(&container);
+        assert_eq!(port_manager.attach_port(&spec).await, Ok(SourceFilter::Pending), "there is no table");
+        let table = source_filter();
+        host.apply(&vec![Op::Set(Key::Ruleset(table.table), Value::Ruleset(Box::new(table)))]).await;
+        let sources = |host: &Host, interface: &str| host.kernel.local().source_elements(interface).collect::<Vec<_>>();
+        assert_eq!(port_manager.attach_port(&spec).await, Ok(SourceFilter::Applied));
+        assert_eq!(sources(host, "ove1"), spec.sources);
+        let other = source("ove2", "10.244.0.9");
+        let obsolete = source("ove1", "10.244.0.8");
+        host.apply(&[&other, &obsolete].map(|e| Op::Set(Key::Element(e.clone()), Value::Element(None))).to_vec()).await;
+        assert_eq!(port_manager.attach_port(&spec).await, Ok(SourceFilter::Applied));
+        assert_eq!(sources(host, "ove1"), spec.sources, "an earlier user's element is gone");
+        let local = host.kernel.local().clone();
+        host.dump().await;
+        assert_eq!(*host.kernel.local(), local, "the local entries are the kernel's");
+        port_manager.detach_port("ove1").await.expect("detached");
+        assert_eq!((sources(host, "ove1"), sources(host, "ove2")), (Vec::new(), vec![other]));
+        assert_eq!(host.kernel.local().link("ove1"), None);
+        host.expect_no_events().await;
+    });
+}
+
+/// A comparison during an attach has to find the port of the elements: it deletes elements without one.
+#[test]
+fn port_is_known_before_its_elements() {
+    let container = TestNetns::new("ctrorder");
+    on_host("plugorder", KernelOptions::default(), async |host| {
+        host.create_devices().await;
+        let table = source_filter();
+        host.apply(&vec![Op::Set(Key::Ruleset(table.table), Value::Ruleset(Box::new(table)))]).await;
+        let (local, attached) = (Arc::clone(&host.kernel.local), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::clone(&attached);
+        let watcher = std::thread::spawn(move || {
+            let mut orphaned = false;
+            while !stop.load(Ordering::Relaxed) {
+                let local = lock(&local);
+                orphaned |= local.source_elements("ove1").next().is_some() && local.link("ove1").is_none();
+                drop(local);
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+            orphaned
+        });
+        let source_filter = host.kernel.port_manager().attach_port(&port_spec(&container)).await;
+        attached.store(true, Ordering::Relaxed);
+        assert_eq!((source_filter, watcher.join().expect("the watcher")), (Ok(SourceFilter::Applied), false));
     });
 }
 

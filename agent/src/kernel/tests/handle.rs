@@ -33,8 +33,10 @@ fn kernel_handle_acts_in_its_namespace() {
             assert!(matches!(op, Op::Set(key, value) if state.get(key) == Some(value)), "{op}");
         }
         let bridge = Device::bridge(Vni::DEFAULT);
-        let accept_ra = host.kernel.watch_sysctls(vec![format!("ipv6/conf/{bridge}/accept_ra")]).await.expect("a sysctl");
-        assert_eq!(accept_ra.into_values().next(), Some(Value::Sysctl("0".into())));
+        let accept_ra = format!("ipv6/conf/{bridge}/accept_ra");
+        host.kernel.watch_sysctls(vec![accept_ra.clone()]).await.expect("a sysctl");
+        let accept_ra = host.kernel.local().get(&Key::Sysctl(accept_ra.into())).cloned();
+        assert_eq!(accept_ra, Some(Value::Sysctl("0".into())));
         let ports = host.kernel.port_manager();
         assert!(ports.snapshot(bridge).expect("a snapshot").bridge.is_some());
         assert!(!ports.dropped_packets().expect("counters").is_empty());

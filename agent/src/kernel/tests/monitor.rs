@@ -1,18 +1,20 @@
 //! The monitor reports changes by other processes, and none of our own.
 
 use netlink_packet_core::NetlinkHeader;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::LinkMessage;
 
 use super::support::*;
-use crate::kernel::KernelOptions;
 use crate::kernel::events::{HostInterfaces, PendingEvents, apply_event};
 use crate::kernel::nlmsg::messages;
 use crate::kernel::peer_messages;
 use crate::kernel::subscription::EventClass;
+use crate::kernel::{Kernel, KernelOptions, Shared};
 use crate::model::Family;
 use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, RouteTarget};
-use crate::plan::{Batch, KernelEvent, Key, Op, Ruleset, Value};
+use crate::plan::{Batch, KernelEvent, Key, LinkState, Op, Ruleset, Value};
 
 #[test]
 fn external_entry_changes_are_reported() {
@@ -238,6 +240,40 @@ fn external_link_and_address_changes_are_reported() {
         host.expect_no_events().await;
         run("ip link set ovx.1 name elsewhere");
         assert_eq!(host.wait_for_change(&key).await, None);
+    });
+}
+
+/// Link events as the kernel would send them now.
+fn link_messages(shared: &mut Shared) -> Vec<(NetlinkHeader, Vec<u8>)> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let read = |all: &mut Vec<_>, header, body: &[u8]| all.push((header, body.to_vec()));
+    shared.socket.dump(&request, Vec::new, read).expect("the links")
+}
+
+/// The kernel sends some link events late, so that they are queued behind a change of ours, whose own event is dropped.
+#[test]
+fn late_link_event_is_not_reported() {
+    on_host("late", KernelOptions::default(), async |host| {
+        host.create_devices().await;
+        host.drain_events().await;
+        let late = link_messages(&mut *host.kernel.shared.lock().await);
+        let changed = LinkState { mtu: 1400, ..bridge_link() };
+        host.apply(&vec![set_link(bridge(), changed.clone())]).await;
+        let replay = async |kernel: &Kernel| {
+            let mut shared = kernel.shared.lock().await;
+            let mut pending = PendingEvents::default();
+            let mut host_interfaces = HostInterfaces::read(&mut shared.socket).expect("the links");
+            for (header, body) in &late {
+                apply_event(*header, body, &mut shared, &mut host_interfaces, &mut pending);
+            }
+            pending.read_links(&mut shared);
+            pending.next_event()
+        };
+        assert_eq!(replay(&host.kernel).await, None);
+        // A late event and another program's change: the report is the present state.
+        run("ip link set ovb.1 mtu 1300");
+        let now = Some(Value::Link(Box::new(LinkState { mtu: 1300, ..changed })));
+        assert_eq!(replay(&host.kernel).await, Some(KernelEvent::Changed(vec![(Key::Link("ovb.1".into()), now)])));
     });
 }
 

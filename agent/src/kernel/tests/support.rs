@@ -142,7 +142,10 @@ impl Host {
     }
 
     pub async fn dump(&mut self) -> State {
-        self.kernel.dump().await.expect("a dump")
+        let mut state = self.kernel.dump().await.expect("a dump").peers;
+        let local = self.kernel.local();
+        state.extend(local.entries.clone().into_iter().chain(local.rules.clone()));
+        state
     }
 
     /// Creates all devices with their addresses.

@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use self::simulation::{Setup, SimulatedKernel, any_setup, any_state, normalise, similar_setups};
 use super::*;
 use crate::model::{Cidr, Mac};
+use crate::plan::State;
 use crate::plan::nexthop_ids::NexthopIds;
 
 /// Keys of devices and ports whose names foreign links have.
@@ -117,10 +118,10 @@ proptest! {
             prop_assert!(reached || cannot_converge(key, &desired, &actual, &foreign), "{key}: {:?} is not {wanted:?}", after.get(key));
         }
         for (key, found) in after.iter().filter(|(key, _)| !desired.contains_key(key)) {
-            prop_assert!(!is_managed(key, found) || on_foreign_link(key.device(), &foreign), "{key} {found} is left over");
+            prop_assert!(!is_managed(key, found, &desired, after) || on_foreign_link(key.device(), &foreign), "{key} {found} is left over");
         }
         for (key, found) in &actual {
-            let not_ours = !is_managed(key, found) && !matches!(found, Value::Sysctl(_));
+            let not_ours = !is_managed(key, found, &desired, &actual) && !matches!(found, Value::Sysctl(_));
             if not_ours && !desired.contains_key(key) || foreign.contains(key) || on_foreign_link(key.device(), &foreign) {
                 match (found, after.get(key)) {
                     // A port may lose its bridge, but is never deleted.

@@ -86,3 +86,25 @@ async fn route_waits_for_failed_nexthop() {
     tokio::time::timeout(Duration::from_secs(5), fixture.ready.wait_for(|ready| *ready)).await.unwrap().unwrap();
     assert!(fixture.route(2).is_some());
 }
+
+/// The kernel deletes a device's neighbours when its MAC changes, so a neighbour that cannot be set again is missing.
+#[tokio::test]
+async fn neighbour_of_device_with_new_mac_is_retried() {
+    let fixture = Fixture::ready([1]).await;
+    let vxlan = Device::vxlan(Family::V4, Vni::DEFAULT);
+    let neighbour = Key::Neigh(vxlan, subnet(1).get(Family::V4).unwrap().base());
+    let (key, mut changed) = link(&fixture, vxlan);
+    changed.mac = Some(Mac([2; 6]));
+    let changed = Value::Link(Box::new(changed));
+    {
+        let mut world = fixture.kernel.lock();
+        world.state.insert(key.clone(), changed.clone());
+        world.failing_keys.insert(neighbour.clone());
+    }
+    fixture.events.send(KernelEvent::Changed(vec![(key, Some(changed))])).await.unwrap();
+    fixture.wait_status("the failure", |status| status.data_path.failed.len() == 1).await;
+    assert!(!fixture.kernel.lock().state.contains_key(&neighbour));
+    fixture.kernel.lock().failing_keys.clear();
+    fixture.wait_status("the retry", |status| status.data_path.failed.is_empty()).await;
+    assert!(fixture.kernel.lock().state.contains_key(&neighbour));
+}

@@ -3,17 +3,19 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
 use crate::network::NetworkStateStore;
-use crate::plan::state::LinkState;
+use crate::plan::actual::LocalState;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
-use crate::plan::{ApplyReport, Batch, DataPath, Key, Op, OpError, State, Value};
+use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, State};
 use crate::reconcile::SysctlStore;
 
 /// State of the fake kernel: its entries, the keys whose ops fail, and every applied op.
@@ -23,6 +25,8 @@ pub struct FakeState {
     pub failing_keys: BTreeSet<Key>,
     pub applied_ops: Vec<Op>,
     pub dump_count: usize,
+    /// An entry that another process deletes before the next dump, and where to send the event.
+    pub deleted_before_dump: Option<(Key, mpsc::Sender<KernelEvent>)>,
     /// Whether `apply` never returns.
     pub stuck: bool,
     /// Whether the next `apply` panics.
@@ -38,6 +42,7 @@ impl Default for FakeState {
             failing_keys: BTreeSet::new(),
             applied_ops: Vec::new(),
             dump_count: 0,
+            deleted_before_dump: None,
             stuck: false,
             panics: false,
             addresses: vec![address("192.0.2.100", 24)],
@@ -76,10 +81,26 @@ impl FakeKernel {
 }
 
 impl DataPath for FakeKernel {
-    async fn dump(&mut self) -> Result<State, OpError> {
+    async fn dump(&mut self) -> Result<Dump, OpError> {
+        let deleted = self.lock().deleted_before_dump.take();
+        if let Some((key, events)) = deleted {
+            self.lock().state.remove(&key);
+            events.try_send(KernelEvent::Changed(vec![(key, None)])).expect("room for an event");
+        }
+        let local_before = self.local().clone();
         let mut kernel = self.lock();
         kernel.dump_count += 1;
-        Ok(kernel.state.clone())
+        let peers = kernel.state.clone().into_iter().filter(|(key, _)| key.is_peer_entry());
+        Ok(Dump { peers: peers.collect(), local_before })
+    }
+
+    /// Always up to date, as with a monitor that reads each event at once.
+    fn local(&self) -> impl Deref<Target = LocalState> {
+        let mut local = Box::<LocalState>::default();
+        for (key, value) in self.lock().state.iter().filter(|(key, _)| !key.is_peer_entry()) {
+            local.set(key.clone(), Some(value.clone()));
+        }
+        local
     }
 
     async fn apply(&mut self, batch: &Batch) -> ApplyReport {
@@ -101,17 +122,8 @@ impl DataPath for FakeKernel {
         report
     }
 
-    async fn watch_sysctls(&mut self, paths: Vec<String>) -> Result<State, OpError> {
-        let kernel = self.lock();
-        let found = |path: String| kernel.state.get_key_value(&Key::Sysctl(path.into()));
-        Ok(paths.into_iter().filter_map(found).map(|(key, value)| (key.clone(), value.clone())).collect())
-    }
-
-    async fn get_link(&mut self, name: &str) -> Result<Option<LinkState>, OpError> {
-        match self.lock().state.get(&Key::Link(name.into())) {
-            Some(Value::Link(link)) => Ok(Some((**link).clone())),
-            _ => Ok(None),
-        }
+    async fn watch_sysctls(&mut self, _: Vec<String>) -> Result<(), OpError> {
+        Ok(())
     }
 
     async fn inventory(&mut self) -> Result<HostInventory, OpError> {
@@ -140,7 +152,7 @@ impl DataPath for FakeKernel {
         })
     }
 
-    async fn route_to(&mut self, _: std::net::IpAddr) -> Result<Option<u32>, OpError> {
+    async fn route_to(&mut self, _: IpAddr) -> Result<Option<u32>, OpError> {
         Ok(None)
     }
 }
