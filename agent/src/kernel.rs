@@ -33,9 +33,11 @@ pub mod netns_builder;
 pub mod nft;
 mod nlmsg;
 mod objects;
+pub mod packet;
 mod peer_messages;
 mod route_socket;
 mod rtnl;
+mod shared;
 mod snapshot;
 mod subscription;
 mod sysctl;
@@ -58,15 +60,15 @@ use self::batch::BatchSocket;
 use self::cache::KernelCache;
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
-use self::link::Links;
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
 use self::rtnl::Rtnl;
+use self::shared::Shared;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Ipv6ConfDir;
 use crate::blocking::blocking;
-use crate::plan::state::{LinkState, PROTOCOL, State};
+use crate::plan::state::{LinkState, State};
 use crate::plan::underlay::HostInventory;
 use crate::plan::{ApplyReport, Batch, DataPath, KernelEvent, Key, Op, OpError, Value};
 
@@ -91,23 +93,6 @@ pub struct KernelOptions {
 impl Default for KernelOptions {
     fn default() -> Self {
         KernelOptions { force_classic_routes: false, event_capacity: 64 }
-    }
-}
-
-/// State shared by the data path, the port manager and the monitor; each locks it while it works. So the monitor processes an
-/// event before or after one of our changes, never during it.
-struct Shared {
-    rtnl: Rtnl,
-    socket: RouteSocket,
-    ethtool: Ethtool,
-    nft: Nft,
-    ipv6_conf_dir: Ipv6ConfDir,
-    cache: KernelCache,
-}
-
-impl Shared {
-    fn links(&mut self) -> Links<'_> {
-        Links { rtnl: &self.rtnl, socket: &mut self.socket, ethtool: &self.ethtool, cache: &mut self.cache }
     }
 }
 
@@ -380,9 +365,4 @@ fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
         Err(e) if e.errno == libc::EOPNOTSUPP => Ok(false),
         Err(e) => Err(e.context("cannot list next-hop objects")),
     }
-}
-
-/// Whether a protocol number is ours.
-const fn is_own_protocol(protocol: u8) -> bool {
-    protocol == PROTOCOL
 }

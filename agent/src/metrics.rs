@@ -14,7 +14,7 @@ use crate::plan::Key;
 use crate::plan::mesh::{ProbePath, Summary};
 
 use mesh::MeshMetrics;
-use page::{Histogram, Page, seconds};
+use page::{Histogram, Page, nanoseconds, seconds};
 
 /// Upper bounds of the batch size histogram, in ops: from a single repair to a snapshot of 100,000 peers and more.
 const BATCH_SIZE_BOUNDS: [u64; 6] = [1, 10, 100, 1_000, 10_000, 100_000];
@@ -360,10 +360,6 @@ impl Metrics {
         page.counters("overlayd_kernel_reads_total", "Full reads of kernel state.", "what", each(FULL_READS, &self.full_reads));
         page.text()
     }
-}
-
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::nanoseconds;
-use super::page::{Histogram, Page, seconds};
+use super::page::{Histogram, Page, nanoseconds, seconds};
 use crate::model::api::Reachability;
 use crate::plan::mesh::{ProbePath, Summary};
 

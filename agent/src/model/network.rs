@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::device::MAX_BRIDGE_PORTS;
 use super::family::address_value;
-use super::lease::printable;
+use super::text::printable;
 use super::{Cidr, Family, PerFamily, Subnet, Vni};
 
 pub use pool::Pool;

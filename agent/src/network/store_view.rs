@@ -4,11 +4,23 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use super::Dirty;
 use crate::model::NetworkConfig;
 use crate::model::event::{Connection, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
-use crate::plan::lease_table::LeaseTable;
+use crate::plan::lease_table::{LeaseKey, LeaseTable};
+
+/// What has to be planned again.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    /// The selection of the external interface.
+    pub(super) underlay: bool,
+    /// This host's own entries.
+    pub(super) host: bool,
+    /// The entries of all peers.
+    pub(super) all_leases: bool,
+    /// The entries of the peers with these leases.
+    pub(super) leases: BTreeSet<LeaseKey>,
+}
 
 /// State of the store.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::read::RawEntry;
 use crate::model::event::StoreEntry;
-use crate::model::lease::printable;
+use crate::model::text::printable;
 use crate::model::{
     Backend, ExpiryId, Family, Lease, LeaseRecord, Mac, Node, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet, Vni,
 };

@@ -3,6 +3,9 @@
 //! Constants have their values and names from `linux/netlink.h`, `linux/netfilter/nfnetlink.h` and `linux/netfilter/nf_tables.h`.
 //! Headers are in host byte order, numbers inside attributes in network byte order.
 
+use crate::model::Family;
+use crate::plan::ruleset::Table;
+
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
 /// Subsystem of ctnetlink.
@@ -324,6 +327,36 @@ fn native_u16(bytes: &[u8], at: usize) -> Option<u16> {
 
 fn native_u32(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+/// Whether a string attribute has this value.
+pub(super) fn attribute_equals(attributes: &[u8], kind: u16, name: &str) -> bool {
+    attribute(attributes, kind).is_some_and(|value| strip_nul(value) == name.as_bytes())
+}
+
+/// The nf_tables family of a table of one address family.
+pub(super) const fn protocol_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    }
+}
+
+/// The address family of an nf_tables family; `None` for inet, bridge and unknown ones.
+pub(super) const fn protocol_family(number: u8) -> Option<Family> {
+    match number {
+        NFPROTO_IPV4 => Some(Family::V4),
+        NFPROTO_IPV6 => Some(Family::V6),
+        _ => None,
+    }
+}
+
+/// The nf_tables family of one of our tables.
+pub(super) const fn table_family(table: Table) -> u8 {
+    match table {
+        Table::Inet => NFPROTO_INET,
+        Table::Bridge => NFPROTO_BRIDGE,
+    }
 }
 
 #[cfg(test)]
