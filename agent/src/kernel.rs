@@ -21,6 +21,7 @@ mod batch;
 mod cache;
 mod container;
 mod dump;
+mod echo_filter;
 mod ethtool;
 mod events;
 mod host_ports;

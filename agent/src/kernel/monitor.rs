@@ -27,11 +27,12 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
+use super::echo_filter::{OWN_SOCKETS, attach_filter};
 use super::events::{HostInterfaces, PendingEvents, apply_event};
 use super::nft::{NftChange, NftMonitor};
 use super::nlmsg::messages;
 use super::route_socket::KernelError;
-use super::subscription::{EventSubscriptions, MissedEventsQueue, OWN_SOCKETS, attach_filter, join_groups};
+use super::subscription::{EventSubscriptions, MissedEventsQueue, join_groups};
 use super::uapi::MONITORED_GROUPS;
 use super::{Shared, blocking, dump};
 use crate::model::{Family, Mac};

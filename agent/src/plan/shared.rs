@@ -1,8 +1,8 @@
 //! Desired entries that the networks of one network namespace share: forwarding, rule tables, accept rules in iptables.
 
-use super::desired::sysctls;
 use super::ruleset::{InetTableSpec, source_filter};
 use super::state::{Key, RouteTarget, State, Value};
+use super::sysctls;
 use crate::model::{Cidr, Device, Family, PerFamily};
 
 /// A network's input to the shared entries of its network namespace.

@@ -11,7 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, Object, Payload, attribute_equals, protocol_family};
 use super::forward;
 use super::nfnl_socket::io_error;
-use crate::kernel::subscription::{OWN_SOCKETS, attach_filter};
+use crate::kernel::echo_filter::{OWN_SOCKETS, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 
