@@ -26,7 +26,7 @@ pub fn import_circles(files: &[&SourceFile]) -> Vec<String> {
     // The path from the crate's root; `None` for other crates and local names.
     let absolute = |path: &ImportPath, module: &[String]| match path.parts.split_first()? {
         (first, rest) if first == "crate" => Some(rest.to_vec()),
-        (first, _) => is_module(&[module, &[first.clone()]].concat()).then(|| [module, &path.parts].concat()),
+        (first, _) => is_module(&[module, std::slice::from_ref(first)].concat()).then(|| [module, &path.parts].concat()),
     };
     for (module, (file, paths, extended)) in &sources {
         let absolute_paths = || paths.iter().filter_map(|path| Some((path, absolute(path, module)?)));
