@@ -1,6 +1,7 @@
 //! Commands of `overlayctl`: one file each, with arguments and execution.
 
 pub mod attach;
+mod attach_args;
 pub mod check;
 pub mod completions;
 pub mod config;

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use overlay_agent::model::api::AttachRequest;
 use overlay_agent::model::{Family, Mac, Mode, PerFamily, PublishedPort};
 
-use crate::cmd::CommandError;
+use super::CommandError;
 use crate::netns::PrefixArg;
 use crate::resolver::ResolverArgs;
 
