@@ -17,7 +17,7 @@ mod view;
 mod work;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, oneshot, watch};
@@ -25,16 +25,17 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::blocking::blocking;
+use crate::model::Endpoint;
 use crate::model::api::{AttachRequest, AttachResponse, DetachResponse};
 use crate::model::endpoint::EndpointName;
-use crate::model::{Cidr, Device, Endpoint, PerFamily, Subnet};
 use crate::plan::PortDriver;
 use crate::state::{FileError, StateDir, StateError};
 
 pub use error::{EndpointError, ErrorClass};
 pub use persist::{StoredEndpoint, read_stored};
+pub use spec::EndpointNetwork;
 
-use persist::EndpointStore;
+use persist::{EndpointStore, lock};
 use spec::AttachSpec;
 use table::{EndpointTable, Phase};
 
@@ -47,21 +48,6 @@ const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 /// Maximum time for which an attach waits for its endpoint's rules. Usual are some milliseconds, or a second while thousands of
 /// peers are added.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(3);
-
-/// The network that this host's containers are attached to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EndpointNetwork {
-    /// The host's subnet.
-    pub subnet: Subnet,
-    /// The ranges of the whole overlay network, which contain the subnet.
-    pub networks: PerFamily<Cidr>,
-    /// The bridge.
-    pub bridge: Device,
-    /// The overlay's MTU in bytes.
-    pub mtu: u32,
-    /// Whether Docker uses a part of the subnet ([`crate::model::DockerShare`]).
-    pub docker: bool,
-}
 
 /// Handle to the endpoints of this host; cheap to clone.
 #[derive(Debug)]
@@ -95,11 +81,6 @@ struct Inner<C> {
     work_done: Notify,
     /// Whether a network is set.
     has_network: watch::Sender<bool>,
-}
-
-/// Locks a mutex and ignores poisoning. Each change of the data is atomic, so it is consistent after a panic.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<C: PortDriver + 'static> Endpoints<C> {

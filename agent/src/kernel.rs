@@ -20,6 +20,7 @@ mod batch;
 mod cache;
 mod container;
 mod dump;
+mod echo_filter;
 mod ethtool;
 mod events;
 mod host_ports;
@@ -32,9 +33,11 @@ pub mod netns_builder;
 pub mod nft;
 mod nlmsg;
 mod objects;
+pub mod packet;
 mod peer_messages;
 mod route_socket;
 mod rtnl;
+mod shared;
 mod snapshot;
 mod subscription;
 mod sysctl;
@@ -58,17 +61,16 @@ use self::batch::BatchSocket;
 use self::cache::{KernelCache, SharedLocal};
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
-use self::link::Links;
 use self::netns::Netns;
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
+use self::shared::Shared;
 use self::subscription::{EventClass, EventSubscriptions, PauseGuard};
 use self::sysctl::Sysctls;
 use crate::blocking::blocking;
 use crate::model::Family;
 use crate::plan::actual::LocalState;
-use crate::plan::state::PROTOCOL;
 use crate::plan::underlay::HostInventory;
 use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, Value};
 
@@ -93,25 +95,6 @@ pub struct KernelOptions {
 impl Default for KernelOptions {
     fn default() -> Self {
         KernelOptions { force_classic_routes: false, event_capacity: 64 }
-    }
-}
-
-/// State shared by the data path, the port manager and the monitor; each locks it while it works. So the monitor processes an
-/// event before or after one of our changes, never during it.
-struct Shared {
-    socket: RouteSocket,
-    batch: BatchSocket,
-    ethtool: Ethtool,
-    nft: Nft,
-    sysctls: Sysctls,
-    netns: Netns,
-    cache: KernelCache,
-}
-
-impl Shared {
-    fn links(&mut self) -> Links<'_> {
-        let Shared { socket, ethtool, sysctls, netns, cache, .. } = self;
-        Links { socket, ethtool, sysctls, netns, cache }
     }
 }
 
@@ -378,9 +361,4 @@ fn has_nexthop_objects(socket: &mut RouteSocket) -> Result<bool, OpError> {
         Err(e) if e.errno == libc::EOPNOTSUPP => Ok(false),
         Err(e) => Err(e.context("cannot list next-hop objects")),
     }
-}
-
-/// Whether a protocol number is ours.
-const fn is_own_protocol(protocol: u8) -> bool {
-    protocol == PROTOCOL
 }

@@ -14,6 +14,7 @@ pub mod network_name;
 pub mod peer;
 pub mod publish;
 pub mod subnet;
+pub mod text;
 pub mod vni;
 
 pub use backend::{BackendConfig, BackendData, PeerEndpoint};

@@ -13,7 +13,6 @@ mod report;
 mod store_view;
 mod underlay;
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -30,11 +29,10 @@ use crate::model::peer::RemoteSubnet;
 use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
 use crate::plan::Key;
 use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
-use crate::plan::lease_table::LeaseKey;
 use crate::plan::underlay::UnderlaySelector;
 
 use planner::Planner;
-use store_view::StoreView;
+use store_view::{Dirty, StoreView};
 use underlay::UnderlayState;
 
 /// Fixed settings of a network.
@@ -183,21 +181,6 @@ pub struct Network<M> {
     endpoints_sequence: Option<u64>,
     /// Whether the answer to a query may have changed.
     changed: bool,
-}
-
-/// What has to be planned again.
-#[derive(Debug, Default)]
-struct Dirty {
-    /// The selection of the external interface.
-    underlay: bool,
-    /// This host's own entries.
-    host: bool,
-    /// The entries of all peers.
-    all_leases: bool,
-    /// The entries of the peers with these leases.
-    leases: BTreeSet<LeaseKey>,
-    /// Everything: the reconciler was restarted.
-    reconciler: bool,
 }
 
 impl<M: NetworkStateStore> Network<M> {

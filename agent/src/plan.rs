@@ -16,6 +16,7 @@ pub mod ops;
 pub mod ruleset;
 pub mod shared;
 pub mod state;
+pub mod sysctls;
 pub mod underlay;
 pub mod union;
 

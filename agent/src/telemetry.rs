@@ -52,7 +52,7 @@ impl FromStr for LogFormat {
 
     fn from_str(text: &str) -> Result<LogFormat, TelemetryError> {
         let format = LOG_FORMATS.iter().find(|(word, _)| *word == text).map(|(_, format)| *format);
-        format.ok_or_else(|| TelemetryError::Format { text: crate::model::lease::printable(text) })
+        format.ok_or_else(|| TelemetryError::Format { text: crate::model::text::printable(text) })
     }
 }
 
@@ -152,7 +152,7 @@ where
 ///
 /// A bare word must be a level: `tracing` itself takes any other word as a target, so a typo (`inof`) would silence the log.
 pub fn parse_filter(text: &str) -> Result<EnvFilter, TelemetryError> {
-    let error = |reason: &str| TelemetryError::Level { text: crate::model::lease::printable(text), reason: reason.to_owned() };
+    let error = |reason: &str| TelemetryError::Level { text: crate::model::text::printable(text), reason: reason.to_owned() };
     if text.len() > MAX_FILTER_LENGTH {
         return Err(error("it is longer than 1024 bytes"));
     }

@@ -1,6 +1,6 @@
 //! Diagnosis of this host: findings with evidence and a remedy each. It changes nothing.
 //!
-//! This file is the engine: the finding type, the list of checks, and their execution. Each check has its own file and reads its
+//! This file is the engine: the list of checks, and their execution. Each check has its own file and reads its
 //! input from [`Facts`].
 //!
 //! | file | checks |
@@ -18,52 +18,23 @@ mod addresses;
 mod agent;
 mod endpoints;
 mod facts;
+mod findings;
 mod firewall;
 mod kernel;
 mod neighbours;
 mod paths;
 mod store;
 
-use std::fmt::Display;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 pub(crate) use facts::read_net_stat;
 pub use facts::{Facts, Settings};
-
-/// Fill level from which a kernel table counts as nearly full, in percent.
-const FULL_WARNING_PERCENT: usize = 90;
+pub use findings::{Finding, Findings, Severity};
 
 /// Version of the report's JSON. Within a version fields and checks are only added.
 pub const VERSION: u32 = 1;
-
-/// Severity of a finding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    /// Information, or a check that could not run, with the reason.
-    Info,
-    /// The overlay works, but badly, or not for long.
-    Warning,
-    /// Traffic is lost.
-    Error,
-}
-
-/// Result of a check that needs attention.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Finding {
-    /// Name of the check, as in [`Report::checks`].
-    pub check: String,
-    /// Severity.
-    pub severity: Severity,
-    /// Summary on one line.
-    pub summary: String,
-    /// Evidence: a rule, a route, a measured value.
-    pub evidence: Vec<String>,
-    /// Remedy.
-    pub remedy: String,
-}
 
 /// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -89,46 +60,6 @@ pub struct Report {
     pub checks: Vec<CheckResult>,
     /// Findings, highest severity first.
     pub findings: Vec<Finding>,
-}
-
-/// Collects the findings of one check.
-#[derive(Debug)]
-pub struct Findings {
-    check: &'static str,
-    items: Vec<Finding>,
-}
-
-impl Findings {
-    /// Creates an empty collection for a check.
-    pub fn for_check(check: &'static str) -> Findings {
-        Findings { check, items: Vec::new() }
-    }
-
-    fn add(&mut self, severity: Severity, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
-        let evidence = evidence.into_iter().filter(|line| !line.is_empty()).collect();
-        let (summary, remedy) = (summary.to_string(), remedy.to_string());
-        self.items.push(Finding { check: self.check.to_owned(), severity, summary, evidence, remedy });
-    }
-
-    /// Adds an error: traffic is lost.
-    fn error(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
-        self.add(Severity::Error, summary, evidence, remedy);
-    }
-
-    /// Adds a warning: the overlay works, but badly.
-    fn warning(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
-        self.add(Severity::Warning, summary, evidence, remedy);
-    }
-
-    /// Adds information.
-    fn info(&mut self, summary: impl Display, evidence: Vec<String>, remedy: impl Display) {
-        self.add(Severity::Info, summary, evidence, remedy);
-    }
-
-    /// Returns the findings.
-    pub fn into_vec(self) -> Vec<Finding> {
-        self.items
-    }
 }
 
 /// Name and subject of each check.

@@ -1,9 +1,11 @@
 //! Commands of `overlayctl`: one file each, with arguments and execution.
 
 pub mod attach;
+mod attach_args;
 pub mod check;
 pub mod completions;
 pub mod config;
+mod context;
 pub mod detach;
 pub mod docker_options;
 pub mod endpoints;
@@ -23,17 +25,12 @@ pub mod trace;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::bundle::BundleError;
-use crate::client::{Client, ClientError, DEFAULT_SOCKET};
-use crate::docker::DockerError;
-use crate::etcd::EtcdError;
-use crate::lab::LabError;
-use crate::netns::NamespaceError;
+use crate::client::{Client, DEFAULT_SOCKET};
 use crate::output::{Format, OutputError, Printer};
-use crate::resolver::ResolverError;
-use crate::trace::TraceError;
+
+pub use context::{CommandError, Context, Outcome};
 
 /// Inspect and control the overlay network of this host.
 #[derive(Debug, Parser)]
@@ -96,90 +93,6 @@ pub enum Command {
     Man(man::Args),
 }
 
-/// Result of a command that ran to its end.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    /// Exit code 0.
-    Ok,
-    /// Exit code 1: the answer is negative.
-    Negative,
-    /// Exit code 3.
-    Degraded,
-    /// Exit code 4.
-    TimedOut,
-    /// Exit code of a command that ran inside a lab or a container.
-    Code(u8),
-}
-
-/// Failure of a command.
-#[derive(Debug, thiserror::Error)]
-pub enum CommandError {
-    /// Request to the agent.
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    /// Request to etcd.
-    #[error(transparent)]
-    Etcd(#[from] EtcdError),
-    /// Lab.
-    #[error(transparent)]
-    Lab(#[from] LabError),
-    /// Network namespace.
-    #[error(transparent)]
-    Namespace(#[from] NamespaceError),
-    /// Resolver file.
-    #[error(transparent)]
-    Resolver(#[from] ResolverError),
-    /// Support archive.
-    #[error(transparent)]
-    Bundle(#[from] BundleError),
-    /// Packet trace.
-    #[error(transparent)]
-    Trace(#[from] TraceError),
-    /// Docker's options.
-    #[error(transparent)]
-    Docker(#[from] DockerError),
-    /// Standard output.
-    #[error(transparent)]
-    Output(#[from] OutputError),
-    /// A file that the command line names cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the system call.
-        source: std::io::Error,
-    },
-    /// A file or directory cannot be written.
-    #[error("cannot write {}: {source}", path.display())]
-    Write {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the system call.
-        source: std::io::Error,
-    },
-    /// The named object does not exist.
-    #[error("{message}")]
-    Missing {
-        /// The missing object and how to list the existing ones.
-        message: String,
-    },
-    /// The arguments are well-formed but conflict; exit code 2.
-    #[error("{message}")]
-    Usage {
-        /// The conflict and the remedy.
-        message: String,
-    },
-}
-
-/// Shared input of every command.
-#[derive(Debug)]
-pub struct Context {
-    /// Client of the agent.
-    pub client: Client,
-    /// Standard output.
-    pub printer: Printer,
-}
-
 /// Runs the parsed command.
 pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
     let context = Context { client: Client::new(cli.socket), printer: Printer::new(cli.output) };
@@ -201,8 +114,8 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::SupportBundle(args) => support_bundle::run(&context, &args).await,
         Command::DockerOptions(args) => docker_options::run(&context, &args).await,
         Command::Lab(args) => lab::run(&context, args).await,
-        Command::Completions(args) => completions::run(&context, &args),
-        Command::Man(args) => man::run(&context, &args),
+        Command::Completions(args) => completions::run(&context, &args, Cli::command()),
+        Command::Man(args) => man::run(&context, &args, Cli::command()),
     }
 }
 
@@ -227,7 +140,6 @@ mod tests {
 
     #[test]
     fn command_line_is_valid() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
     }
 

@@ -60,7 +60,7 @@ pub fn run() -> ExitCode {
     let (output, code) = match handle(variable, input, started) {
         Ok(None) => return ExitCode::SUCCESS,
         Ok(Some(value)) => (value, ExitCode::SUCCESS),
-        Err(failed) => (failed.error.to_json(failed.version), ExitCode::FAILURE),
+        Err(failed) => (failed.error.to_json(failed.version.as_str()), ExitCode::FAILURE),
     };
     // A failed write cannot be reported: the runtime has closed its end, and undoes an attachment with DEL.
     match writeln!(std::io::stdout(), "{output}") {
@@ -98,7 +98,7 @@ fn handle(
             .map_err(with_latest_version);
     }
     let config = Config::decode(&bytes).map_err(|(version, error)| VersionedError { version, error })?;
-    let log = Log::open(&config);
+    let log = Log::open(config.log_file.as_deref(), config.log_level);
     let outcome = dispatch(verb, &variable, &config, &log, started);
     if let Err(error) = &outcome {
         log.error(format_args!("{verb}: {error}"));

@@ -2,7 +2,6 @@
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`attach_args`] | the flags of an attachment: `attach`, `run` |
 //! | [`bundle`] | the support archive |
 //! | [`check`] | the diagnosis of this host |
 //! | [`client`] | HTTP to the agent's socket |
@@ -17,7 +16,6 @@
 //! | [`resolver`] | the resolver files of named namespaces |
 //! | [`trace`] | the path of a packet, from kernel queries |
 
-pub mod attach_args;
 pub mod bundle;
 pub mod check;
 pub mod client;

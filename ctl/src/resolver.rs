@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use overlay_agent::model::endpoint::EndpointName;
 use overlay_agent::state::{FileError, write_atomic};
 
-use crate::cmd::CommandError;
 use crate::netns::NETNS_DIR;
 
 /// Directory in which `ip netns exec` looks for the file.
@@ -78,16 +77,15 @@ impl ResolverArgs {
         !(self.servers.is_empty() && self.search.is_empty() && self.options.is_empty())
     }
 
-    /// Checks the values.
-    pub fn validate(&self) -> Result<(), CommandError> {
-        let usage = |message| Err(CommandError::Usage { message });
+    /// Checks the values; the error is the message.
+    pub fn validate(&self) -> Result<(), String> {
         if self.servers.len() > MAX_NAMESERVERS {
-            return usage(format!("{} times --dns: the C library uses the first {MAX_NAMESERVERS} only", self.servers.len()));
+            return Err(format!("{} times --dns: the C library uses the first {MAX_NAMESERVERS} only", self.servers.len()));
         }
         let lists = [("--dns-search", &self.search), ("--dns-option", &self.options)];
         for (flag, word) in lists.iter().flat_map(|(flag, words)| words.iter().map(move |word| (flag, word))) {
             if word.is_empty() || word.chars().any(|c| c.is_whitespace() || c.is_control() || c == '#' || c == ';') {
-                return usage(format!("{flag} `{}` is not one word", word.escape_debug()));
+                return Err(format!("{flag} `{}` is not one word", word.escape_debug()));
             }
         }
         Ok(())

@@ -94,11 +94,39 @@ pub struct Trace {
     pub notes: Vec<String>,
     /// Observation of sent packets; absent unless requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub live: Option<live::Live>,
+    pub live: Option<Live>,
     /// Every form of source and destination along the path.
     #[serde(skip)]
     pub addresses_seen: Vec<(IpAddr, IpAddr)>,
     /// UDP port of the tunnel.
     #[serde(skip)]
     pub tunnel_port: u16,
+}
+
+/// Result of a watch.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    /// Packets at interfaces, in order.
+    pub interfaces: Vec<Observation>,
+    /// Packets in rules, in order. The kernel gives no time, so their order relative to the interfaces is unknown.
+    pub rules: Vec<Observation>,
+    /// Summary for the operator.
+    pub summary: String,
+    /// Whether the rules dropped a packet.
+    pub dropped: bool,
+    /// Whether an answer was seen.
+    pub answered: bool,
+    /// Whether events were lost.
+    pub lost: bool,
+}
+
+/// A packet at one interface or rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observation {
+    /// At interfaces `request` or `reply`; in rules the packet's trace ID from the kernel.
+    pub packet: String,
+    /// Interface or chain.
+    pub place: String,
+    /// Event: direction and addresses, or rule and verdict.
+    pub what: String,
 }

@@ -3,12 +3,15 @@
 //! Imports point to lower layers only, foreign interfaces are named in one place each, and files are about one subject.
 //! `docs/architecture.md` describes the layers.
 
+#[path = "architecture/circles.rs"]
+mod circles;
 #[path = "architecture/source.rs"]
 mod source;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use circles::import_circles;
 use source::{ImportPath, Token, paths, tokens, without_tests};
 
 /// Allowed top-level entries of the repository, apart from dotfiles and `target`.
@@ -193,6 +196,40 @@ fn sources_follow_architecture_rules() {
     assert!(files.len() > 20, "the sources are found: {}", files.len());
     let violations: Vec<String> = files.iter().flat_map(rule_violations).collect();
     assert!(violations.is_empty(), "{} violations:\n{}", violations.len(), violations.join("\n"));
+}
+
+#[test]
+fn modules_have_no_import_circles() {
+    for member in ["agent", "ctl"] {
+        let mut files = Vec::new();
+        collect_sources(&repo_root().join(member).join("src"), &format!("{member}/src"), &mut files);
+        let circles = import_circles(&files.iter().collect::<Vec<_>>());
+        assert!(circles.is_empty(), "import circles in {member}:\n{}", circles.join("\n"));
+    }
+}
+
+#[test]
+fn import_circles_are_detected() {
+    for (sources, wanted) in [
+        // Siblings, directly and by the parent's re-export.
+        (&[("a", "use crate::b::B;"), ("b", "fn f() { crate::a::f() }")][..], 2),
+        (&[("x", "pub use a::A;"), ("x/a", "use super::B;"), ("x/b", "use super::A;")], 0),
+        (&[("x", "pub use a::A; pub use b::B;"), ("x/a", "use super::B;"), ("x/b", "use super::A;")], 2),
+        // Files below them.
+        (&[("a", ""), ("a/x", "use crate::b::y::Y;"), ("b", ""), ("b/y", ""), ("b/z", "use crate::a::x::X;")], 2),
+        // The parent's own items.
+        (&[("x", "use a::A; pub struct X;"), ("x/a", "use super::X;")], 2),
+        (&[("x", "fn f() { a::f() }"), ("x/a", "use super::X;")], 2),
+        (&[("x", "pub use a::A; pub struct X;"), ("x/a", "use super::X;")], 0),
+        (&[("x", "use a::A; pub struct X<T>;"), ("x/a", "use super::X; impl<T: Fn(u8)> X<T> {}")], 0),
+        (&[("a", "use crate::b::B; mod tests { use crate::c::C; }"), ("b", "use crate::c::C;"), ("c", "")], 0),
+        (&[("a", "use crate::b::B;"), ("b", "#[cfg(test)] mod tests { use crate::a::A; }")], 0),
+    ] {
+        let file = |(path, text): &(&str, &str)| SourceFile { path: format!("ctl/src/{path}.rs"), text: (*text).to_owned() };
+        let files: Vec<SourceFile> = sources.iter().map(file).collect();
+        let circles = import_circles(&files.iter().collect::<Vec<_>>());
+        assert_eq!(circles.len(), wanted, "{sources:?}: {circles:?}");
+    }
 }
 
 #[test]

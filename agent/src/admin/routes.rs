@@ -17,13 +17,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use super::serve::Limits;
 use super::{ApiError, Backend, ErrorKind, watch};
 use crate::model::api::{
     AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status,
 };
 use crate::model::endpoint::EndpointName;
-use crate::model::lease::printable;
+use crate::model::text::printable;
 
 /// The largest request body, in bytes. The largest sensible body has a few hundred.
 const MAX_BODY_SIZE: usize = 64 << 10;
@@ -40,7 +39,7 @@ impl<B> Clone for ApiState<B> {
 }
 
 /// The complete API.
-pub(super) fn api_router<B: Backend>(backend: Arc<B>, limits: Limits, stop: CancellationToken) -> Router {
+pub(super) fn api_router<B: Backend>(backend: Arc<B>, request_timeout: Duration, stop: CancellationToken) -> Router {
     let shared = ApiState { backend: Arc::clone(&backend), stop };
     let v1 = Router::new()
         .route("/v1/status", get(status::<B>))
@@ -52,12 +51,12 @@ pub(super) fn api_router<B: Backend>(backend: Arc<B>, limits: Limits, stop: Canc
         .route("/v1/endpoints/{name}", put(attach::<B>).delete(detach::<B>))
         .route("/v1/log-level", get(log_level::<B>).put(set_log_level::<B>))
         .with_state(shared);
-    with_fallbacks(v1.merge(health_router(backend)), limits)
+    with_fallbacks(v1.merge(health_router(backend)), request_timeout)
 }
 
 /// Metrics and health only.
-pub(super) fn metrics_router<B: Backend>(backend: Arc<B>, limits: Limits) -> Router {
-    with_fallbacks(health_router(backend), limits)
+pub(super) fn metrics_router<B: Backend>(backend: Arc<B>, request_timeout: Duration) -> Router {
+    with_fallbacks(health_router(backend), request_timeout)
 }
 
 /// Answers every request with 503 and closes the connection, for clients above the connection limit.
@@ -78,7 +77,7 @@ fn health_router<B: Backend>(backend: Arc<B>) -> Router {
         .with_state(backend)
 }
 
-fn with_fallbacks(router: Router, limits: Limits) -> Router {
+fn with_fallbacks(router: Router, request_timeout: Duration) -> Router {
     let no_path = async |uri: Uri| ErrorResponse(StatusCode::NOT_FOUND, format!("there is no {}", printable(uri.path())));
     let no_method = async |method: Method, uri: Uri| {
         let text = format!("{} does not support {}", printable(uri.path()), printable(method.as_str()));
@@ -87,7 +86,7 @@ fn with_fallbacks(router: Router, limits: Limits) -> Router {
     router
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
-        .layer(middleware::from_fn_with_state(limits.request_timeout, timeout_layer))
+        .layer(middleware::from_fn_with_state(request_timeout, timeout_layer))
 }
 
 /// Limits a request's duration, and turns a panic into a 500 response.

@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::model::api::{AttachResponse, Subnets};
 use backend::FakeBackend;
 
 struct Agent {

@@ -5,9 +5,8 @@
 //! at shutdown, and when the journal is full. Replaying journal lines that the snapshot already contains changes nothing.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::lock;
 use super::table::{EndpointRecord, EndpointTable, JournalEntry, Phase, StoredTable};
 use crate::model::Endpoint;
 use crate::state::{Journal, StateDir, StateError};
@@ -113,4 +112,9 @@ pub fn read_stored(state_dir: &Path) -> Result<Option<Vec<StoredEndpoint>>, Stat
         attached: record.phase == Phase::Attached,
     };
     Ok(Some(stored.endpoints.into_iter().map(to_stored).collect()))
+}
+
+/// Locks a mutex and ignores poisoning. Each change of the data is atomic, so it is consistent after a panic.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

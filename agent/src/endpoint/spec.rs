@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use super::EndpointError;
 use crate::model::api::AttachRequest;
 use crate::model::endpoint::EndpointName;
-use crate::model::lease::printable;
-use crate::model::{Family, Mac, Mode, PerFamily, PublishedPort};
+use crate::model::text::printable;
+use crate::model::{Cidr, Device, Family, Mac, Mode, PerFamily, PublishedPort, Subnet};
 
 /// Default name of the interface in the container.
 const DEFAULT_INTERFACE: &str = "eth0";
@@ -17,6 +17,21 @@ const MAX_INTERFACE_NAME: usize = 15;
 
 /// Maximum length of an owner in bytes.
 const MAX_OWNER: usize = 256;
+
+/// The network that this host's containers are attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointNetwork {
+    /// The host's subnet.
+    pub subnet: Subnet,
+    /// The ranges of the whole overlay network, which contain the subnet.
+    pub networks: PerFamily<Cidr>,
+    /// The bridge.
+    pub bridge: Device,
+    /// The overlay's MTU in bytes.
+    pub mtu: u32,
+    /// Whether Docker uses a part of the subnet ([`crate::model::DockerShare`]).
+    pub docker: bool,
+}
 
 /// An attach request with valid values.
 #[derive(Debug, Clone, PartialEq, Eq)]

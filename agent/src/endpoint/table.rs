@@ -7,9 +7,9 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use super::EndpointError;
 use super::ipam::Ipam;
-use super::spec::{AttachMode, AttachSpec, NetnsRef, free_mac, veth_name};
-use super::{EndpointError, EndpointNetwork};
+use super::spec::{AttachMode, AttachSpec, EndpointNetwork, NetnsRef, free_mac, veth_name};
 use crate::model::api::AttachResponse;
 use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;

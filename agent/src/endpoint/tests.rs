@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use super::persist::{FILE, JOURNAL};
 use super::table::StoredTable;
 use super::*;
-use crate::model::Vni;
 use crate::model::device::MAX_BRIDGE_PORTS;
+use crate::model::{Cidr, Device, PerFamily, Subnet, Vni};
 use crate::state::Journal;
 use fake_kernel::FakeKernel;
 

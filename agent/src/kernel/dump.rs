@@ -8,11 +8,11 @@ use std::net::IpAddr;
 use super::cache::KernelCache;
 use super::objects;
 use super::peer_messages::{EntryQuery, KernelEntry, KernelRouteTarget};
+use super::shared::Shared;
 use super::sysctl;
-use super::{Shared, is_own_protocol};
 use crate::model::{Family, Mac, Role};
 use crate::plan::desired::sysctls;
-use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
+use crate::plan::state::{NEXTHOP_IDS, PROTOCOL, RouteTarget};
 use crate::plan::{Dump, Key, OpError, State, Value};
 
 /// Reads all our state and replaces the cache with it. If a read fails, the cache stays unchanged.
@@ -45,7 +45,7 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
     if nexthop_objects {
         queries.push(EntryQuery::Nexthops);
     }
-    queries.extend(Family::ALL.map(|family| EntryQuery::Routes(family, crate::plan::state::PROTOCOL)));
+    queries.extend(Family::ALL.map(|family| EntryQuery::Routes(family, PROTOCOL)));
     for query in queries {
         let entries = read_entries(shared, query)?;
         for entry in entries {
@@ -197,4 +197,9 @@ fn read_sysctls(shared: &Shared) -> Result<(), OpError> {
         paths.extend(families.flat_map(|family| sysctls::device_settings(*device, family)).map(|(path, _)| path));
     }
     track_sysctls(shared, paths)
+}
+
+/// Whether a protocol number is ours.
+pub const fn is_own_protocol(protocol: u8) -> bool {
+    protocol == PROTOCOL
 }

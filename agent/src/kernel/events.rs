@@ -12,8 +12,7 @@ use netlink_packet_route::link::LinkFlags;
 
 use super::Shared;
 use super::cache::{KernelCache, is_own_link};
-use super::dump::state_change;
-use super::is_own_protocol;
+use super::dump::{is_own_protocol, state_change};
 use super::nlmsg::{attributes, u32_at};
 use super::objects::{self, AddressInfo, LinkInfo, RouteInfo};
 use super::peer_messages::{KernelEntry, family_of};

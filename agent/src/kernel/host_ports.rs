@@ -11,7 +11,7 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::model::lease::printable;
+use crate::model::text::printable;
 use crate::model::{Family, PublishedPort, Transport};
 use crate::plan::{HostPorts, HostSocket, OpError};
 

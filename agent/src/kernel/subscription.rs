@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use netlink_sys::Socket;
 use tokio::sync::Notify;
 
-use super::monitor::{OWN_SOCKETS, attach_filter, join_groups};
+use super::echo_filter::{OWN_SOCKETS, attach_filter};
 use super::nft::NFNLGRP_NFTABLES;
 use super::uapi::PEER_ENTRY_GROUPS;
 
@@ -140,4 +140,13 @@ fn duplicate_socket(socket: &Socket) -> io::Result<Socket> {
     let descriptor = socket.as_fd().try_clone_to_owned()?;
     // SAFETY: the descriptor is a netlink socket's, and this is its only owner.
     Ok(unsafe { Socket::from_raw_fd(descriptor.into_raw_fd()) })
+}
+
+/// Joins multicast groups.
+pub(super) fn join_groups(socket: &Socket, groups: impl IntoIterator<Item = u32>) -> io::Result<()> {
+    groups.into_iter().try_for_each(|group| match socket.add_membership(group) {
+        // RTNLGRP_NEXTHOP is unknown to kernels without next-hop objects.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        other => other,
+    })
 }

@@ -7,7 +7,6 @@
 //! All calls block, and apply to the network namespace of the calling thread ([`super::netns::Netns::run`]).
 
 mod capture;
-pub mod packet;
 
 use std::net::IpAddr;
 
@@ -28,6 +27,7 @@ use crate::plan::ruleset::{Expr, Field, OVERLAY_CHAIN, Table};
 use crate::plan::state::PROTOCOL;
 
 pub use super::nft::{EvalResult, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation, legacy_tables};
+pub use super::packet;
 pub use capture::{Capture, CaptureFilter, CapturedPacket};
 
 /// Length of `struct ifinfomsg`.

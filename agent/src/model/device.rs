@@ -70,6 +70,14 @@ impl Device {
         let device = Device { role, vni };
         (device.name() == name).then_some(device)
     }
+
+    /// The family whose traffic the device carries; both for the bridge.
+    pub fn carries(self, family: Family) -> bool {
+        match self.role {
+            Role::Vxlan(f) => f == family,
+            Role::Bridge => true,
+        }
+    }
 }
 
 impl fmt::Display for Device {

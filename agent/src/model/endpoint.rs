@@ -122,7 +122,7 @@ impl std::str::FromStr for Mode {
             "host" => Ok(Mode::Host),
             _ => match text.strip_prefix("container:") {
                 Some(name) => Ok(Mode::Container(name.parse()?)),
-                None => Err(ModeError::Unknown { text: super::lease::printable(text) }),
+                None => Err(ModeError::Unknown { text: super::text::printable(text) }),
             },
         }
     }
@@ -183,7 +183,7 @@ impl TryFrom<String> for EndpointName {
         if first && text.len() <= 63 && text.chars().all(allowed) {
             Ok(EndpointName(text))
         } else {
-            Err(EndpointNameError { text: super::lease::printable(&text) })
+            Err(EndpointNameError { text: super::text::printable(&text) })
         }
     }
 }

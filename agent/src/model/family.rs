@@ -271,7 +271,7 @@ impl FromStr for Cidr {
     type Err = CidrError;
 
     fn from_str(text: &str) -> Result<Self, CidrError> {
-        let syntax = || CidrError::Syntax { text: super::lease::printable(text) };
+        let syntax = || CidrError::Syntax { text: super::text::printable(text) };
         let (address, length) = text.split_once('/').ok_or_else(syntax)?;
         let address: IpAddr = address.parse().map_err(|_| syntax())?;
         let plain_digits = !length.is_empty() && length.bytes().all(|b| b.is_ascii_digit());

@@ -219,11 +219,6 @@ impl RejectReason {
     }
 }
 
-/// Sanitises text from the store for logs and terminals: control characters are replaced, at most 80 characters are kept.
-pub fn printable(text: &str) -> String {
-    text.chars().take(80).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
-}
-
 impl fmt::Display for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)

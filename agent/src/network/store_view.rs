@@ -6,12 +6,26 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Dirty;
 use crate::model::event::{Connection, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
 use crate::model::{NetworkConfig, Vni};
 use crate::plan::backend;
-use crate::plan::lease_table::LeaseTable;
+use crate::plan::lease_table::{LeaseKey, LeaseTable};
+
+/// What has to be planned again.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    /// The selection of the external interface.
+    pub(super) underlay: bool,
+    /// This host's own entries.
+    pub(super) host: bool,
+    /// The entries of all peers.
+    pub(super) all_leases: bool,
+    /// The entries of the peers with these leases.
+    pub(super) leases: BTreeSet<LeaseKey>,
+    /// Everything: the reconciler was restarted.
+    pub(super) reconciler: bool,
+}
 
 /// State of the store.
 #[derive(Debug)]

@@ -1,7 +1,5 @@
 //! Desired kernel state: a pure function of network configuration, own lease, underlay, peers and endpoints.
 
-pub mod sysctls;
-
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -14,6 +12,8 @@ use super::shared::SharedSpec;
 use super::state::{Key, LinkKind, LinkState, State, Value};
 use super::underlay::Underlay;
 use crate::model::{BackendData, Endpoint, Family, Mac, NetworkConfig, Peer, Port, PublishedPort, Subnet};
+
+pub use super::sysctls;
 
 /// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
 /// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it

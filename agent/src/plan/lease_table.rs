@@ -265,7 +265,7 @@ impl LeaseTable {
         let verdict = check_record(record, network, own).and_then(|peer| conflict().map_or(Ok(peer), Err));
         match verdict {
             Ok(peer) => Classification::Accepted(peer),
-            Err(kind) => Classification::Rejected(RejectedLease { key: crate::model::lease::printable(key), kind }),
+            Err(kind) => Classification::Rejected(RejectedLease { key: crate::model::text::printable(key), kind }),
         }
     }
 

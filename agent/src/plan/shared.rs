@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::desired::sysctls;
 use super::ruleset::{InetTableSpec, inet_table, source_filter};
 use super::state::{Key, RouteTarget, State, Value};
+use super::sysctls;
 use crate::model::{Cidr, Device, Family, PerFamily};
 
 /// A network's input to the shared entries of its network namespace.

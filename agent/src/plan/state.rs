@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Ruleset;
 use super::ruleset::{Element, TABLE, Table};
-use crate::model::{Cidr, Device, Family, Mac, Role, Vni};
+use crate::model::{Cidr, Device, Family, Mac, Vni};
 
 /// Protocol number of all our entries in the kernel (`ip route show proto 86`); unassigned in `/etc/iproute2/rt_protos` and
 /// `linux/rtnetlink.h`.
@@ -347,15 +347,5 @@ pub fn device_of(key: &Key, value: &Value, state: &impl Entries) -> Option<Devic
             _ => None,
         },
         _ => key.device(),
-    }
-}
-
-impl Device {
-    /// The family whose traffic the device carries; both for the bridge.
-    pub fn carries(self, family: Family) -> bool {
-        match self.role {
-            Role::Vxlan(f) => f == family,
-            Role::Bridge => true,
-        }
     }
 }

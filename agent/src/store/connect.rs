@@ -17,7 +17,6 @@ use tracing::{debug, warn};
 
 use super::error::Context;
 use super::keys::{DEFAULT_PREFIX, Keys};
-use super::renew::keep_alive_interval;
 use super::{StoreError, certificate, discovery};
 use crate::config::secret::{self, SecretError};
 use crate::metrics::Metrics;
@@ -207,7 +206,7 @@ fn check_pem(bytes: Vec<u8>, purpose: &'static str, path: &Path, kind: &str) -> 
 /// Normalises an endpoint to a URL with scheme and port.
 pub(super) fn normalise_endpoint(endpoint: &str, tls: bool) -> Result<String, StoreError> {
     let error = |rule: &str| {
-        let endpoint = crate::model::lease::printable(&secret::redact_credentials(endpoint));
+        let endpoint = crate::model::text::printable(&secret::redact_credentials(endpoint));
         StoreError::Endpoint { endpoint, rule: rule.to_owned() }
     };
     let (scheme, rest) = match endpoint.trim().split_once("://") {
@@ -389,6 +388,11 @@ impl Session {
     ) -> Result<T, StoreError> {
         with_timeout(&self.context, what, request).await
     }
+}
+
+/// Interval between two renewals of an etcd lease with this TTL.
+pub(super) fn keep_alive_interval(ttl: Duration, max_interval: Duration) -> Duration {
+    (ttl / 3).min(max_interval)
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ impl Keys {
     /// # Errors
     /// [`StoreError::Prefix`] if it is empty or contains control characters.
     pub fn new(prefix: &str) -> Result<Keys, StoreError> {
-        let error = |rule| StoreError::Prefix { prefix: crate::model::lease::printable(prefix), rule };
+        let error = |rule| StoreError::Prefix { prefix: crate::model::text::printable(prefix), rule };
         if prefix.chars().any(char::is_control) {
             return Err(error("contains control characters"));
         }

@@ -9,7 +9,7 @@ use super::keys::claimed_ranges;
 use super::pick;
 use super::read::{Listing, RawConfig, RawEntry};
 use crate::model::event::{self, LeaseOrigin, LeaseRequest};
-use crate::model::lease::printable;
+use crate::model::text::printable;
 use crate::model::{Cidr, ExpiryId, Lease, NetworkConfig, PerFamily, Subnet};
 
 /// Delay before a host that cannot get a subnet reads a new snapshot without a change.

@@ -5,12 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::StoreError;
-use super::connect::Session;
-
-/// Interval between two renewals of an etcd lease with this TTL.
-pub(super) fn keep_alive_interval(ttl: Duration, max_interval: Duration) -> Duration {
-    (ttl / 3).min(max_interval)
-}
+use super::connect::{Session, keep_alive_interval};
 
 /// Granted and remaining TTL of an etcd lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,7 +14,8 @@ use overlay_agent::model::api::NetworkView;
 use overlay_agent::model::device::MAX_BRIDGE_PORTS;
 use overlay_agent::state::StateError;
 
-use super::{FULL_WARNING_PERCENT, Facts, Findings};
+use super::findings::FULL_WARNING_PERCENT;
+use super::{Facts, Findings};
 
 pub(super) fn check(facts: &Facts, findings: &mut Findings) {
     let stored = stored_endpoints(facts, findings);

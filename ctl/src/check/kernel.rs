@@ -4,7 +4,8 @@ use overlay_agent::model::{Device, Family};
 use overlay_agent::plan::desired::sysctls;
 
 use super::facts::{ToolError, read_net_stat, report_unchecked, run_tool, sysctl};
-use super::{FULL_WARNING_PERCENT, Facts, Findings};
+use super::findings::FULL_WARNING_PERCENT;
+use super::{Facts, Findings};
 
 /// A kernel feature: name, commands that need it, and whether the overlay requires it.
 struct Feature {

@@ -7,8 +7,8 @@ use overlay_agent::model::api::AttachResponse;
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
 
+use super::attach_args::AttachArgs;
 use super::{CommandError, Context, Outcome};
-use crate::attach_args::AttachArgs;
 use crate::lab::process::ProcessId;
 use crate::netns::{NamedNamespaces, NamespaceError};
 use crate::output::{Style, Tone, View, joined};

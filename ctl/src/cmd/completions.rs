@@ -1,9 +1,8 @@
 //! `overlayctl completions SHELL`: shell completions.
 
-use clap::CommandFactory;
 use clap_complete::Shell;
 
-use super::{Cli, CommandError, Context, Outcome};
+use super::{CommandError, Context, Outcome};
 
 /// The arguments.
 #[derive(Debug, clap::Args)]
@@ -14,10 +13,10 @@ pub struct Args {
     shell: Shell,
 }
 
-/// Prints the completions.
-pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+/// Prints the completions of the command line.
+pub fn run(context: &Context, args: &Args, mut command: clap::Command) -> Result<Outcome, CommandError> {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "overlayctl", &mut text);
+    clap_complete::generate(args.shell, &mut command, "overlayctl", &mut text);
     context.printer.write_raw(&text)?;
     Ok(Outcome::Ok)
 }

@@ -4,10 +4,9 @@ mod markdown;
 
 use std::path::{Path, PathBuf};
 
-use clap::CommandFactory;
 use clap_mangen::Man;
 
-use super::{Cli, CommandError, Context, Outcome};
+use super::{CommandError, Context, Outcome};
 use markdown::PageMeta;
 
 /// Documentation pages that are also manual pages.
@@ -67,8 +66,7 @@ pub struct Args {
 }
 
 /// Prints the main page, or writes all pages.
-pub fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let command = Cli::command();
+pub fn run(context: &Context, args: &Args, command: clap::Command) -> Result<Outcome, CommandError> {
     match &args.dir {
         None => {
             let mut page = Vec::new();
@@ -107,6 +105,8 @@ fn write_pages(dir: &Path, command: clap::Command) -> std::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory;
+
     use super::*;
     use crate::cmd::Cli;
 

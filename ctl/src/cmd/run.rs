@@ -20,8 +20,8 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::attach_args::AttachArgs;
 use super::{CommandError, Context, Outcome};
-use crate::attach_args::AttachArgs;
 use crate::client::ClientError;
 use crate::netns::{NamedNamespaces, NamespaceError};
 use crate::resolver::ResolverFile;

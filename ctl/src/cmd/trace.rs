@@ -8,9 +8,9 @@ use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
 use crate::output::{Style, Table, Tone, View, cell, toned};
-use crate::trace::live::{self, Live};
 use crate::trace::targets::{Inventory, TargetArg, TraceEnd};
 use crate::trace::{self, Trace, TraceError};
+use crate::trace::{Live, live};
 
 /// Timeout of the agent's requests. Short, because the kernel's answers count, not the agent's.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(2);

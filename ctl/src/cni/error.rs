@@ -4,8 +4,6 @@ use std::fmt;
 
 use serde_json::{Value, json};
 
-use super::version::Version;
-
 /// Error codes: below 100 the specification's, from 100 on this plugin's. `docs/cni.md` documents them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
@@ -60,9 +58,9 @@ impl CniError {
         self
     }
 
-    /// Formats the error as JSON (`SPEC.md`, "Error").
-    pub fn to_json(&self, version: Version) -> Value {
-        let mut value = json!({ "cniVersion": version.as_str(), "code": self.code as u32, "msg": self.message });
+    /// Formats the error as JSON (`SPEC.md`, "Error"), for that `cniVersion`.
+    pub fn to_json(&self, version: &str) -> Value {
+        let mut value = json!({ "cniVersion": version, "code": self.code as u32, "msg": self.message });
         if !self.details.is_empty() {
             value["details"] = self.details.clone().into();
         }

@@ -4,9 +4,8 @@ use std::fmt::Arguments;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::SystemTime;
-
-use super::config::Config;
 
 /// Severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,13 +43,13 @@ pub struct Log {
 }
 
 impl Log {
-    /// Opens the configured file. A failure is reported on standard error and does not fail the verb.
-    pub fn open(config: &Config) -> Log {
-        let open = |path: &std::path::PathBuf| {
+    /// Opens the file, if one is configured. A failure is reported on standard error and does not fail the verb.
+    pub fn open(file: Option<&Path>, level: Level) -> Log {
+        let open = |path: &Path| {
             let opened = OpenOptions::new().append(true).create(true).mode(0o640).open(path);
             opened.map_err(|e| eprintln!("overlay-cni: cannot open logFile {}: {e}", path.display())).ok()
         };
-        Log { file: config.log_file.as_ref().and_then(open), level: config.log_level }
+        Log { file: file.and_then(open), level }
     }
 
     /// Logs a failed verb.

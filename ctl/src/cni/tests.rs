@@ -180,6 +180,6 @@ fn mac_sources_have_precedence() {
 fn error_json_matches_specification() {
     let error = CniError::new(Code::TryAgain, "later").with_details("more");
     let wanted = serde_json::json!({ "cniVersion": "0.4.0", "code": 11, "msg": "later", "details": "more" });
-    assert_eq!(error.to_json(Version::V0_4_0), wanted);
-    assert!(CniError::new(Code::Io, "no").to_json(Version::LATEST).get("details").is_none());
+    assert_eq!(error.to_json(Version::V0_4_0.as_str()), wanted);
+    assert!(CniError::new(Code::Io, "no").to_json(Version::LATEST.as_str()).get("details").is_none());
 }

@@ -1,13 +1,15 @@
 //! Agents of a lab: their program, start and stop, and waiting for the full mesh.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use nix::sys::signal::Signal;
 use overlay_agent::model::api::Status;
 
-use super::process::{ProcessId, ended_error, log_tail};
+use super::process::{ProcessId, TERM_GRACE, ended_error, log_tail, start, terminate_all};
 use super::{Host, Lab, LabError, etcd};
 use crate::client::ClientError;
 
@@ -37,18 +39,13 @@ pub fn find_program(given: Option<&Path>) -> Result<PathBuf, LabError> {
     })
 }
 
-/// Socket of a host's agent.
-pub fn socket_path(lab_dir: &Path, host: &str) -> PathBuf {
-    lab_dir.join(host).join("run/overlayd.sock")
-}
-
 /// PID file of a host's agent.
 pub fn pid_file(lab_dir: &Path, host: &str) -> PathBuf {
     lab_dir.join(host).join("overlayd.pid")
 }
 
 /// Builds the command line of a host's agent.
-pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
+fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
     let layout = host.lab().layout();
     let mut command = Command::new(program);
     // The settings of the caller's own agent must not reach the lab's.
@@ -62,6 +59,66 @@ pub(super) fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> C
     command.args(["--etcd-prefix", super::layout::ETCD_PREFIX]);
     command.args(&layout.agent_args).args(extra_args);
     command
+}
+
+impl Host<'_> {
+    /// Process of the agent, if it runs.
+    pub fn agent(&self) -> Option<ProcessId> {
+        ProcessId::from_pid_file(&pid_file(self.lab().dir(), self.name())).filter(ProcessId::is_alive)
+    }
+
+    /// Starts the agent, with flags in addition to the lab's. An agent that runs already is left unchanged. Does not wait until
+    /// it is ready.
+    pub fn agent_start(&self, flags: &[&str]) -> Result<ProcessId, LabError> {
+        if let Some(running) = self.agent() {
+            return Ok(running);
+        }
+        let program = match &self.lab().layout().overlayd {
+            Some(program) => program.clone(),
+            None => find_program(None)?,
+        };
+        for dir in [self.run_dir(), self.state_dir()] {
+            fs::create_dir_all(&dir).map_err(|source| LabError::File { action: "make", path: dir, source })?;
+        }
+        let command = command(self, &program, flags);
+        start(command, Some(&self.netns()?), &self.log(), &pid_file(self.lab().dir(), self.name()))
+    }
+
+    /// Sends the agent a signal and waits for its end. After five seconds it kills the agent, and returns an error. Blocks.
+    pub fn agent_stop(&self, signal: Signal) -> Result<(), LabError> {
+        let Some(running) = self.agent() else { return Ok(()) };
+        let timed_out = |detail: String| LabError::TimedOut {
+            what: format!("overlayd of {} does not end on {signal}", self.name()),
+            limit: TERM_GRACE,
+            detail,
+        };
+        running.signal(signal).map_err(|errno| timed_out(errno.desc().to_owned()))?;
+        if running.wait(TERM_GRACE) {
+            return Ok(());
+        }
+        let tail = log_tail(&self.log());
+        let failures = terminate_all(&[running], Duration::ZERO);
+        Err(timed_out(format!(
+            "killed{}; the end of its log:\n{tail}",
+            failures.iter().map(|l| format!(", {l}")).collect::<String>()
+        )))
+    }
+
+    /// Waits until the agent is ready.
+    pub async fn wait_ready(&self, limit: Duration) -> Result<Status, LabError> {
+        let context = format!("{} is not ready", self.name());
+        wait_status(self, |status| status.ready, Instant::now() + limit, limit, &context).await
+    }
+
+    /// Waits until the agent's status fulfils a condition; `what` names the unmet condition in the error.
+    pub async fn wait_status(
+        &self,
+        limit: Duration,
+        context: &str,
+        predicate: impl Fn(&Status) -> bool,
+    ) -> Result<Status, LabError> {
+        wait_status(self, predicate, Instant::now() + limit, limit, context).await
+    }
 }
 
 /// Waits until every agent is ready and has routes to all others.
@@ -81,7 +138,7 @@ pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
 }
 
 /// Waits until the agent's status fulfils a condition.
-pub(super) async fn wait_status(
+async fn wait_status(
     host: &Host<'_>,
     predicate: impl Fn(&Status) -> bool,
     end: Instant,
@@ -116,9 +173,4 @@ pub(super) async fn wait_status(
 fn describe(status: &Status) -> String {
     let state = if status.ready { "ready" } else { "not ready" };
     format!("{state}, {} leases seen, {} peers; {}", status.store.leases, status.data_path.peers, status.problems.join("; "))
-}
-
-/// Process of a host's agent, if it runs.
-pub(super) fn running_process(host: &Host<'_>) -> Option<ProcessId> {
-    ProcessId::from_pid_file(&pid_file(host.lab().dir(), host.name())).filter(ProcessId::is_alive)
 }

@@ -17,7 +17,7 @@ const MAX_CONCURRENT_HOSTS: usize = 8;
 pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
     let attached = stream::iter(lab.hosts()).map(|host| async move {
         for name in &host.layout().containers {
-            attach(&host, name).await?;
+            host.attach(name).await?;
         }
         Ok::<(), LabError>(())
     });
@@ -25,17 +25,20 @@ pub async fn attach_all(lab: &Lab) -> Result<(), LabError> {
     Ok(())
 }
 
-/// Creates the namespace and attaches it. Removes the namespace if the agent refuses.
-pub(super) async fn attach(host: &Host<'_>, name: &str) -> Result<AttachResponse, LabError> {
-    let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
-    let namespace = host.lab().layout().namespace(&format!("{}-{name}", host.name()));
-    let netns = Netns::create(&namespace)?;
-    let request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
-    match host.client().attach(&endpoint, &request).await {
-        Ok(attached) => Ok(attached),
-        Err(source) => {
-            Netns::delete(&namespace)?;
-            Err(LabError::Agent { host: host.name().to_owned(), source })
+impl Host<'_> {
+    /// Creates a container's namespace and attaches it; the lab's target is then `HOST-NAME`. Removes the namespace if the agent
+    /// refuses.
+    pub async fn attach(&self, name: &str) -> Result<AttachResponse, LabError> {
+        let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
+        let namespace = self.lab().layout().namespace(&format!("{}-{name}", self.name()));
+        let netns = Netns::create(&namespace)?;
+        let request = AttachRequest { netns: Some(netns.path().to_owned()), ..AttachRequest::default() };
+        match self.client().attach(&endpoint, &request).await {
+            Ok(attached) => Ok(attached),
+            Err(source) => {
+                Netns::delete(&namespace)?;
+                Err(LabError::Agent { host: self.name().to_owned(), source })
+            }
         }
     }
 }

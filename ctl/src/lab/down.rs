@@ -7,9 +7,10 @@ use std::path::Path;
 
 use overlay_agent::kernel::netns::Netns;
 
+use super::labs_dir::is_inside;
 use super::layout::{LabName, prefix};
 use super::process::{ProcessId, TERM_GRACE, terminate_all};
-use super::{LabError, agent, etcd, rootless};
+use super::{Lab, LabError, agent, etcd};
 use crate::resolver;
 
 /// Maximum number of searches for processes: one may be starting another.
@@ -61,7 +62,7 @@ pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     }
     // After a failure the layout file stays for the next try. Inside a supervisor's namespaces the command outside removes the
     // directory, with the supervisor's PID file.
-    if failures.is_empty() && !rootless::is_inside() {
+    if failures.is_empty() && !is_inside() {
         match remove_dir(dir) {
             Ok(existed) => removed.directory = existed,
             Err(error) => failures.push(error),
@@ -69,6 +70,41 @@ pub fn down(dir: &Path, name: &LabName) -> Result<TeardownSummary, LabError> {
     }
     failures.dedup();
     if failures.is_empty() { Ok(removed) } else { Err(LabError::NotRemoved { name: name.to_string(), failures }) }
+}
+
+impl Lab {
+    /// Removes the lab: processes, namespaces, directory. Blocks for a few seconds at most. Continues after errors and reports
+    /// all.
+    pub fn down(&self) -> Result<TeardownSummary, LabError> {
+        down(&self.dir, &self.layout.name)
+    }
+
+    /// Wraps the lab in a guard that removes it on drop, for tests.
+    pub fn guarded(self) -> LabGuard {
+        LabGuard { lab: self }
+    }
+}
+
+/// Guard that removes its lab on drop.
+#[derive(Debug)]
+pub struct LabGuard {
+    lab: Lab,
+}
+
+impl std::ops::Deref for LabGuard {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl Drop for LabGuard {
+    fn drop(&mut self) {
+        if let Err(error) = self.lab.down() {
+            eprintln!("lab {}: {error}", self.lab.layout.name);
+        }
+    }
 }
 
 /// Removes the lab's directory. Returns whether it existed.

@@ -8,11 +8,14 @@ use std::path::{Path, PathBuf};
 use nix::sys::statvfs::statvfs;
 use nix::unistd::geteuid;
 
+use super::LabError;
 use super::layout::{LabName, Layout};
-use super::{LabError, agent};
 
 /// Variable with the directory of the labs. A rootless lab sets it inside, where the user appears as root.
 pub const DIR_VARIABLE: &str = "OVERLAY_LAB_DIR";
+
+/// Variable of a command that runs inside a supervisor's namespaces (`rootless`).
+pub(super) const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
 
 /// Space that a lab's directory needs, in bytes: etcd writes two log segments of 64 MB each at once, and some more.
 const REQUIRED_FREE_BYTES: u64 = 160 << 20;
@@ -92,7 +95,7 @@ impl LabsDir {
     /// Claims a lab's name: writes its layout file atomically, unless one exists.
     pub fn claim(&self, layout: &Layout) -> Result<PathBuf, LabError> {
         let dir = self.create_lab_dir(&layout.name)?;
-        let longest = agent::socket_path(&dir, layout.hosts.last().map_or("", |h| h.name.as_str()));
+        let longest = socket_path(&dir, layout.hosts.last().map_or("", |h| h.name.as_str()));
         // sockaddr_un's sun_path with its final zero (unix(7)).
         if longest.as_os_str().len() >= 108 {
             let message = format!("{} is too long for a socket: set {DIR_VARIABLE} to a shorter directory", longest.display());
@@ -145,6 +148,16 @@ impl LabsDir {
             Err(source) => Err(LabError::File { action: "read", path, source }),
         }
     }
+}
+
+/// Socket of a host's agent.
+pub fn socket_path(lab_dir: &Path, host: &str) -> PathBuf {
+    lab_dir.join(host).join("run/overlayd.sock")
+}
+
+/// Whether this process is inside a supervisor's namespaces.
+pub fn is_inside() -> bool {
+    std::env::var_os(INSIDE_VARIABLE).is_some()
 }
 
 #[cfg(test)]

@@ -17,23 +17,16 @@ use nix::mount::{MsFlags, mount};
 use nix::unistd::geteuid;
 
 use super::down::{MAX_KILL_ROUNDS, TeardownSummary, recorded_processes, remove_dir};
-use super::labs_dir::DIR_VARIABLE;
+pub use super::labs_dir::is_inside;
+use super::labs_dir::{DIR_VARIABLE, INSIDE_VARIABLE};
 use super::process::{ProcessId, TERM_GRACE, log_tail, start, terminate_all};
 use super::{LabError, LabName, LabsDir};
-
-/// Variable of a command that runs inside a supervisor's namespaces.
-const INSIDE_VARIABLE: &str = "OVERLAY_LAB_INSIDE";
 
 /// Variable with the caller's working directory, which entering a mount namespace loses.
 const CWD_VARIABLE: &str = "OVERLAY_LAB_CWD";
 
 /// Time for the supervisor to become ready: some milliseconds of system calls.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Whether this process is inside a supervisor's namespaces.
-pub fn is_inside() -> bool {
-    std::env::var_os(INSIDE_VARIABLE).is_some()
-}
 
 /// Whether labs of this user need a supervisor.
 pub fn is_needed() -> bool {

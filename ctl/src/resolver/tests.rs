@@ -69,7 +69,7 @@ fn flags_override_host_lists() {
 fn invalid_words_are_refused() {
     let check = |search: &str| ResolverArgs { search: vec![search.to_owned()], ..ResolverArgs::default() }.validate();
     for bad in ["", "a b", "a\nnameserver 192.0.2.1", "a#b", "\u{1b}"] {
-        assert!(matches!(check(bad), Err(CommandError::Usage { .. })), "{bad:?}");
+        assert!(check(bad).is_err(), "{bad:?}");
     }
     check("a.example").expect("one word");
     let servers = ["192.0.2.1".parse().expect("an address"); 4].to_vec();

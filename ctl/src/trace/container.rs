@@ -13,15 +13,7 @@ use overlay_agent::plan::ruleset::Hook;
 use super::TraceError;
 use super::hop_log::Step;
 use super::host_view::{HostView, link_fault};
-use super::tracer::{HOST, Tracer};
-
-/// Next stage of a container's packet after the bridge.
-pub(super) enum BridgeDecision {
-    /// The host forwards or receives it; input interface.
-    ToHost(Flow, Box<Link>),
-    /// The packet's destination.
-    Delivered(String),
-}
+use super::tracer::{BridgeDecision, HOST, Tracer};
 
 /// Lookups in a container's namespace.
 struct NetnsView {

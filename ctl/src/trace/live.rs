@@ -14,9 +14,8 @@ use overlay_agent::kernel::icmp::PingSocket;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::trace::{Capture, CaptureFilter, CapturedPacket, KernelQuery, TraceEvent, TraceMonitor, TraceRead};
 use overlay_agent::model::Family;
-use serde::{Deserialize, Serialize};
 
-use super::{Trace, TraceError};
+use super::{Live, Observation, Trace, TraceError};
 
 /// Interval at which the listeners check whether to stop.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
@@ -36,34 +35,6 @@ pub struct WatchOptions {
     pub send: bool,
     /// Source namespace, if the source is a container of this host.
     pub netns: Option<PathBuf>,
-}
-
-/// Result of a watch.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Live {
-    /// Packets at interfaces, in order.
-    pub interfaces: Vec<Observation>,
-    /// Packets in rules, in order. The kernel gives no time, so their order relative to the interfaces is unknown.
-    pub rules: Vec<Observation>,
-    /// Summary for the operator.
-    pub summary: String,
-    /// Whether the rules dropped a packet.
-    pub dropped: bool,
-    /// Whether an answer was seen.
-    pub answered: bool,
-    /// Whether events were lost.
-    pub lost: bool,
-}
-
-/// A packet at one interface or rule.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Observation {
-    /// At interfaces `request` or `reply`; in rules the packet's trace ID from the kernel.
-    pub packet: String,
-    /// Interface or chain.
-    pub place: String,
-    /// Event: direction and addresses, or rule and verdict.
-    pub what: String,
 }
 
 enum Event {

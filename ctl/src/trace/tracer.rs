@@ -9,7 +9,6 @@ use overlay_agent::model::publish::Transport;
 use overlay_agent::plan::desired::sysctls;
 use overlay_agent::plan::ruleset::Hook;
 
-use super::container::BridgeDecision;
 use super::hop_log::{HopLog, Step, Stop};
 use super::host_view::HostView;
 use super::targets::{Inventory, TargetArg, TraceEnd};
@@ -352,4 +351,12 @@ impl Tracer<'_> {
 /// Formats an address, with the port if it is not 0.
 pub(super) fn socket_text(address: IpAddr, port: u16) -> String {
     if port == 0 { address.to_string() } else { std::net::SocketAddr::new(address, port).to_string() }
+}
+
+/// Next stage of a container's packet after the bridge.
+pub(super) enum BridgeDecision {
+    /// The host forwards or receives it; input interface.
+    ToHost(Flow, Box<Link>),
+    /// The packet's destination.
+    Delivered(String),
 }

@@ -16,6 +16,10 @@ pub struct ImportPath {
     pub parts: Vec<String>,
     /// The line, from 1.
     pub line: usize,
+    /// Whether it is part of a `use` declaration.
+    pub is_import: bool,
+    /// Whether that declaration is public.
+    pub is_reexport: bool,
 }
 
 /// The tokens of a source. Comments, strings, characters and numbers are left out.
@@ -181,7 +185,11 @@ pub fn paths(tokens: &[Token], module: &[String]) -> Vec<ImportPath> {
         let current_module: Vec<String> = module.iter().cloned().chain(inline.iter().map(|(name, _)| name.clone())).collect();
         let begins = is_name(text) && !(at >= 2 && tokens[at - 1].text == ":" && tokens[at - 2].text == ":");
         if begins && is_separator(tokens, at + 1) {
+            let first = found.len();
+            let is_import = at >= 1 && tokens[at - 1].text == "use";
+            let is_reexport = is_import && at >= 2 && ["pub", ")"].contains(&tokens[at - 2].text.as_str());
             at = expand_use_tree(tokens, at, &[], &current_module, &mut found);
+            found[first..].iter_mut().for_each(|path| (path.is_import, path.is_reexport) = (is_import, is_reexport));
         } else {
             at += 1;
         }
@@ -227,7 +235,7 @@ fn expand_use_tree(tokens: &[Token], mut at: usize, prefix: &[String], module: &
             }
             _ => {}
         }
-        found.push(ImportPath { parts: resolve(&parts, module), line });
+        found.push(ImportPath { parts: resolve(&parts, module), line, is_import: false, is_reexport: false });
         return at;
     }
 }

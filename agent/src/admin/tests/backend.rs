@@ -2,8 +2,14 @@
 
 use std::sync::Mutex;
 
+use tokio::sync::watch as channel;
+
 use super::*;
-use crate::model::api::{DataPathStatus, Health, StoreStatus, SubnetEntry};
+use crate::model::api::{
+    AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkView, Peers, Status,
+    StoreStatus, SubnetEntry, Subnets,
+};
+use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mac, PerFamily, Port};
 
 #[derive(Debug)]

@@ -10,6 +10,8 @@ use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR};
 
 use crate::kernel::nlmsg::{self, u32_at};
 use crate::kernel::route_socket::{KernelError, parse_ack};
+use crate::model::Family;
+use crate::plan::ruleset::Table;
 
 /// Subsystem of nf_tables: the upper byte of each message type.
 pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
@@ -280,6 +282,36 @@ pub(super) fn be64(payload: &[u8]) -> Option<u64> {
 /// The 32-bit number in the first attribute of that type.
 pub(super) fn attribute_u32(bytes: &[u8], kind: u16) -> Option<u32> {
     attribute(bytes, kind).and_then(be32)
+}
+
+/// Whether a string attribute has this value.
+pub(super) fn attribute_equals(attributes: &[u8], kind: u16, name: &str) -> bool {
+    attribute(attributes, kind).is_some_and(|value| strip_nul(value) == name.as_bytes())
+}
+
+/// The nf_tables family of a table of one address family.
+pub(super) const fn protocol_number(family: Family) -> u8 {
+    match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
+    }
+}
+
+/// The address family of an nf_tables family; `None` for inet, bridge and unknown ones.
+pub(super) const fn protocol_family(number: u8) -> Option<Family> {
+    match number {
+        NFPROTO_IPV4 => Some(Family::V4),
+        NFPROTO_IPV6 => Some(Family::V6),
+        _ => None,
+    }
+}
+
+/// The nf_tables family of one of our tables.
+pub(super) const fn table_family(table: Table) -> u8 {
+    match table {
+        Table::Inet => NFPROTO_INET,
+        Table::Bridge => NFPROTO_BRIDGE,
+    }
 }
 
 #[cfg(test)]

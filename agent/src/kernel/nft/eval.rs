@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6};
 use super::expr::uapi::*;
-use super::registers::{MatchResult, Registers};
+use super::registers::{MatchResult, Registers, Translation};
 use super::snapshot::{ChainDump, RuleDump, RuleRef, RulesetSnapshot, family_name};
 use super::table::hook_number;
-use crate::kernel::trace::packet::Packet;
+use crate::kernel::packet::Packet;
 use crate::model::Family;
 use crate::plan::ruleset::Hook;
 
@@ -44,28 +44,6 @@ impl EvalResult {
     pub fn is_certain_drop(&self) -> bool {
         self.dropped.is_some() && self.possible_accepts.is_empty()
     }
-}
-
-/// An address translation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Translation {
-    /// The destination changes.
-    Destination {
-        /// The new address; absent if unchanged.
-        address: Option<std::net::IpAddr>,
-        /// The new port; absent if unchanged.
-        port: Option<u16>,
-    },
-    /// The source changes.
-    Source {
-        /// The new address; absent if unchanged.
-        address: Option<std::net::IpAddr>,
-    },
-    /// The source becomes the address of the output interface.
-    Masquerade,
-    /// A translation that this program cannot decode.
-    Unknown,
 }
 
 /// The outcome of a chain.

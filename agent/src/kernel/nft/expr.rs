@@ -10,12 +10,14 @@ mod raw;
 mod tests;
 pub(super) mod uapi;
 
-use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Writer};
+use super::codec::{self, NF_ACCEPT, NF_DROP, Writer, protocol_family, protocol_number};
 use crate::model::family::address_value;
 use crate::model::{Cidr, Family};
-use crate::plan::ruleset::{Expr, Field, Rule, SetName, Table};
+use crate::plan::ruleset::{Expr, Field, Rule, Table};
 
-use raw::{Nat, RawExpr};
+use raw::{
+    RawExpr, RegisterLoad, compare, expression, length_u32, load, mask, mask_bytes, nat_for_map, register_number, verdict,
+};
 use uapi::*;
 pub(super) use uapi::{IFNAMSIZ, NFTA_DATA_VALUE};
 
@@ -150,14 +152,6 @@ fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
     }
 }
 
-/// The layout of a map's data for a translation: address, then port.
-fn nat_for_map(map: SetName) -> Option<Nat> {
-    match map {
-        SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port_reg32: u32::from(family.bits() / 32) }),
-        _ => None,
-    }
-}
-
 fn write_address_match(w: &mut Writer, cidr: Cidr, destination: bool, negate: bool, encoding: RuleEncoding) {
     let family = cidr.family();
     let size = usize::from(family.bits() / 8);
@@ -180,75 +174,6 @@ fn write_interface_match(w: &mut Writer, key: u32, name: &str) {
     }
     load(w, RegisterLoad::Meta(key), 0);
     compare(w, NFT_CMP_EQ, &padded);
-}
-
-/// The source of a register load.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RegisterLoad {
-    /// `NFT_META_*`.
-    Meta(u32),
-    /// Bytes of the packet.
-    Payload {
-        /// `NFT_PAYLOAD_*`.
-        base: u32,
-        offset: u32,
-        length: u32,
-    },
-}
-
-/// Writes a load into a register. `reg32` counts registers in units of 4 bytes.
-fn load(w: &mut Writer, source: RegisterLoad, reg32: u32) {
-    match source {
-        RegisterLoad::Meta(key) => expression(w, "meta", |w| {
-            w.u32(NFTA_META_KEY, key);
-            w.u32(NFTA_META_DREG, register_number(reg32));
-        }),
-        RegisterLoad::Payload { base, offset, length } => expression(w, "payload", |w| {
-            w.u32(NFTA_PAYLOAD_DREG, register_number(reg32));
-            w.u32(NFTA_PAYLOAD_BASE, base);
-            w.u32(NFTA_PAYLOAD_OFFSET, offset);
-            w.u32(NFTA_PAYLOAD_LEN, length);
-        }),
-    }
-}
-
-fn mask(w: &mut Writer, reg32: u32, mask: &[u8]) {
-    expression(w, "bitwise", |w| {
-        w.u32(NFTA_BITWISE_SREG, register_number(reg32));
-        w.u32(NFTA_BITWISE_DREG, register_number(reg32));
-        w.u32(NFTA_BITWISE_LEN, length_u32(mask.len()));
-        w.nest(NFTA_BITWISE_MASK, |w| w.bytes(NFTA_DATA_VALUE, mask));
-        w.nest(NFTA_BITWISE_XOR, |w| w.bytes(NFTA_DATA_VALUE, &[0; 16][..mask.len()]));
-    });
-}
-
-fn compare(w: &mut Writer, operation: u32, value: &[u8]) {
-    expression(w, "cmp", |w| {
-        w.u32(NFTA_CMP_SREG, NFT_REG_1);
-        w.u32(NFTA_CMP_OP, operation);
-        w.nest(NFTA_CMP_DATA, |w| w.bytes(NFTA_DATA_VALUE, value));
-    });
-}
-
-fn verdict(w: &mut Writer, code: u32, chain: Option<&str>) {
-    expression(w, "immediate", |w| {
-        w.u32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
-        w.nest(NFTA_IMMEDIATE_DATA, |w| {
-            w.nest(NFTA_DATA_VERDICT, |w| {
-                w.u32(NFTA_VERDICT_CODE, code);
-                if let Some(chain) = chain {
-                    w.text(NFTA_VERDICT_CHAIN, chain);
-                }
-            });
-        });
-    });
-}
-
-fn expression(w: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
-    w.nest(NFTA_LIST_ELEM, |w| {
-        w.text(NFTA_EXPR_NAME, name);
-        w.nest(NFTA_EXPR_DATA, data);
-    });
 }
 
 /// Decodes a rule from the attributes of its message.
@@ -420,45 +345,6 @@ fn address_bytes(cidr: Cidr) -> [u8; 16] {
     (address_value(cidr.base()) << (128 - u32::from(cidr.family().bits()))).to_be_bytes()
 }
 
-/// A netmask of this prefix length, left-aligned in 16 bytes.
-fn mask_bytes(length: u8) -> [u8; 16] {
-    u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0).to_be_bytes()
-}
-
 fn operation(negate: bool) -> u32 {
     if negate { NFT_CMP_NEQ } else { NFT_CMP_EQ }
-}
-
-/// The kernel's number of a register that is counted in units of 4 bytes.
-fn register_number(reg32: u32) -> u32 {
-    if reg32 == 0 { NFT_REG_1 } else { NFT_REG32_00 + reg32 }
-}
-
-fn length_u32(bytes: usize) -> u32 {
-    u32::try_from(bytes).unwrap_or(u32::MAX)
-}
-
-/// The nf_tables family of a table of one address family.
-pub(super) const fn protocol_number(family: Family) -> u8 {
-    match family {
-        Family::V4 => NFPROTO_IPV4,
-        Family::V6 => NFPROTO_IPV6,
-    }
-}
-
-/// The address family of an nf_tables family; `None` for inet, bridge and unknown ones.
-pub(super) const fn protocol_family(number: u8) -> Option<Family> {
-    match number {
-        NFPROTO_IPV4 => Some(Family::V4),
-        NFPROTO_IPV6 => Some(Family::V6),
-        _ => None,
-    }
-}
-
-/// The nf_tables family of one of our tables.
-pub(super) const fn table_family(table: Table) -> u8 {
-    match table {
-        Table::Inet => NFPROTO_INET,
-        Table::Bridge => codec::NFPROTO_BRIDGE,
-    }
 }

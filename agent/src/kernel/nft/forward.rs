@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use super::codec::{self, NLM_F_CREATE, Object, Writer};
 use super::expr::{self, RuleEncoding};
 use super::nfnl_socket::{ERESTART, NfnlSocket, TransactionError};
-use super::table::{attribute_equals, hook_number};
+use super::table::hook_number;
 use crate::model::{Cidr, Family};
 use crate::plan::OpError;
 use crate::plan::ruleset::{Expr, Hook, Rule};
@@ -65,7 +65,7 @@ fn accept_rules(cidr: Cidr) -> [Rule; 2] {
 
 /// Reads a family's chain. Call inside [`NfnlSocket::read_consistent`].
 pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardChain, OpError> {
-    let number = expr::protocol_number(family);
+    let number = codec::protocol_number(family);
     let policy = |object: Object<'_>| {
         let hook = codec::attribute(object.attributes, codec::NFTA_CHAIN_HOOK)?;
         let forward = codec::attribute_u32(hook, codec::NFTA_HOOK_HOOKNUM)? == hook_number(Hook::Forward);
@@ -81,8 +81,8 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
     let mut rules = Vec::new();
     let of_chain = |w: &mut Writer| write_rule_chain(w);
     socket.dump(codec::NFT_MSG_GETRULE, number, of_chain, |object| {
-        let in_chain = attribute_equals(object.attributes, codec::NFTA_RULE_TABLE, TABLE)
-            && attribute_equals(object.attributes, codec::NFTA_RULE_CHAIN, CHAIN);
+        let in_chain = codec::attribute_equals(object.attributes, codec::NFTA_RULE_TABLE, TABLE)
+            && codec::attribute_equals(object.attributes, codec::NFTA_RULE_CHAIN, CHAIN);
         let ours = is_ours(object.attributes);
         let handle = codec::attribute(object.attributes, codec::NFTA_RULE_HANDLE).and_then(codec::be64);
         if let (true, true, Some(handle)) = (in_chain, ours, handle) {
@@ -95,7 +95,7 @@ pub(super) fn read(socket: &mut NfnlSocket, family: Family) -> Result<ForwardCha
 /// Replaces our rules by the two of each range. The rules stand at the head of the chain. Writes nothing if the rules are already
 /// right.
 pub(super) fn set(socket: &mut NfnlSocket, family: Family, ranges: &[Cidr]) -> Result<(), OpError> {
-    let number = expr::protocol_number(family);
+    let number = codec::protocol_number(family);
     let mut last = None;
     for _ in 0..MAX_RETRIES {
         let (present, generation) = socket.read_consistent(|socket| read(socket, family))?;

@@ -8,12 +8,10 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, Socket, TokioSocket};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, Object, Payload};
-use super::expr::protocol_family;
+use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, Object, Payload, attribute_equals, protocol_family};
 use super::forward;
 use super::nfnl_socket::io_error;
-use super::table::attribute_equals;
-use crate::kernel::monitor::{OWN_SOCKETS, attach_filter};
+use crate::kernel::echo_filter::{OWN_SOCKETS, attach_filter};
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
 

@@ -4,13 +4,14 @@
 use std::net::IpAddr;
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
 use super::codec;
-use super::eval::Translation;
 use super::expr::uapi::*;
 use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
 use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
 use super::xtables;
-use crate::kernel::trace::packet::{Packet, ethertype};
+use crate::kernel::packet::{Packet, ethertype};
 use crate::model::Family;
 
 /// Whether a rule matches (three-valued logic).
@@ -42,6 +43,28 @@ impl MatchResult {
             MatchResult::Unknown => MatchResult::Unknown,
         }
     }
+}
+
+/// An address translation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Translation {
+    /// The destination changes.
+    Destination {
+        /// The new address; absent if unchanged.
+        address: Option<IpAddr>,
+        /// The new port; absent if unchanged.
+        port: Option<u16>,
+    },
+    /// The source changes.
+    Source {
+        /// The new address; absent if unchanged.
+        address: Option<IpAddr>,
+    },
+    /// The source becomes the address of the output interface.
+    Masquerade,
+    /// A translation that this program cannot decode.
+    Unknown,
 }
 
 /// Sixteen registers of four bytes after the 16 bytes of the verdict (`struct nft_regs`).
@@ -150,7 +173,10 @@ impl<'a> Registers<'a> {
                 }
             },
             // ebtables has other matches, some of the same names.
-            "match" if self.chain.family != codec::NFPROTO_BRIDGE => xtables::evaluate_match(data, self.packet, self.untracked),
+            "match" if self.chain.family != codec::NFPROTO_BRIDGE => {
+                let matched = xtables::evaluate_match(data, self.packet, self.untracked);
+                matched.map_or(MatchResult::Unknown, MatchResult::from_bool)
+            }
             "objref" => match number(NFTA_OBJREF_IMM_TYPE) {
                 Some(kind) if !MATCHING_OBJECTS.contains(&kind) => MatchResult::True,
                 _ => MatchResult::Unknown,
@@ -166,14 +192,13 @@ impl<'a> Registers<'a> {
 
     fn meta(&self, key: u32) -> Option<Vec<u8>> {
         let packet = self.packet;
-        let name = |interface: Option<&crate::kernel::trace::packet::Interface>| {
+        let name = |interface: Option<&crate::kernel::packet::Interface>| {
             let mut name = interface.map_or("", |i| &i.name).as_bytes().to_vec();
             name.resize(IFNAMSIZ, 0);
             Some(name)
         };
-        let index = |interface: Option<&crate::kernel::trace::packet::Interface>| {
-            Some(interface.map_or(0, |i| i.index).to_ne_bytes().to_vec())
-        };
+        let index =
+            |interface: Option<&crate::kernel::packet::Interface>| Some(interface.map_or(0, |i| i.index).to_ne_bytes().to_vec());
         match key {
             NFT_META_PROTOCOL => Some(ethertype(packet.family).to_vec()),
             NFT_META_NFPROTO => Some(vec![match packet.family {

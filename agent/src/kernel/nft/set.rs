@@ -6,7 +6,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::codec::{self, NLM_F_CREATE, Object, Writer};
-use super::expr::{NFTA_DATA_VALUE, table_family};
+use super::expr::NFTA_DATA_VALUE;
 use super::nfnl_socket::{NfnlSocket, Transaction};
 use crate::model::{Family, Mac};
 use crate::plan::ruleset::{Element, SetFieldType, SetName, SetValue, TABLE, Table};
@@ -59,7 +59,7 @@ const HOST_ENDIAN_USERDATA: [u8; 6] = {
 
 /// Writes the message that creates a set.
 pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
-    transaction.push_message(codec::NFT_MSG_NEWSET, NLM_F_CREATE, table_family(set.table()), |w| {
+    transaction.push_message(codec::NFT_MSG_NEWSET, NLM_F_CREATE, codec::table_family(set.table()), |w| {
         w.text(NFTA_SET_TABLE, TABLE);
         w.text(NFTA_SET_NAME, &set.name());
         w.u32(NFTA_SET_FLAGS, set_flags(set));
@@ -90,8 +90,8 @@ pub(super) fn add_set(transaction: &mut Transaction, set: SetName, id: u32) {
 pub(super) fn read_sets(socket: &mut NfnlSocket, table: Table) -> Result<(Vec<SetName>, Vec<String>), OpError> {
     let (mut sets, mut foreign) = (Vec::new(), Vec::new());
     let of_table = |w: &mut Writer| w.text(NFTA_SET_TABLE, TABLE);
-    socket.dump(codec::NFT_MSG_GETSET, table_family(table), of_table, |object| {
-        if !super::table::attribute_equals(object.attributes, NFTA_SET_TABLE, TABLE) {
+    socket.dump(codec::NFT_MSG_GETSET, codec::table_family(table), of_table, |object| {
+        if !codec::attribute_equals(object.attributes, NFTA_SET_TABLE, TABLE) {
             return;
         }
         let name = codec::attribute(object.attributes, NFTA_SET_NAME).map(codec::strip_nul).unwrap_or_default();
@@ -126,7 +126,7 @@ pub(super) fn change_elements(
     elements: &[(&Element, Option<SocketAddr>)],
 ) {
     let flags = if message == codec::NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 };
-    transaction.push_message(message, flags, table_family(set.table()), |w| {
+    transaction.push_message(message, flags, codec::table_family(set.table()), |w| {
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
         w.text(NFTA_SET_ELEM_LIST_SET, &set.name());
         w.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |w| {
@@ -155,7 +155,7 @@ pub(super) fn read_elements(socket: &mut NfnlSocket, set: SetName, state: &mut S
         w.text(NFTA_SET_ELEM_LIST_TABLE, TABLE);
         w.text(NFTA_SET_ELEM_LIST_SET, &set.name());
     };
-    socket.dump(codec::NFT_MSG_GETSETELEM, table_family(set.table()), of_set, |object: Object<'_>| {
+    socket.dump(codec::NFT_MSG_GETSETELEM, codec::table_family(set.table()), of_set, |object: Object<'_>| {
         let list = codec::attribute(object.attributes, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
         for (_, attributes) in codec::attributes(list) {
             match read_element(set, attributes) {

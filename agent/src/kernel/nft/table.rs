@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::codec::{self, NLM_F_APPEND, NLM_F_CREATE, Object, Writer};
-use super::expr::{self, IFNAMSIZ, RuleEncoding, table_family};
+use super::codec::{self, NLM_F_APPEND, NLM_F_CREATE, Object, Writer, attribute_equals, table_family};
+use super::expr::{self, IFNAMSIZ, RuleEncoding};
 use super::nfnl_socket::{NfnlSocket, Transaction};
 use super::set;
 use crate::plan::OpError;
@@ -226,11 +226,6 @@ fn read_objects(socket: &mut NfnlSocket, table: Table) -> Result<Vec<(String, Op
         all.push((String::from_utf8_lossy(name).into_owned(), counter, counted));
     })?;
     Ok(all)
-}
-
-/// Whether a string attribute has this value.
-pub(super) fn attribute_equals(attributes: &[u8], kind: u16, name: &str) -> bool {
-    codec::attribute(attributes, kind).is_some_and(|value| codec::strip_nul(value) == name.as_bytes())
 }
 
 fn add_counter(transaction: &mut Transaction, counter: Counter, value: CounterValue) {

@@ -19,7 +19,7 @@ use super::codec::{
 use super::expr::uapi::*;
 use super::nfnl_socket::{NfnlSocket, io_error};
 use super::snapshot::family_name;
-use crate::kernel::trace::packet::ethertype;
+use crate::kernel::packet::ethertype;
 use crate::model::Family;
 use crate::plan::OpError;
 

@@ -4,8 +4,7 @@
 
 use super::codec;
 use super::expr::uapi::*;
-use super::registers::MatchResult;
-use crate::kernel::trace::packet::{Packet, TCP, UDP};
+use crate::kernel::packet::{Packet, TCP, UDP};
 use crate::model::Family;
 
 // `xt_conntrack.h`: the match flags, and the states that are no `NF_CT_STATE_BIT`.
@@ -19,12 +18,12 @@ const XT_STATE_UNTRACKED: u32 = 1 << 6;
 /// `XT_MULTI_PORTS`, `xt_multiport.h`.
 const XT_MULTI_PORTS: usize = 15;
 
-/// Evaluates a `match` expression.
-pub(super) fn evaluate_match(data: &[u8], packet: &Packet, untracked: bool) -> MatchResult {
+/// Evaluates a `match` expression; `None` if its result is unknown.
+pub(super) fn evaluate_match(data: &[u8], packet: &Packet, untracked: bool) -> Option<bool> {
     let info = Info(codec::attribute(data, NFTA_MATCH_INFO).unwrap_or_default());
     let revision = codec::attribute_u32(data, NFTA_MATCH_REV).unwrap_or(0);
     let name = codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default();
-    let matched = match (name, revision) {
+    match (name, revision) {
         (b"comment", _) => Some(true),
         // Revision 1 has states of eight bits.
         (b"conntrack", 2..) => info.conntrack(packet, untracked),
@@ -37,8 +36,7 @@ pub(super) fn evaluate_match(data: &[u8], packet: &Packet, untracked: bool) -> M
         // `PACKET_HOST` is 0, and the type of a packet to this host or through it.
         (b"pkttype", 0) => info.u32(0).zip(info.u32(4)).map(|(kind, invert)| (kind == 0) != (invert != 0)),
         _ => None,
-    };
-    matched.map_or(MatchResult::Unknown, MatchResult::from_bool)
+    }
 }
 
 /// The parameters of a match. Results are `None` if unknown.
@@ -149,7 +147,7 @@ fn port_at(packet: &Packet, offset: usize) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::trace::packet::Flow;
+    use crate::kernel::packet::Flow;
 
     /// `struct xt_tcp` and `xt_udp` of older iptables-nft; newer ones write nf_tables expressions.
     #[test]

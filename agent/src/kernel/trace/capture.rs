@@ -10,7 +10,7 @@ use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType
 use nix::sys::time::TimeVal;
 use serde::{Deserialize, Serialize};
 
-use super::packet::UDP;
+use crate::kernel::packet::UDP;
 use crate::model::Family;
 use crate::plan::OpError;
 
@@ -248,8 +248,8 @@ fn attach_filter(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::R
 
 #[cfg(test)]
 mod tests {
-    use super::super::packet::{Flow, Packet};
     use super::*;
+    use crate::kernel::packet::{Flow, Packet};
 
     #[test]
     fn plain_and_vxlan_packets_are_matched() {

@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use super::{RejectReason, printable};
+use super::RejectReason;
+use crate::model::text::printable;
 
 /// Looks up a field by its exact name, then case-insensitively as Go does. `null` counts as absent.
 pub fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {

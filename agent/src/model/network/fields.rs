@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::FieldError;
-use crate::model::lease::printable;
+use crate::model::text::printable;
 
 /// Takes known fields out of a JSON object; the remaining fields are unknown.
 pub struct FieldReader {

@@ -1,8 +1,7 @@
 //! Encodes and decodes packet fields as loads into consecutive registers.
 
-use super::raw::RawExpr;
+use super::raw::{RawExpr, RegisterLoad, load, mask, mask_bytes, nat_for_map};
 use super::uapi::*;
-use super::{RegisterLoad, load, mask, mask_bytes, nat_for_map};
 use crate::kernel::nft::codec::Writer;
 use crate::model::Family;
 use crate::plan::ruleset::{Expr, Field, SetName, Table};

@@ -1,10 +1,9 @@
 //! The kernel's nf_tables expressions, as far as we use them.
 
 use super::uapi::*;
-use super::{RegisterLoad, protocol_family};
-use crate::kernel::nft::codec::{self, NF_ACCEPT, NF_DROP};
+use crate::kernel::nft::codec::{self, NF_ACCEPT, NF_DROP, Writer, protocol_family};
 use crate::model::Family;
-use crate::plan::ruleset::{Counter, Expr};
+use crate::plan::ruleset::{Counter, Expr, SetName};
 
 /// `NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED`, `linux/netfilter/nf_nat.h`: the kernel sets these itself.
 const IMPLICIT_NAT_FLAGS: u32 = 0x1 | 0x2;
@@ -60,6 +59,20 @@ pub(super) struct Nat {
     pub(super) family: Family,
     /// The register of the port, in units of 4 bytes.
     pub(super) port_reg32: u32,
+}
+
+/// The source of a register load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RegisterLoad {
+    /// `NFT_META_*`.
+    Meta(u32),
+    /// Bytes of the packet.
+    Payload {
+        /// `NFT_PAYLOAD_*`.
+        base: u32,
+        offset: u32,
+        length: u32,
+    },
 }
 
 impl RawExpr<'_> {
@@ -177,4 +190,81 @@ fn reg32_index(register: u32) -> Option<u32> {
         NFT_REG32_00..=23 => Some(register - NFT_REG32_00),
         _ => None,
     }
+}
+
+/// Writes a load into a register. `reg32` counts registers in units of 4 bytes.
+pub(super) fn load(w: &mut Writer, source: RegisterLoad, reg32: u32) {
+    match source {
+        RegisterLoad::Meta(key) => expression(w, "meta", |w| {
+            w.u32(NFTA_META_KEY, key);
+            w.u32(NFTA_META_DREG, register_number(reg32));
+        }),
+        RegisterLoad::Payload { base, offset, length } => expression(w, "payload", |w| {
+            w.u32(NFTA_PAYLOAD_DREG, register_number(reg32));
+            w.u32(NFTA_PAYLOAD_BASE, base);
+            w.u32(NFTA_PAYLOAD_OFFSET, offset);
+            w.u32(NFTA_PAYLOAD_LEN, length);
+        }),
+    }
+}
+
+pub(super) fn mask(w: &mut Writer, reg32: u32, mask: &[u8]) {
+    expression(w, "bitwise", |w| {
+        w.u32(NFTA_BITWISE_SREG, register_number(reg32));
+        w.u32(NFTA_BITWISE_DREG, register_number(reg32));
+        w.u32(NFTA_BITWISE_LEN, length_u32(mask.len()));
+        w.nest(NFTA_BITWISE_MASK, |w| w.bytes(NFTA_DATA_VALUE, mask));
+        w.nest(NFTA_BITWISE_XOR, |w| w.bytes(NFTA_DATA_VALUE, &[0; 16][..mask.len()]));
+    });
+}
+
+pub(super) fn compare(w: &mut Writer, operation: u32, value: &[u8]) {
+    expression(w, "cmp", |w| {
+        w.u32(NFTA_CMP_SREG, NFT_REG_1);
+        w.u32(NFTA_CMP_OP, operation);
+        w.nest(NFTA_CMP_DATA, |w| w.bytes(NFTA_DATA_VALUE, value));
+    });
+}
+
+pub(super) fn verdict(w: &mut Writer, code: u32, chain: Option<&str>) {
+    expression(w, "immediate", |w| {
+        w.u32(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
+        w.nest(NFTA_IMMEDIATE_DATA, |w| {
+            w.nest(NFTA_DATA_VERDICT, |w| {
+                w.u32(NFTA_VERDICT_CODE, code);
+                if let Some(chain) = chain {
+                    w.text(NFTA_VERDICT_CHAIN, chain);
+                }
+            });
+        });
+    });
+}
+
+pub(super) fn expression(w: &mut Writer, name: &str, data: impl FnOnce(&mut Writer)) {
+    w.nest(NFTA_LIST_ELEM, |w| {
+        w.text(NFTA_EXPR_NAME, name);
+        w.nest(NFTA_EXPR_DATA, data);
+    });
+}
+
+/// The layout of a map's data for a translation: address, then port.
+pub(super) fn nat_for_map(map: SetName) -> Option<Nat> {
+    match map {
+        SetName::Bound(family) | SetName::Ports(family) => Some(Nat { family, port_reg32: u32::from(family.bits() / 32) }),
+        _ => None,
+    }
+}
+
+/// A netmask of this prefix length, left-aligned in 16 bytes.
+pub(super) fn mask_bytes(length: u8) -> [u8; 16] {
+    u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0).to_be_bytes()
+}
+
+/// The kernel's number of a register that is counted in units of 4 bytes.
+pub(super) fn register_number(reg32: u32) -> u32 {
+    if reg32 == 0 { NFT_REG_1 } else { NFT_REG32_00 + reg32 }
+}
+
+pub(super) fn length_u32(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use proptest::prelude::*;
 
 use super::*;
-use crate::plan::ruleset::{Counter, Table};
+use crate::plan::ruleset::{Counter, SetName, Table};
 
 fn any_cidr() -> impl Strategy<Value = Cidr> {
     any::<(IpAddr, u8)>().prop_filter_map("length fits", |(address, length)| Cidr::containing(address, length % 129))
@@ -135,7 +135,7 @@ fn unknown_expressions_read_as_foreign() {
     assert_eq!(
         raw(&|w| {
             load(w, RegisterLoad::Meta(NFT_META_NFPROTO), 0);
-            compare(w, NFT_CMP_EQ, &[NFPROTO_IPV4]);
+            compare(w, NFT_CMP_EQ, &[codec::NFPROTO_IPV4]);
             verdict(w, NF_ACCEPT, None);
         }),
         [Expr::Accept, Expr::Foreign]

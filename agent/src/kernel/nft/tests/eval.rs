@@ -8,7 +8,7 @@ use crate::kernel::nft::codec;
 use crate::kernel::nft::snapshot::{ChainDump, RuleDump};
 use crate::kernel::nft::table::hook_number;
 use crate::kernel::nft::{RulesetSnapshot, Translation, legacy_tables};
-use crate::kernel::trace::packet::{Flow, Interface, Packet, SOURCE_PORT, TCP, UDP};
+use crate::kernel::packet::{Flow, Interface, Packet, SOURCE_PORT, TCP, UDP};
 use crate::plan::ruleset::Hook;
 
 /// Rules of a chain at the output hook. Each is evaluated for each port, in both families.

@@ -7,8 +7,8 @@
 //! If the kernel combines a device's value with that of `conf/all`, the values here take effect whatever the value of `all` is.
 //! The exception is `arp_ignore`, which `all` can override (the larger value counts); `overlayctl check` reports that.
 
-use super::super::state::{Key, State, Value};
-use super::super::underlay::{ForeignLink, HostInventory};
+use super::state::{Key, State, Value};
+use super::underlay::{ForeignLink, HostInventory};
 use crate::model::{Device, Family, Role};
 
 /// IPv4 forwarding of the whole namespace.

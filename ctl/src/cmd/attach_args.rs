@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use overlay_agent::model::api::AttachRequest;
 use overlay_agent::model::{Family, Mac, Mode, PerFamily, PublishedPort};
 
-use crate::cmd::CommandError;
+use super::CommandError;
 use crate::netns::PrefixArg;
 use crate::resolver::ResolverArgs;
 
@@ -54,7 +54,7 @@ impl AttachArgs {
 
     /// Builds the request for a namespace. Conflicting flags are a usage error.
     pub fn request(&self, netns: Option<PathBuf>) -> Result<AttachRequest, CommandError> {
-        self.resolver.validate()?;
+        self.resolver.validate().map_err(|message| CommandError::Usage { message })?;
         let mode = &self.mode;
         if *mode != Mode::Overlay && self.resolver.is_given() {
             let message =
