@@ -193,19 +193,19 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     tasks.spawn("supervisor", supervisor.run());
     {
         let (endpoints, stop) = (endpoints.clone(), stop_token());
-        tasks.spawn("endpoints", into_infallible(async move { endpoints.run(stop).await }));
+        tasks.spawn_infallible("endpoints", async move { endpoints.run(stop).await });
     }
     tasks.spawn("overlay", publish_overlay(overlay, ports_lost, endpoints, config.clone(), host_state, stop_token()));
     {
         let (backend, stop) = (Arc::clone(&backend), stop_token());
-        tasks.spawn("admin", into_infallible(admin::serve(socket, backend, stop)));
+        tasks.spawn_infallible("admin", admin::serve(socket, backend, stop));
     }
-    tasks.spawn("systemd", into_infallible(supervision::notify(notifier, health_inputs, Arc::clone(&backend), stop_token())));
-    tasks.spawn("path-mtu", into_infallible(path_mtu::run(probes.clone(), mesh_changes.clone(), stop_token())));
-    tasks.spawn("mesh", into_infallible(mesh::run(mesh, probes, mesh_changes, stop_token())));
-    tasks.spawn("reload", into_infallible(reload.run(stop_token())));
+    tasks.spawn_infallible("systemd", supervision::notify(notifier, health_inputs, Arc::clone(&backend), stop_token()));
+    tasks.spawn_infallible("path-mtu", path_mtu::run(probes.clone(), mesh_changes.clone(), stop_token()));
+    tasks.spawn_infallible("mesh", mesh::run(mesh, probes, mesh_changes, stop_token()));
+    tasks.spawn_infallible("reload", reload.run(stop_token()));
     if let Some(listener) = metrics_listener {
-        tasks.spawn("metrics", into_infallible(admin::serve_metrics(listener, backend, stop_token())));
+        tasks.spawn_infallible("metrics", admin::serve_metrics(listener, backend, stop_token()));
     }
     supervise(tasks, shutdown).await
 }
@@ -294,11 +294,6 @@ async fn reconcile_ports(endpoints: &Endpoints<PortManager>) {
     for (endpoint, error) in endpoints.reconcile_ports().await {
         tracing::warn!(%endpoint, %error, "cannot recreate veth pair");
     }
-}
-
-async fn into_infallible(task: impl Future<Output = ()>) -> Result<(), std::convert::Infallible> {
-    task.await;
-    Ok(())
 }
 
 fn store_config(etcd: &EtcdConfig) -> StoreConfig {

@@ -5,13 +5,13 @@ mod mesh;
 mod registry;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::prometheus_text;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
@@ -21,7 +21,7 @@ use crate::plan::mesh::{ProbePath, Summary};
 use crate::plan::{Key, ruleset};
 
 use mesh::MeshMetrics;
-use registry::{ByLabel, add, counters, zero};
+use registry::{ByLabel, Number, add, counters, zero};
 
 /// Upper bounds of the batch size histogram, in ops: from a single repair to a snapshot of 100,000 peers and more.
 const BATCH_SIZE_BOUNDS: [f64; 6] = [1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_000.0];
@@ -30,9 +30,6 @@ const BATCH_SIZE_BOUNDS: [f64; 6] = [1.0, 10.0, 100.0, 1_000.0, 10_000.0, 100_00
 ///
 /// From 0.1 ms (one peer; etcd on the same machine) to 10 s (a very large snapshot; more than the timeout of an etcd request).
 const DURATION_BOUNDS: [f64; 11] = [0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0];
-
-/// A count of existing things, or 0 and 1 for no and yes.
-type Number = Gauge<u64, AtomicU64>;
 
 /// The agent's metrics. All methods may be called from any thread.
 #[derive(Debug)]

@@ -9,6 +9,7 @@ pub mod bulk;
 pub mod contribution;
 pub mod desired;
 pub mod diff;
+pub mod host_spec;
 pub mod lease_table;
 pub mod mesh;
 pub mod nexthop_ids;

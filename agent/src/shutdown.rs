@@ -102,6 +102,14 @@ impl Tasks {
         self.names.insert(handle.id(), task);
     }
 
+    /// Starts a task that cannot fail.
+    pub fn spawn_infallible(&mut self, task: &'static str, future: impl Future<Output = ()> + Send + 'static) {
+        self.spawn(task, async move {
+            future.await;
+            Ok::<_, std::convert::Infallible>(())
+        });
+    }
+
     /// Waits for the next task to end; `None` if no task is left. Cancel-safe.
     pub async fn next_exit(&mut self) -> Option<TaskExit> {
         let joined = self.set.join_next_with_id().await?;

@@ -140,13 +140,10 @@ impl Supervisor {
             let (network, channels, stop_network) = (make(), Arc::clone(&channels), stop.clone());
             let store = follow_store(sender, stop.clone());
             let mut tasks = Tasks::new();
-            tasks.spawn(
-                "network",
-                super::into_infallible(async move {
-                    let mut channels = channels.lock().await;
-                    network.run(events, &mut channels, delay, stop_network).await;
-                }),
-            );
+            tasks.spawn_infallible("network", async move {
+                let mut channels = channels.lock().await;
+                network.run(events, &mut channels, delay, stop_network).await;
+            });
             tasks.spawn("store", async move {
                 match stop.run_until_cancelled(tokio::time::sleep(delay)).await {
                     Some(()) => store.await,
@@ -171,13 +168,10 @@ impl Supervisor {
         self.start(Unit::Reconciler(namespace), move |delay, stop| {
             let (reconciler, channels) = (make(), Arc::clone(&channels));
             let mut tasks = Tasks::new();
-            tasks.spawn(
-                "reconcile",
-                super::into_infallible(async move {
-                    let mut channels = channels.lock().await;
-                    reconciler.run(&mut channels, delay, stop).await;
-                }),
-            );
+            tasks.spawn_infallible("reconcile", async move {
+                let mut channels = channels.lock().await;
+                reconciler.run(&mut channels, delay, stop).await;
+            });
             tasks
         });
     }

@@ -72,7 +72,7 @@ impl PortDriver for PortManager {
     }
 
     fn check_port(&self, spec: &PortSpec) -> Result<Option<String>, OpError> {
-        let mut socket = RouteSocket::open_in(&self.netns)?;
+        let mut socket = self.netns.route_socket()?;
         let found = objects::link(&mut socket, &spec.bridge.name()).and_then(|bridge| {
             let link = objects::link(&mut socket, &spec.host_interface)?;
             Ok((bridge.index, link))

@@ -316,7 +316,7 @@ pub fn delete_links(netns: &Netns, indexes: &[u32]) -> Vec<Result<(), KernelErro
 }
 
 fn delete_link(netns: &Netns, index: u32) -> Result<(), KernelError> {
-    let mut socket = RouteSocket::open_in(netns).map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
+    let mut socket = netns.route_socket().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
     match socket.delete_link(index) {
         Err(e) if e.errno != libc::ENODEV => Err(e),
         _ => Ok(()),

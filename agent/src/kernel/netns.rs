@@ -222,6 +222,11 @@ impl Netns {
         outcome.map_err(|cause| panic::resume_unwind(cause))
     }
 
+    /// Opens a socket for requests about the namespace, which every thread may use.
+    pub(super) fn route_socket(&self) -> Result<RouteSocket, OpError> {
+        self.run_in_place(RouteSocket::open).map_err(|e| OpError::from(&e))?
+    }
+
     /// Whether both are the same namespace.
     pub fn is_same(&self, other: &Netns) -> Result<bool, NetnsError> {
         Ok(self.device_and_inode()? == other.device_and_inode()?)

@@ -28,7 +28,7 @@ pub struct NetnsBuilder {
 impl NetnsBuilder {
     /// Opens a socket in the namespace.
     pub fn open(netns: &Netns) -> Result<NetnsBuilder, OpError> {
-        Ok(NetnsBuilder { socket: Mutex::new(RouteSocket::open_in(netns)?) })
+        Ok(NetnsBuilder { socket: Mutex::new(netns.route_socket()?) })
     }
 
     /// The interface index of a link.

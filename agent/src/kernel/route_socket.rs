@@ -19,7 +19,6 @@ use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
-use super::netns::Netns;
 use super::nlmsg::{attributes, messages, text};
 use super::uapi::NLMSGERR_ATTR_MSG;
 use crate::plan::OpError;
@@ -121,11 +120,6 @@ impl RouteSocket {
     /// Opens a socket in the calling thread's network namespace.
     pub fn open() -> Result<RouteSocket, OpError> {
         RouteSocket::try_open().map_err(|e| KernelError::from(e).context("cannot open an rtnetlink socket"))
-    }
-
-    /// Opens a socket in a network namespace.
-    pub fn open_in(netns: &Netns) -> Result<RouteSocket, OpError> {
-        netns.run_in_place(RouteSocket::open).map_err(|e| OpError::from(&e))?
     }
 
     fn try_open() -> io::Result<RouteSocket> {

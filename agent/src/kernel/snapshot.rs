@@ -11,7 +11,6 @@ use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, Li
 use super::netns::Netns;
 use super::nft::Nft;
 use super::objects::{self, LinkInfo, raw_attributes};
-use super::route_socket::RouteSocket;
 use crate::model::api::{BridgeView, Counters, DeviceView, PortView};
 use crate::model::{Device, Role};
 use crate::plan::OpError;
@@ -38,7 +37,7 @@ struct LinkStats {
 
 /// Reads the snapshot. Blocks for as long as a dump of all links takes.
 pub fn read_overlay(netns: &Netns, bridge: Device) -> Result<OverlaySnapshot, OpError> {
-    let mut socket = RouteSocket::open_in(netns)?;
+    let mut socket = netns.route_socket()?;
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
     let all = socket
         .dump(&request, Vec::new, |all: &mut Vec<LinkStats>, header, body| {

@@ -9,8 +9,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use super::Number;
-use super::registry::{ByLabel, add, counters, zero};
+use super::registry::{ByLabel, Number, add, counters, zero};
 use crate::model::api::Reachability;
 use crate::plan::mesh::{ProbePath, Summary};
 

@@ -1,11 +1,16 @@
 //! Creates metrics in a `prometheus-client` registry. The registry renders them in the order of their creation.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use prometheus_client::encoding::{EncodeMetric, MetricEncoder};
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::{MetricType, TypedMetric};
 use prometheus_client::registry::{Metric, Registry};
+
+/// A count of existing things, or 0 and 1 for no and yes.
+pub(super) type Number = Gauge<u64, AtomicU64>;
 
 /// Registers a metric. The registry appends the full stop to the help, and `_total` to a counter's name.
 pub(super) fn add<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {

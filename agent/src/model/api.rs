@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::config_fields::FieldError;
 use super::endpoint::{EndpointName, Mode};
-use super::network::FieldError;
 use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
 
 pub use mesh::{Mesh, MeshEntry, PathView, Reachability};

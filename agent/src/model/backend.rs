@@ -5,7 +5,7 @@ mod vxlan;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::network::FieldReader;
+use super::config_fields::FieldReader;
 use super::{Family, Mac, PerFamily, RejectReason, Subnet, Vni};
 
 pub use vxlan::VxlanConfig;
@@ -63,7 +63,7 @@ impl BackendData {
     /// Reads the data of the lease of this subnet. Another backend's data is not read, and is no error.
     pub fn decode(kind: String, fields: &Map<String, Value>, subnet: &Subnet) -> Result<BackendData, RejectReason> {
         match kind.as_str() {
-            vxlan::NAME => vxlan::decode(fields, subnet),
+            vxlan::NAME => vxlan::decode(fields, subnet).map(|(vni, vtep)| BackendData::Vxlan { vni, vtep }),
             _ => Ok(BackendData::Other { name: kind }),
         }
     }

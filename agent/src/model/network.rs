@@ -2,7 +2,6 @@
 //!
 //! Source of the rules: `docs/wire.md`. Keys are matched case-insensitively, like Go does.
 
-mod fields;
 mod pool;
 
 use std::net::IpAddr;
@@ -14,8 +13,8 @@ use super::device::MAX_BRIDGE_PORTS;
 use super::family::address_value;
 use super::{BackendConfig, Cidr, Family, PerFamily, Subnet};
 
-pub(in crate::model) use fields::FieldReader;
-use fields::field_error;
+pub use super::config_fields::FieldError;
+use super::config_fields::{FieldReader, field_error};
 pub use pool::Pool;
 
 /// The configured network.
@@ -30,18 +29,6 @@ pub struct NetworkConfig {
 
 /// IPv6's minimum MTU in bytes (RFC 8200, section 5). Below it the kernel disables IPv6 on an interface.
 pub const IPV6_MIN_MTU: u32 = 1280;
-
-/// One error or warning of a configuration field.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{field}: `{value}` {rule}")]
-pub struct FieldError {
-    /// The field, as documented.
-    pub field: String,
-    /// The value found, cut to 80 characters.
-    pub value: String,
-    /// The violated rule.
-    pub rule: String,
-}
 
 /// All errors of a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]

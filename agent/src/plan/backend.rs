@@ -7,10 +7,11 @@
 mod host_gw;
 pub mod vxlan;
 
-use super::desired::HostSpec;
+use super::host_spec::HostSpec;
+pub use super::ruleset::Tunnel;
 use super::state::{Key, LinkState, Value};
 use crate::model::peer::RemoteSubnet;
-use crate::model::{BackendConfig, BackendData, Device, Family, LeaseRecord, Mac, NetworkConfig, RejectReason, Vni};
+use crate::model::{BackendConfig, BackendData, Device, Family, LeaseRecord, Mac, NetworkConfig, RejectReason};
 
 /// Pure functions of a backend with the settings of one network.
 pub trait Backend: Sync {
@@ -46,15 +47,6 @@ pub trait Backend: Sync {
 
     /// Adds the entries of a peer in one family. The route comes last.
     fn peer_entries(&self, host: &HostSpec, family: Family, remote: &RemoteSubnet, entries: &mut Vec<(Key, Value)>);
-}
-
-/// The UDP packets between hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tunnel {
-    /// Their destination port.
-    pub port: u16,
-    /// The VNI of VXLAN packets, whose inner source address the rules check.
-    pub vni: Option<Vni>,
 }
 
 /// The backend of a network.

@@ -1,6 +1,5 @@
 //! Desired kernel state: a pure function of network configuration, own lease, underlay, peers and endpoints.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -10,42 +9,15 @@ use super::backend::{self, Backend};
 use super::ruleset::{Element, InetTableSpec};
 use super::shared::SharedSpec;
 use super::state::{Key, LinkKind, LinkState, State, Value};
-use super::underlay::Underlay;
-use crate::model::{BackendData, Endpoint, Family, Mac, NetworkConfig, Peer, Port, PublishedPort, Subnet};
+use crate::model::{Endpoint, Family, Mac, Peer, Port, PublishedPort};
 
+pub use super::host_spec::HostSpec;
 pub use super::sysctls;
 
 /// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
 /// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it
 /// itself.
 const DOCKER_LINK_LOCAL: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1));
-
-/// Inputs of this host's desired state, without the peers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HostSpec {
-    /// The network.
-    pub network: NetworkConfig,
-    /// The subnet of this host.
-    pub subnet: Subnet,
-    /// The external interface.
-    pub underlay: Underlay,
-    /// What this host's lease carries.
-    pub backend_data: BackendData,
-    /// The MAC of the bridge.
-    pub bridge_mac: Mac,
-    /// Whether packets that leave the overlay are masqueraded with the host's address.
-    pub masquerade: bool,
-    /// Whether the names of the network's tunnel sets end with its VNI; those of the default network do not.
-    pub numbered_sets: bool,
-    /// Transmit checksum offload on the VXLAN devices.
-    pub tx_checksum: bool,
-    /// Whether Docker attaches containers to the bridge, in addition to the endpoints.
-    pub docker: bool,
-    /// The endpoints that have a port on the bridge, by name.
-    pub ports: Vec<Arc<Endpoint>>,
-    /// Underlay addresses in the overlay's leasable range that this host depends on.
-    pub reserved: BTreeSet<IpAddr>,
-}
 
 impl HostSpec {
     /// The families of the network in which this host has a subnet.
@@ -80,14 +52,17 @@ impl HostSpec {
 
     /// Inputs of the entries that this network shares with others in its network namespace.
     pub fn shared(&self) -> SharedSpec {
+        let backend = self.backend();
         SharedSpec {
             families: self.families().collect(),
             external: self.underlay.index,
             // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter.
             forwarded: self.network.pools.map(|_, pool| pool.span()),
-            bridge: self.backend().bridge(),
             inet: InetTableSpec {
                 network: self.network.clone(),
+                bridge: backend.bridge(),
+                devices: self.network.families().filter_map(|family| Some((family, backend.device(family)?))).collect(),
+                tunnel: backend.tunnel(),
                 subnet: self.subnet,
                 local: self.underlay.local,
                 masquerade: self.masquerade,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Cidr, Family};
 
-pub use host::{InetTableSpec, OVERLAY_CHAIN, inet_table};
+pub use host::{InetTableSpec, OVERLAY_CHAIN, Tunnel, inet_table};
 pub use set::{Element, PeerPair, SetFieldType, SetName, SetValue};
 pub use source_filter::source_filter;
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::ruleset::{InetTableSpec, inet_table, source_filter};
 use super::state::{Key, RouteTarget, State, Value};
 use super::sysctls;
-use crate::model::{Cidr, Device, Family, PerFamily};
+use crate::model::{Cidr, Family, PerFamily};
 
 /// A network's input to the shared entries of its network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,8 +16,6 @@ pub struct SharedSpec {
     pub external: u32,
     /// The ranges whose packets iptables' FORWARD chain has to accept.
     pub forwarded: PerFamily<Cidr>,
-    /// The bridge.
-    pub bridge: Device,
     /// Input of the table `inet overlayd`.
     pub inet: InetTableSpec,
 }
@@ -63,7 +61,7 @@ pub fn shared_entries(specs: &[&SharedSpec], facts: &NamespaceFacts) -> State {
         // (`ip6_route_input_lookup` in net/ipv6/route.c). Packets with that address from the wire are dropped before
         // (`ip6_rcv_core`). A route has one device, so of several networks the first has this.
         let loopback = Cidr::host(std::net::Ipv6Addr::LOCALHOST.into());
-        state.insert(Key::Route(loopback), Value::Route(RouteTarget::Local(spec.bridge)));
+        state.insert(Key::Route(loopback), Value::Route(RouteTarget::Local(spec.inet.bridge)));
     }
     let inet: Vec<&InetTableSpec> = specs.iter().map(|spec| &spec.inet).collect();
     for ruleset in [inet_table(&inet), source_filter()] {

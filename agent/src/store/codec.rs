@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::read::RawEntry;
 use crate::model::event::StoreEntry;
-use crate::model::lease::fields::{field_error, get, text};
+use crate::model::lease_fields::{field_error, get, text};
 use crate::model::text::printable;
 use crate::model::{
     BackendData, ExpiryId, Family, Lease, LeaseRecord, Node, PerFamily, RejectReason, RejectedLease, StorePosition, Subnet,

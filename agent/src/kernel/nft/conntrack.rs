@@ -387,6 +387,9 @@ mod tests {
         let ranges = |masquerade| {
             let rules = InetTableSpec {
                 network: network.clone(),
+                bridge: crate::plan::backend::of(&network).bridge(),
+                devices: PerFamily::default(),
+                tunnel: None,
                 subnet,
                 local: PerFamily::default(),
                 masquerade,

@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 
 use super::Nft;
 use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
+use crate::plan::backend;
 use crate::plan::ruleset::{InetTableSpec, Table, inet_table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
@@ -82,7 +83,18 @@ fn local_subnet(network: &NetworkConfig) -> Subnet {
 fn spec(network: &NetworkConfig, masquerade: bool, publishes: bool) -> InetTableSpec {
     let local: PerFamily<_> = network.families().map(|family| (family, underlay_address(family))).collect();
     let subnet = local_subnet(network);
-    InetTableSpec { network: network.clone(), subnet, local, masquerade, publishes, numbered_sets: false }
+    let backend = backend::of(network);
+    InetTableSpec {
+        network: network.clone(),
+        bridge: backend.bridge(),
+        devices: network.families().filter_map(|family| Some((family, backend.device(family)?))).collect(),
+        tunnel: backend.tunnel(),
+        subnet,
+        local,
+        masquerade,
+        publishes,
+        numbered_sets: false,
+    }
 }
 
 /// The rules for a network alone.

@@ -5,7 +5,8 @@ use crate::kernel::KernelOptions;
 use crate::kernel::PAUSE_EVENTS_ABOVE;
 use std::net::IpAddr;
 
-use crate::model::{Family, Mac, NetworkConfig, Subnet};
+use crate::model::{Device, Family, Mac, NetworkConfig, PerFamily, Subnet, Vni};
+use crate::plan::backend;
 use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table, inet_table};
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
@@ -144,6 +145,9 @@ fn elements_and_entries_apply_in_parallel() {
         let local = std::iter::once((Family::V4, [192, 0, 2, 1].into())).collect();
         let spec = InetTableSpec {
             network: network.clone(),
+            bridge: Device::bridge(Vni::DEFAULT),
+            devices: PerFamily::default(),
+            tunnel: backend::of(&network).tunnel(),
             subnet: own,
             local,
             masquerade: true,

@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::model::lease::fields::{field_error, get, text};
-use crate::model::network::FieldReader;
-use crate::model::{BackendData, Family, Mac, PerFamily, RejectReason, Subnet, Vni};
+use crate::model::config_fields::FieldReader;
+use crate::model::lease_fields::{field_error, get, text};
+use crate::model::{Family, Mac, PerFamily, RejectReason, Subnet, Vni};
 
 /// The `BackendType`.
 pub(super) const NAME: &str = "vxlan";
@@ -55,7 +55,8 @@ pub(super) fn encode(vni: Vni, mac: Mac) -> Value {
     json!({ "VNI": vni, "VtepMAC": mac })
 }
 
-pub(super) fn decode(fields: &Map<String, Value>, subnet: &Subnet) -> Result<BackendData, RejectReason> {
+/// The VNI and the VTEP's MAC in each family.
+pub(super) fn decode(fields: &Map<String, Value>, subnet: &Subnet) -> Result<(Vni, PerFamily<Mac>), RejectReason> {
     let mut vtep = PerFamily::default();
     let mut vni: Option<Vni> = None;
     for family in subnet.families() {
@@ -85,5 +86,5 @@ pub(super) fn decode(fields: &Map<String, Value>, subnet: &Subnet) -> Result<Bac
         *vtep.slot(family) = Some(parsed);
     }
     // A subnet has at least one family.
-    Ok(BackendData::Vxlan { vni: vni.unwrap_or(Vni::DEFAULT), vtep })
+    Ok((vni.unwrap_or(Vni::DEFAULT), vtep))
 }

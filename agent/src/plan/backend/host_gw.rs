@@ -1,9 +1,10 @@
 //! A second backend for tests: routes by the underlay, without a device, encapsulation or data in leases.
 
-use super::{Backend, Tunnel};
+use super::Backend;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{BackendData, Device, Family, LeaseRecord, Mac, NetworkConfig, RejectReason, Vni};
-use crate::plan::desired::HostSpec;
+use crate::plan::host_spec::HostSpec;
+use crate::plan::ruleset::Tunnel;
 use crate::plan::state::{Key, LinkState, RouteTarget, Value};
 
 /// Hosts on one link route to each other.

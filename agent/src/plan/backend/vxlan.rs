@@ -1,11 +1,11 @@
 //! VXLAN (RFC 7348): a device per family, whose FDB and neighbour entries lead to the peers.
 
-use super::{Backend, Tunnel};
+use super::Backend;
 use crate::model::backend::VxlanConfig;
 use crate::model::peer::RemoteSubnet;
 use crate::model::{BackendData, Device, Family, LeaseRecord, Mac, NetworkConfig, PeerEndpoint, RejectReason};
-use crate::plan::desired::HostSpec;
-use crate::plan::ruleset::{Element, PeerPair};
+use crate::plan::host_spec::HostSpec;
+use crate::plan::ruleset::{Element, PeerPair, Tunnel};
 use crate::plan::state::{Key, LinkKind, LinkState, RouteTarget, Value, Vxlan};
 
 /// Bytes in front of an inner packet: outer IP header (20 or 40), UDP (8), VXLAN (8), inner Ethernet (14). RFC 7348 section 5.

@@ -1,12 +1,15 @@
 //! Tests of desired state, entry by entry.
 
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Cidr, PeerEndpoint, PerFamily};
+use crate::model::{Cidr, NetworkConfig, PeerEndpoint, PerFamily, Subnet};
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, shared_entries};
 use crate::plan::state::device_of;
+use crate::plan::underlay::Underlay;
 
 fn address(text: &str) -> IpAddr {
     text.parse().expect(text)

@@ -7,7 +7,6 @@ use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, S
 use crate::model::device::BRIDGE_PREFIX;
 use crate::model::network::Pool;
 use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
-use crate::plan::backend::{self, Backend};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
@@ -24,11 +23,26 @@ const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
+/// The UDP packets between hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Their destination port.
+    pub port: u16,
+    /// The VNI of VXLAN packets, whose inner source address the rules check.
+    pub vni: Option<Vni>,
+}
+
 /// A network's input of the rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct InetTableSpec {
     /// The network.
     pub network: NetworkConfig,
+    /// The bridge of this host's containers.
+    pub bridge: Device,
+    /// This host's devices towards the peers of each family; none if packets take the external interface.
+    pub devices: PerFamily<Device>,
+    /// The UDP packets between hosts; `None` if packets are not encapsulated in UDP.
+    pub tunnel: Option<Tunnel>,
     /// This host's subnet.
     pub subnet: Subnet,
     /// The source addresses of its VXLAN devices, per family.
@@ -42,17 +56,13 @@ pub struct InetTableSpec {
 }
 
 impl InetTableSpec {
-    fn backend(&self) -> &dyn Backend {
-        backend::of(&self.network)
-    }
-
     fn bridge_name(&self) -> String {
-        self.backend().bridge().name()
+        self.bridge.name()
     }
 
     /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none.
     fn vni(&self) -> Option<Vni> {
-        self.backend().tunnel()?.vni
+        self.tunnel?.vni
     }
 
     /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
@@ -97,7 +107,7 @@ impl InetTableSpec {
         }
         if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
-                let tunnel = self.backend().device(family).map(Device::name);
+                let tunnel = self.devices.get(family).map(|device| device.name());
                 let mut leaving = vec![
                     in_leased_range(Field::Source(family), pool, false),
                     interface_is_not(Field::OutputInterface, &self.bridge_name()),
@@ -144,7 +154,7 @@ pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
     let publishes = specs.iter().any(|spec| spec.publishes);
-    let ports: BTreeSet<u16> = specs.iter().filter_map(|spec| spec.backend().tunnel()).map(|tunnel| tunnel.port).collect();
+    let ports: BTreeSet<u16> = specs.iter().filter_map(|spec| spec.tunnel).map(|tunnel| tunnel.port).collect();
     let to_tunnel_port = |statement: Expr| {
         let to = |port: &u16| [is(Field::Layer4, &UDP), is(Field::DestinationPort, &port.to_be_bytes())];
         ports.iter().map(|port| rule(to(port).into_iter().chain([statement.clone()]))).collect::<Vec<_>>()

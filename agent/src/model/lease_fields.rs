@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::RejectReason;
-use crate::model::text::printable;
+use super::text::printable;
 
 /// Looks up a field by its exact name, then case-insensitively as Go does. `null` counts as absent.
 pub fn get<'a>(fields: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {

@@ -1,9 +1,21 @@
 //! Reads the fields of a JSON object with Go's rules for names, and collects errors and warnings.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::FieldError;
-use crate::model::text::printable;
+use super::text::printable;
+
+/// One error or warning of a configuration field.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{field}: `{value}` {rule}")]
+pub struct FieldError {
+    /// The field, as documented.
+    pub field: String,
+    /// The value found, cut to 80 characters.
+    pub value: String,
+    /// The violated rule.
+    pub rule: String,
+}
 
 /// Takes known fields out of a JSON object; the remaining fields are unknown.
 pub struct FieldReader {
