@@ -4,7 +4,6 @@ use tokio::time::Instant;
 
 use super::{Reconciler, ReconcilerQuery, SysctlStore};
 use crate::model::api::{Drift, FailedOp};
-use crate::plan::actual::ActualState;
 use crate::plan::state::{Entries, RouteTarget, Value};
 use crate::plan::{DataPath, Key};
 
@@ -97,8 +96,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         };
         keys.extend(nexthop_id.map(Key::Nexthop));
         keys.sort();
-        let actual = ActualState { local: &self.data_path.local(), peers: &self.peers };
-        let is_set = |key: &Key| self.desired.get(key) == actual.get(key);
+        let is_set = |key: &Key| self.desired.get(key) == self.peers.get(key);
         let missing: Vec<String> = keys
             .iter()
             .filter(|key| !is_set(key))
