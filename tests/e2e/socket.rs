@@ -125,7 +125,8 @@ async fn subnet_watch_streams_changes() {
     while next(&mut stream).await.iter().any(|s| s.key == *key) {}
 
     // The command exits cleanly when its reader is gone: it notices at the next change.
-    let mut command = lab.command("h1", &["timeout", "10", "overlayctl", "subnets", "--watch"]).expect_ok("a command");
+    let overlayctl = overlay_tests::programs::overlayctl().display().to_string();
+    let mut command = lab.command("h1", &["timeout", "10", &overlayctl, "subnets", "--watch"]).expect_ok("a command");
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut watch = lab.open_netns("h1").run(|| command.spawn()).expect_ok("enter h1").expect_ok("timeout");
     let mut heading = String::new();
