@@ -15,7 +15,6 @@
 //! Two tasks run: that of the `rtnetlink` connection, owned by `rtnl`, and the monitor's, run by `app`. The monitor ends when the
 //! connection ends.
 
-pub mod abstract_socket;
 mod address;
 mod batch;
 mod cache;
