@@ -14,7 +14,6 @@
 //!
 //! One task runs: the monitor's, run by `app`.
 
-pub mod abstract_socket;
 mod address;
 mod batch;
 mod cache;

@@ -2,16 +2,13 @@
 //!
 //! The agent's directories are below world-accessible ones, so that only their own modes protect them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use nix::unistd::{Uid, setfsuid};
 use overlay_agent::model::api::Status;
 use overlay_tests::programs::{CommandOutput, overlayctl, require_program};
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
@@ -28,6 +25,10 @@ const WRONG_PASSWORD: &str = "roses-in-june";
 
 /// The address of the metrics listener, if enabled.
 const METRICS_ADDRESS: &str = "127.0.0.1:9780";
+
+/// Runs a command as an unprivileged user.
+const USER: [&str; 7] =
+    ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"];
 
 /// One host, an etcd with a password, and a world-accessible directory.
 struct AuthLab {
@@ -110,9 +111,7 @@ impl AuthLab {
 
     /// Runs a command as an unprivileged user on the host.
     fn run_as_nobody(&self, command: &[&str]) -> CommandOutput {
-        let user =
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all", "--"];
-        kernel::attempt(&self.lab, "h1", &[&user[..], command].concat())
+        kernel::attempt(&self.lab, "h1", &[&USER[..], command].concat())
     }
 
     /// Runs overlayctl as root, or as an unprivileged user.
@@ -178,32 +177,31 @@ async fn unprivileged_user_has_no_access() {
     auth.ctl(true, &["status", "--brief"]).assert_code(0);
 }
 
-/// Any user may bind the agent's abstract socket name, which otherwise only prevents a second agent.
+/// Any user may lock the namespace's file, which otherwise only prevents a second agent.
 #[tokio::test(flavor = "multi_thread")]
-async fn taken_abstract_socket_does_not_block_agent() {
+async fn namespace_locked_by_user_does_not_block_agent() {
     let mut auth = AuthLab::up().await;
-    let take = |user: u32| {
-        let held = auth.lab.open_netns("h1").run(|| {
-            // The file-system UID of this thread only: it becomes the socket's owner.
-            setfsuid(Uid::from_raw(user));
-            let address = std::os::unix::net::SocketAddr::from_abstract_name("overlayd").expect_ok("a name");
-            UnixListener::bind_addr(&address)
-        });
-        held.expect_ok("enter").map_err(|error| error.to_string())
-    };
-    let held = take(0).expect_ok("the name is free");
+    let netns = File::open(auth.lab.open_netns("h1").path()).expect_ok("the namespace");
+    netns.try_lock().expect_ok("no agent runs");
     auth.lab
         .run_to_exit("h1", auth.agent_command("password"))
         .assert_code(1)
-        .assert_stderr_contains(&["another overlayd runs in this network namespace"]);
-    drop(held);
-    // A child that another test has just forked may keep the dropped socket for a moment.
-    let _held = eventually("the name is free again", CONVERGE_TIMEOUT, || take(65534)).await;
+        .assert_stderr_contains(&["another overlayd runs in this network namespace", &format!("pid {}", std::process::id())]);
+    drop(netns);
+    let mut user = Command::new(USER[0]);
+    user.args(&USER[1..]).args(["flock", "--no-fork"]).arg(auth.lab.open_netns("h1").path()).args(["sleep", "120"]);
+    let mut user = user.spawn().expect_ok("flock");
+    eventually("the user has the lock", CONVERGE_TIMEOUT, || {
+        let netns = File::open(auth.lab.open_netns("h1").path()).expect_ok("the namespace");
+        if netns.try_lock().is_err() { Ok(()) } else { Err("it is free".to_owned()) }
+    })
+    .await;
     auth.start_agent(auth.agent_command("password"), |status| status.ready).await;
     let log = fs::read_to_string(auth.file("log")).expect_ok("the log");
-    let warning =
-        log.lines().find(|line| line.contains("@overlayd is held by a user who cannot run the agent")).expect_ok("a warning");
+    let warning = log.lines().find(|line| line.contains("a user who cannot run the agent has locked")).expect_ok("a warning");
     assert!(warning.contains("WARN") && warning.contains("user=65534"), "{warning}");
+    user.kill().expect_ok("the user's process");
+    user.wait().expect_ok("the user's process");
 }
 
 /// Sends a request over TCP, inside the host.

@@ -1,11 +1,9 @@
 //! Checks before the agent changes anything: its capabilities, and that no other agent runs in its network namespace.
 
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::fs::{File, TryLockError};
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, bail};
-
-use crate::kernel::abstract_socket;
 
 /// `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` in `linux/capability.h`.
 const REQUIRED_CAPABILITIES: [(u32, &str, &str); 2] = [
@@ -36,35 +34,51 @@ fn missing_capabilities(status: &str) -> Vec<&'static (u32, &'static str, &'stat
     REQUIRED_CAPABILITIES.iter().filter(|(bit, ..)| effective & (1 << bit) == 0).collect()
 }
 
-/// Abstract socket name that an agent holds in its network namespace.
-const LOCK_NAME: &str = "overlayd";
+/// The calling thread's network namespace.
+const NETNS: &str = "/proc/thread-self/ns/net";
 
-/// Locks the network namespace by an abstract socket name, until the listener is dropped.
+/// Locks the network namespace by an `flock(2)` on its file, until the returned file is closed.
 ///
-/// Two agents with different directories would otherwise manage the same devices. The kernel releases the name when the process
-/// ends for any reason. Every user may bind the name, also to keep the agent from starting: if neither root nor this user holds
-/// it, the holder is logged and ignored, and there is no lock (`None`).
-pub(super) fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
-    let address = SocketAddr::from_abstract_name(LOCK_NAME).context("cannot name the namespace's lock")?;
-    match UnixListener::bind_addr(&address) {
-        Ok(listener) => Ok(Some(listener)),
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            let owners = abstract_socket::owners(LOCK_NAME).unwrap_or_default();
-            let own = nix::unistd::geteuid().as_raw();
-            if let Some(foreign_user) = owners.first()
-                && !owners.iter().any(|user| *user == 0 || *user == own)
-            {
-                tracing::warn!(
-                    user = foreign_user,
-                    "the name @{LOCK_NAME} is held by a user who cannot run the agent; starting without the lock: a second agent in this \
-                     network namespace would not be detected (`ss -xlp src @{LOCK_NAME}` shows the holder)"
-                );
-                return Ok(None);
-            }
-            bail!("another overlayd runs in this network namespace (`ss -xlp src @overlayd` shows it): stop that one first")
-        }
-        Err(error) => Err(error).context("cannot take the namespace's lock @overlayd"),
+/// Two agents with different directories would otherwise manage the same devices. The kernel releases the lock when the process
+/// ends for any reason. Every user may lock the file, also to keep the agent from starting: a holder that is neither root nor this
+/// user is logged and ignored, and there is no lock (`None`).
+pub(super) fn lock_namespace() -> anyhow::Result<Option<File>> {
+    let netns = File::open(NETNS).with_context(|| format!("cannot open {NETNS}"))?;
+    match netns.try_lock() {
+        Ok(()) => return Ok(Some(netns)),
+        Err(TryLockError::WouldBlock) => {}
+        Err(TryLockError::Error(error)) => return Err(error).context("cannot lock the network namespace"),
     }
+    let inode = netns.metadata().with_context(|| format!("cannot examine {NETNS}"))?.ino();
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let Some(pid) = lock_holder(&locks, inode) else {
+        bail!(
+            "another overlayd runs in this network namespace: stop that one first (`lslocks` does not show its process to this one)"
+        )
+    };
+    // Without the directory, the process has just ended.
+    let user = std::fs::metadata(format!("/proc/{pid}")).map_or(0, |process| process.uid());
+    if user != 0 && user != nix::unistd::geteuid().as_raw() {
+        tracing::warn!(
+            pid,
+            user,
+            "a user who cannot run the agent has locked this network namespace; starting without the lock: a second agent here would \
+             not be detected"
+        );
+        return Ok(None);
+    }
+    bail!("another overlayd runs in this network namespace (pid {pid}): stop that one first")
+}
+
+/// The process that holds the `flock(2)` on a namespace's file, by `/proc/locks` (`proc_locks(5)`). Inode numbers of namespaces are
+/// unique among all kinds.
+fn lock_holder(locks: &str, inode: u64) -> Option<u32> {
+    let held = locks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).find(|fields| {
+        let file = fields.get(5).and_then(|file| file.rsplit_once(':'));
+        fields.get(1) == Some(&"FLOCK")
+            && file.is_some_and(|(device, found)| device.starts_with("00:") && found == inode.to_string())
+    });
+    held?.get(4)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -77,5 +91,15 @@ mod tests {
         assert!(names("CapEff:\t000001ffffffffff\n").is_empty());
         assert_eq!(names("CapPrm:\t000001ffffffffff\nCapEff:\t0000000000001000\n"), ["CAP_SYS_ADMIN"]);
         assert_eq!(names("CapEff:\t0000000000000000\n"), ["CAP_NET_ADMIN", "CAP_SYS_ADMIN"]);
+    }
+
+    #[test]
+    fn holder_of_a_namespace_lock_is_found() {
+        let locks = "1: POSIX  ADVISORY  WRITE 7 00:04:4026531833 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 8 fe:00:4026531833 0 EOF\n\
+                     2: -> FLOCK  ADVISORY  WRITE 9 00:04:4026531833 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 1508 00:04:4026531833 0 EOF\n";
+        assert_eq!(lock_holder(locks, 4_026_531_833), Some(1508));
+        assert_eq!(lock_holder(locks, 4_026_531_834), None);
     }
 }
