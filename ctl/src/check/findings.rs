@@ -22,7 +22,7 @@ pub enum Severity {
 /// Result of a check that needs attention.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Finding {
-    /// Name of the check, as in [`Report::checks`].
+    /// Name of the check, as in the report.
     pub check: String,
     /// Severity.
     pub severity: Severity,
