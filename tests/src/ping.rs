@@ -139,6 +139,8 @@ impl PingFlow {
         while self.with_counts(|counts| counts.answered.contains(&false)) && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // The next flow to the same container binds the same port.
+        self.tasks.shutdown().await;
         self.with_counts(|counts| PingStats {
             sent: counts.sent.len(),
             lost: counts.sent.iter().zip(&counts.answered).filter(|(_, answered)| !**answered).map(|(at, _)| *at).collect(),
