@@ -100,13 +100,22 @@ impl PortDriver for PortManager {
                 Ok(link) if !is_own_link(&link) => return Err(foreign_link_error(&link)),
                 Ok(link) => Some(link.index),
             };
-            let Some(index) = link else { return forget_port(&mut shared, host_interface) };
+            let Some(index) = link else {
+                shared.cache.remove_link(host_interface);
+                return revoke_sources(&mut shared, host_interface);
+            };
+            // First: the container sends nothing any more, and what the kernel does later for the rules overlaps with its wait for
+            // the link.
+            revoke_sources(&mut shared, host_interface)?;
             shared.cache.mark_removed(index);
             index
         };
         let removed = delete_links(&self.netns, &[index]).into_iter().collect::<Result<(), _>>();
         let mut shared = self.shared.lock().await;
-        let Err(error) = removed else { return forget_port(&mut shared, host_interface) };
+        let Err(error) = removed else {
+            shared.cache.remove_link(host_interface);
+            return Ok(());
+        };
         shared.cache.unmark_removed(index);
         shared.links().refresh(host_interface)?;
         Err(error.context(format!("cannot delete interface {host_interface}")))
@@ -270,9 +279,8 @@ fn allow_sources(shared: &mut Shared, spec: &PortSpec) -> Result<SourceFilter, O
     Ok(SourceFilter::Applied)
 }
 
-/// Removes a deleted port from the local entries, and its elements from the source filter.
-fn forget_port(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
-    shared.cache.remove_link(host_interface);
+/// Removes the interface's elements from the source filter.
+fn revoke_sources(shared: &mut Shared, host_interface: &str) -> Result<(), OpError> {
     set_sources(shared, host_interface, &[], "cannot remove the container's addresses from the source filter")
 }
 
