@@ -35,7 +35,7 @@ pub struct NetworkChange {
 }
 
 impl NetworkChange {
-    /// Applies the change to a record's JSON text. A text that is no JSON object is replaced: no field of it can be kept.
+    /// Applies the change to a record's JSON text; an empty one gives a new record. A text that is no JSON object is replaced: no field of it can be kept.
     pub fn apply(&self, text: &str) -> String {
         let mut fields = serde_json::from_str::<Map<String, Value>>(text).unwrap_or_default();
         if !self.cidrs.is_empty() {
@@ -46,20 +46,19 @@ impl NetworkChange {
         for (family, length) in self.subnet_lengths.iter() {
             set(&mut fields, &family.field_name("SubnetLen"), json!(length));
         }
-        let mut backend = match take(&mut fields, "Backend") {
-            Some(Value::Object(backend)) => backend,
-            _ => Map::new(),
-        };
-        if !backend.keys().any(|key| key.eq_ignore_ascii_case("Type")) {
-            set(&mut backend, "Type", json!("vxlan"));
-        }
         let numbers = [("VNI", self.vni.map(Vni::get)), ("Port", self.port.map(u32::from)), ("MTU", self.mtu)];
-        for (name, value) in numbers {
-            if let Some(value) = value {
-                set(&mut backend, name, json!(value));
+        if text.is_empty() || numbers.iter().any(|(_, value)| value.is_some()) {
+            let mut backend = match take(&mut fields, "Backend") {
+                Some(Value::Object(backend)) => backend,
+                _ => Map::from_iter([("Type".to_owned(), json!("vxlan"))]),
+            };
+            for (name, value) in numbers {
+                if let Some(value) = value {
+                    set(&mut backend, name, json!(value));
+                }
             }
+            fields.insert("Backend".to_owned(), Value::Object(backend));
         }
-        set(&mut fields, "Backend", Value::Object(backend));
         for (name, value) in [("Isolated", self.isolated), ("Internal", self.internal)] {
             if let Some(value) = value {
                 set(&mut fields, name, json!(value));
@@ -159,7 +158,7 @@ mod tests {
         };
         assert_eq!(
             change.apply(before),
-            r#"{"Backend":{"Port":4789,"Type":"vxlan","VNI":9},"Peers":["b"],"SubnetMin":"10.1.9.0","X":1,"network":"10.1.0.0/16"}"#
+            r#"{"Backend":{"Port":4789,"VNI":9},"Peers":["b"],"SubnetMin":"10.1.9.0","X":1,"network":"10.1.0.0/16"}"#
         );
     }
 
@@ -167,7 +166,7 @@ mod tests {
     fn new_range_drops_bounds_of_old_range() {
         let before = r#"{"Network":"10.1.0.0/16","SubnetMin":"10.1.9.0","SubnetLen":26,"EnableIPv6":true,"IPv6Network":"fd00::/56","IPv6SubnetLen":64}"#;
         let with = |texts: &[&str]| NetworkChange { cidrs: cidrs(texts), ..NetworkChange::default() }.apply(before);
-        assert_eq!(with(&["10.2.0.0/16"]), r#"{"Backend":{"Type":"vxlan"},"Network":"10.2.0.0/16","SubnetLen":26}"#);
+        assert_eq!(with(&["10.2.0.0/16"]), r#"{"Network":"10.2.0.0/16","SubnetLen":26}"#);
         assert!(with(&["10.1.0.0/16"]).contains("SubnetMin"));
     }
 }
