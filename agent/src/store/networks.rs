@@ -13,6 +13,7 @@ use rand::rngs::SmallRng;
 use tracing::debug;
 
 use super::connect::{Session, connect};
+use super::keys::Keys;
 use super::read::{RawConfig, cluster_state};
 use super::{ConfigText, StoreConfig, StoreError, codec};
 use crate::backoff::Backoff;
@@ -152,41 +153,24 @@ pub async fn write_network(
         WriteKind::Create => "create a network",
         WriteKind::Change => "change a network",
     };
-    retry(&session, async |networks: Networks| {
-        let stored = networks.texts.get(name);
-        let present = networks.set.networks.contains_key(name);
-        match kind {
-            WriteKind::Create if present => return Err(NetworkError::Exists { name: name.clone() }),
-            WriteKind::Change if !present => return Err(networks.missing(name)),
-            _ => {}
+    let mut attempts = Attempts::new();
+    loop {
+        let networks = attempts.next(&session).await?;
+        let written = networks.plan_write(&session.keys, name, kind, change)?;
+        if !written.changed {
+            return Ok(written);
         }
-        let mut change = change.clone();
-        if kind == WriteKind::Create && !name.is_default() {
-            change.vni = change.vni.or_else(|| networks.set.free_vni());
-        }
-        let before = stored.and_then(|stored| stored.text.clone());
-        let text = change.apply(before.as_deref().unwrap_or_default());
-        let invalid = |errors| NetworkError::Invalid { name: name.clone(), errors };
-        let record = NetworkRecord::parse(&text).map_err(invalid)?;
-        networks.set.check(name, &record).map_err(invalid)?;
-        let key = session.keys.network(name).config();
-        // A present network without its VNI's key was made by hand; a write adds the key.
-        let old_vnis: Vec<Vni> = networks.vnis_of(name).filter(|vni| Some(*vni) != record.vni()).collect();
-        let vni = record.vni().filter(|_| !name.is_default());
-        let has_key = vni.is_none_or(|vni| networks.set.vnis.contains_key(&vni)) && old_vnis.is_empty();
-        if has_key && before.as_deref().is_some_and(|before| is_same_json(before, &text)) {
-            let text = before.clone().unwrap_or_default();
-            return Ok(Some(WrittenNetwork { key, record, before, text, changed: false }));
-        }
-        let mut operations = vec![TxnOp::put(key.clone(), text.clone(), None)];
+        let vni = written.record.vni().filter(|_| !name.is_default());
+        let mut operations = vec![TxnOp::put(written.key.clone(), written.text.clone(), None)];
         // Also when the VNI stays: the new revision of its key tells other operators that the network changed.
         operations.extend(vni.map(|vni| TxnOp::put(session.keys.vni(vni), name.to_string(), None)));
-        operations.extend(old_vnis.into_iter().map(|vni| TxnOp::delete(session.keys.vni(vni), None)));
-        let compares = networks.unchanged(&session, [name].into_iter().chain(&record.peers));
-        let done = session.commit(what, compares, operations).await?;
-        Ok(done.then_some(WrittenNetwork { key, record, before, text, changed: true }))
-    })
-    .await
+        let old = networks.vnis_of(name).filter(|old| Some(*old) != vni);
+        operations.extend(old.map(|old| TxnOp::delete(session.keys.vni(old), None)));
+        let compares = networks.unchanged(&session.keys, [name].into_iter().chain(&written.record.peers));
+        if session.commit(what, compares, operations).await? {
+            return Ok(written);
+        }
+    }
 }
 
 /// Removes a network with its VNI. With `force` also with its leases; otherwise it must have none. Returns the deleted leases,
@@ -197,7 +181,9 @@ pub async fn write_network(
 pub async fn remove_network(config: &StoreConfig, name: &NetworkName, force: bool) -> Result<Vec<String>, NetworkError> {
     let session = connect(config).await?;
     let own = Session { keys: session.keys.network(name), ..session.clone() };
-    retry(&session, async |networks: Networks| {
+    let mut attempts = Attempts::new();
+    loop {
+        let networks = attempts.next(&session).await?;
         if !networks.set.networks.contains_key(name) {
             return Err(networks.missing(name));
         }
@@ -210,39 +196,48 @@ pub async fn remove_network(config: &StoreConfig, name: &NetworkName, force: boo
         if !force && !holders.is_empty() {
             return Err(NetworkError::InUse { name: name.clone(), holders });
         }
-        let mut compares = networks.unchanged(&session, [name]);
+        let mut compares = networks.unchanged(&session.keys, [name]);
         let (from, to) = own.keys.subnets_range();
         // No lease, or none that is missing in the returned list.
         let last_created = if force { listing.revision } else { 0 };
         compares.push(Compare::create_revision(from.clone(), CompareOp::Less, last_created + 1).with_range(to.clone()));
         // Below the default network's prefix are all others.
-        let range = if name.is_default() { (from, to) } else { own.keys.prefix_range() };
+        let (from, to) = if name.is_default() { (from, to) } else { own.keys.prefix_range() };
         let mut operations = vec![
             TxnOp::delete(own.keys.config(), None),
-            TxnOp::delete(range.0, Some(DeleteOptions::new().with_range(range.1))),
+            TxnOp::delete(from, Some(DeleteOptions::new().with_range(to))),
         ];
         operations.extend(networks.vnis_of(name).map(|vni| TxnOp::delete(session.keys.vni(vni), None)));
-        let done = session.commit("remove a network", compares, operations).await?;
-        Ok(done.then_some(holders))
-    })
-    .await
+        if session.commit("remove a network", compares, operations).await? {
+            return Ok(holders);
+        }
+    }
 }
 
-/// Runs an attempt with the present networks until it succeeds or fails. `None` means that its transaction did not apply.
-async fn retry<T>(
-    session: &Session,
-    attempt: impl AsyncFn(Networks) -> Result<Option<T>, NetworkError>,
-) -> Result<T, NetworkError> {
-    let mut backoff = RETRY_BACKOFF;
-    let mut random = SmallRng::from_rng(&mut rand::rng());
-    for _ in 0..MAX_ATTEMPTS {
-        if let Some(done) = attempt(session.networks().await?).await? {
-            return Ok(done);
-        }
-        debug!("networks changed during the transaction; retrying");
-        tokio::time::sleep(backoff.next_delay(&mut random)).await;
+/// The attempts of one write or removal. Each begins with a read of all networks.
+struct Attempts {
+    count: u32,
+    backoff: Backoff,
+    random: SmallRng,
+}
+
+impl Attempts {
+    fn new() -> Attempts {
+        Attempts { count: 0, backoff: RETRY_BACKOFF, random: SmallRng::from_rng(&mut rand::rng()) }
     }
-    Err(NetworkError::Contended)
+
+    /// Waits after an attempt whose transaction did not apply, and reads the networks.
+    async fn next(&mut self, session: &Session) -> Result<Networks, NetworkError> {
+        if self.count == MAX_ATTEMPTS {
+            return Err(NetworkError::Contended);
+        }
+        if self.count > 0 {
+            debug!(attempts = self.count, "networks changed during the transaction; retrying");
+            tokio::time::sleep(self.backoff.next_delay(&mut self.random)).await;
+        }
+        self.count += 1;
+        Ok(session.networks().await?)
+    }
 }
 
 impl Networks {
@@ -256,6 +251,34 @@ impl Networks {
         NetworkError::Missing { name: name.clone(), present: joined(self.set.networks.keys()) }
     }
 
+    /// The record after a change, checked against these networks.
+    fn plan_write(
+        &self,
+        keys: &Keys,
+        name: &NetworkName,
+        kind: WriteKind,
+        change: &NetworkChange,
+    ) -> Result<WrittenNetwork, NetworkError> {
+        match (kind, self.set.networks.contains_key(name)) {
+            (WriteKind::Create, true) => return Err(NetworkError::Exists { name: name.clone() }),
+            (WriteKind::Change, false) => return Err(self.missing(name)),
+            _ => {}
+        }
+        let mut change = change.clone();
+        if kind == WriteKind::Create && !name.is_default() {
+            change.vni = change.vni.or_else(|| self.set.free_vni());
+        }
+        let before = self.text(name).map(str::to_owned);
+        let text = change.apply(before.as_deref().unwrap_or_default());
+        let invalid = |errors| NetworkError::Invalid { name: name.clone(), errors };
+        let record = NetworkRecord::parse(&text).map_err(invalid)?;
+        self.set.check(name, &record).map_err(invalid)?;
+        // A network made by hand may lack its VNI's key, or have another.
+        let has_vni_key = name.is_default() || self.vnis_of(name).eq(record.vni());
+        let changed = !(has_vni_key && before.as_deref().is_some_and(|before| is_same_json(before, &text)));
+        Ok(WrittenNetwork { key: keys.network(name).config(), record, before, text, changed })
+    }
+
     /// The VNIs whose keys name this network.
     fn vnis_of<'a>(&'a self, name: &'a NetworkName) -> impl Iterator<Item = Vni> + 'a {
         self.set.vnis.iter().filter(move |(_, holder)| *holder == name).map(|(vni, _)| *vni)
@@ -264,13 +287,13 @@ impl Networks {
     /// Compares for a change that was checked against these networks: the records of the networks that it names and of the
     /// default network are unchanged, and so is each VNI key. Each write of a named network sets its VNI key. A removal leaves no
     /// trace there, but makes only a change invalid that names the removed network.
-    fn unchanged<'a>(&self, session: &Session, names: impl IntoIterator<Item = &'a NetworkName>) -> Vec<Compare> {
+    fn unchanged<'a>(&self, keys: &Keys, names: impl IntoIterator<Item = &'a NetworkName>) -> Vec<Compare> {
         let names: BTreeSet<NetworkName> = names.into_iter().cloned().chain([NetworkName::default()]).collect();
-        let (from, to) = session.keys.vnis_range();
+        let (from, to) = keys.vnis_range();
         let vnis = Compare::mod_revision(from, CompareOp::Less, self.revision + 1).with_range(to);
         let record = |name: &NetworkName| {
             let revision = self.texts.get(name).map_or(0, |stored| stored.mod_revision);
-            Compare::mod_revision(session.keys.network(name).config(), CompareOp::Equal, revision)
+            Compare::mod_revision(keys.network(name).config(), CompareOp::Equal, revision)
         };
         names.iter().map(record).chain([vnis]).collect()
     }
