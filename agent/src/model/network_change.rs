@@ -150,7 +150,8 @@ mod tests {
 
     #[test]
     fn other_fields_are_kept() {
-        let before = r#"{"network":"10.1.0.0/16","SubnetMin":"10.1.9.0","backend":{"vni":3,"Port":4789},"peers":["a","b"],"X":1}"#;
+        let before =
+            r#"{"network":"10.1.0.0/16","SubnetMin":"10.1.9.0","backend":{"vni":3,"Port":4789},"peers":["a","b"],"X":1}"#;
         let change = NetworkChange {
             vni: Vni::try_from(9).ok(),
             remove_peers: [NetworkName::from("a")].into(),

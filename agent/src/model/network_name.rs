@@ -52,6 +52,8 @@ impl Default for NetworkName {
     }
 }
 
+/// For tests: without a check.
+#[cfg(test)]
 impl From<&str> for NetworkName {
     fn from(name: &str) -> Self {
         NetworkName(name.into())

@@ -35,13 +35,19 @@ impl NetworkSet {
     pub fn check(&self, name: &NetworkName, record: &NetworkRecord) -> Result<(), ConfigErrors> {
         let mut errors = Vec::new();
         if name.is_default() && record.isolated {
-            errors.push(field_error("Isolated", "true", "is not possible: the default network is routed, flannel's hosts share it"));
+            errors.push(field_error(
+                "Isolated",
+                "true",
+                "is not possible: the default network is routed, flannel's hosts share it",
+            ));
         }
         errors.extend(self.vni_error(name, record));
         if !record.isolated {
             let routed = self.others(name).filter(|(_, other)| !other.isolated);
             errors.extend(routed.filter_map(|(other_name, other)| {
-                let rule = format!("of routed network {other_name}: a host has one route to a range; choose another, or isolate the network");
+                let rule = format!(
+                    "of routed network {other_name}: a host has one route to a range; choose another, or isolate the network"
+                );
                 overlap_error("overlaps", record, other, &rule)
             }));
         }
@@ -52,7 +58,8 @@ impl NetworkSet {
     fn vni_error(&self, name: &NetworkName, record: &NetworkRecord) -> Option<FieldError> {
         let vni = record.vni()?;
         let reserved = self.vnis.get(&vni).filter(|holder| *holder != name);
-        let holder = reserved.or_else(|| self.others(name).find(|(_, other)| other.vni() == Some(vni)).map(|(other, _)| other))?;
+        let holder =
+            reserved.or_else(|| self.others(name).find(|(_, other)| other.vni() == Some(vni)).map(|(other, _)| other))?;
         let free = self.free_vni().map_or_else(|| "none is free".to_owned(), |free| format!("{free} is free"));
         Some(field_error("Backend.VNI", &vni.to_string(), &format!("is network {holder}'s: {free}")))
     }
@@ -85,7 +92,11 @@ impl NetworkSet {
         for other_name in self.peered_with(name).into_iter().filter(|other| *other != name && !record.peers.contains(*other)) {
             let Some(Ok(other)) = self.networks.get(other_name) else { continue };
             if !record.isolated {
-                errors.push(field_error("Isolated", "false", &format!("is not possible: network {other_name} names it in Peers")));
+                errors.push(field_error(
+                    "Isolated",
+                    "false",
+                    &format!("is not possible: network {other_name} names it in Peers"),
+                ));
             }
             let rule = format!("of network {other_name}, which names this one in Peers");
             errors.extend(overlap_error("overlaps", record, other, &rule));

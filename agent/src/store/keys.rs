@@ -162,7 +162,10 @@ mod tests {
         let keys = keys("/p");
         assert_eq!(keys.network(&NetworkName::default()), keys);
         let blue = keys.network(&"blue".into());
-        assert_eq!((blue.config(), blue.subnet("10.1.0.0-24")), ("/p/networks/blue/config".into(), "/p/networks/blue/subnets/10.1.0.0-24".into()));
+        assert_eq!(
+            (blue.config(), blue.subnet("10.1.0.0-24")),
+            ("/p/networks/blue/config".into(), "/p/networks/blue/subnets/10.1.0.0-24".into())
+        );
         assert_eq!(keys.network_part(&blue.subnet("10.1.0.0-24")), Some("blue"));
         assert_eq!((keys.network_part("/p/networks/x"), keys.network_part("/p/config")), (Some("x"), None));
         let (from, to) = keys.networks_range();

@@ -109,7 +109,8 @@ pub enum NetworkError {
     /// Hosts hold leases of the network.
     #[error(
         "network {name} is in use by {}: detach the containers and stop the agents there, or repeat with --force, which \
-         deletes the leases", .holders.join(", ")
+         deletes the leases",
+        shortened(holders)
     )]
     InUse {
         /// The name.
@@ -203,10 +204,8 @@ pub async fn remove_network(config: &StoreConfig, name: &NetworkName, force: boo
         compares.push(Compare::create_revision(from.clone(), CompareOp::Less, last_created + 1).with_range(to.clone()));
         // Below the default network's prefix are all others.
         let (from, to) = if name.is_default() { (from, to) } else { own.keys.prefix_range() };
-        let mut operations = vec![
-            TxnOp::delete(own.keys.config(), None),
-            TxnOp::delete(from, Some(DeleteOptions::new().with_range(to))),
-        ];
+        let mut operations =
+            vec![TxnOp::delete(own.keys.config(), None), TxnOp::delete(from, Some(DeleteOptions::new().with_range(to)))];
         operations.extend(networks.vnis_of(name).map(|vni| TxnOp::delete(session.keys.vni(vni), None)));
         if session.commit("remove a network", compares, operations).await? {
             return Ok(holders);
@@ -315,7 +314,8 @@ impl Session {
                 Some((Vni::try_from(vni).ok()?, kv.value_str().ok()?.parse().ok()?))
             })
             .collect();
-        let mut texts: BTreeMap<NetworkName, ConfigText> = vnis.values().map(|name| (name.clone(), ConfigText::default())).collect();
+        let mut texts: BTreeMap<NetworkName, ConfigText> =
+            vnis.values().map(|name| (name.clone(), ConfigText::default())).collect();
         let default = NetworkName::default();
         if let Some(stored) = self.config_at(&default, revision).await? {
             texts.insert(default, stored);
@@ -351,17 +351,14 @@ impl Session {
     }
 
     /// Returns whether the operations were applied: all, or none if a compare failed.
-    async fn commit(
-        &self,
-        what: &'static str,
-        compares: Vec<Compare>,
-        operations: Vec<TxnOp>,
-    ) -> Result<bool, NetworkError> {
+    async fn commit(&self, what: &'static str, compares: Vec<Compare>, operations: Vec<TxnOp>) -> Result<bool, NetworkError> {
         let txn = Txn::new().when(compares).and_then(operations);
         let mut kv = self.kv();
         match self.with_timeout(what, kv.txn(txn)).await {
             Ok(response) => Ok(response.succeeded()),
-            Err(StoreError::Permission { who, what, endpoint, prefix }) => Err(NetworkError::Role { who, what, endpoint, prefix }),
+            Err(StoreError::Permission { who, what, endpoint, prefix }) => {
+                Err(NetworkError::Role { who, what, endpoint, prefix })
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -383,6 +380,14 @@ fn holder(key: &str, value: &[u8]) -> String {
     let host = owner.node.map(|node| node.name).unwrap_or_else(|| owner.public_ip.to_string());
     let host = if host.is_empty() { "an unknown host" } else { &host };
     format!("{host} ({})", printable(key).replace('&', " ").replace('-', "/"))
+}
+
+/// The first holders, for one line.
+fn shortened(holders: &[String]) -> String {
+    const SHOWN: usize = 10;
+    let more = holders.len().saturating_sub(SHOWN);
+    let shown = holders[..holders.len() - more].join(", ");
+    if more == 0 { shown } else { format!("{shown} and {more} more (overlayctl network inspect)") }
 }
 
 fn is_same_json(one: &str, other: &str) -> bool {

@@ -51,7 +51,8 @@ impl Etcd {
         let keys = self.keys().await;
         let records: BTreeSet<&str> =
             keys.keys().filter_map(|key| key.strip_prefix("networks/")?.strip_suffix("/config")).collect();
-        let reserved: Vec<&str> = keys.iter().filter(|(key, _)| key.starts_with("vnis/")).map(|(_, name)| name.as_str()).collect();
+        let reserved: Vec<&str> =
+            keys.iter().filter(|(key, _)| key.starts_with("vnis/")).map(|(_, name)| name.as_str()).collect();
         assert_eq!((reserved.len(), reserved.iter().copied().collect()), (records.len(), records), "{keys:#?}");
         let set = read_networks(&self.config()).await.unwrap().set;
         for (name, record) in &set.networks {
@@ -75,7 +76,8 @@ async fn network_is_created_changed_and_removed() {
     etcd.assert_nothing_half_made().await;
 
     assert!(matches!(create(&config, "blue", &isolated("10.1.0.0/16")).await, Err(NetworkError::Exists { .. })));
-    let error = create(&config, "red", &NetworkChange { vni: Vni::try_from(3).ok(), ..isolated("10.1.0.0/16") }).await.unwrap_err();
+    let error =
+        create(&config, "red", &NetworkChange { vni: Vni::try_from(3).ok(), ..isolated("10.1.0.0/16") }).await.unwrap_err();
     assert_eq!(error.to_string(), "network red: Backend.VNI: `3` is network green's: 4 is free");
     let error = create(&config, "red", &routed("10.244.7.0/24")).await.unwrap_err();
     assert!(error.to_string().contains("overlaps 10.244.0.0/16 of routed network default"), "{error}");
@@ -146,7 +148,10 @@ async fn default_network_and_overlapping_routed_network_exclude_each_other() {
     for round in 0..10 {
         let config = StoreConfig { prefix: format!("/round-{round}"), ..etcd.config() };
         let (one, range) = (config.clone(), routed("10.0.0.0/16"));
-        let default = { let range = range.clone(); tokio::spawn(async move { create(&one, "default", &range).await }) };
+        let default = {
+            let range = range.clone();
+            tokio::spawn(async move { create(&one, "default", &range).await })
+        };
         let blue = create(&config, "blue", &range).await;
         let default = default.await.unwrap();
         assert!(default.is_ok() != blue.is_ok(), "{default:?} {blue:?}");
@@ -176,7 +181,8 @@ async fn interrupted_creation_leaves_nothing_half_made() {
     for round in 0..12_u64 {
         let name = NetworkName::from(format!("n{round}").as_str());
         let (mine, own_name) = (config.clone(), name.clone());
-        let task = tokio::spawn(async move { write_network(&mine, &own_name, WriteKind::Create, &isolated("10.0.0.0/16")).await });
+        let task =
+            tokio::spawn(async move { write_network(&mine, &own_name, WriteKind::Create, &isolated("10.0.0.0/16")).await });
         tokio::time::sleep(Duration::from_micros(round * 700)).await;
         if round % 4 == 3 {
             etcd.kill();
@@ -273,7 +279,10 @@ async fn user_without_role_changes_nothing() {
     for (error, what) in errors.iter().zip(["create", "change", "remove"]) {
         assert!(matches!(error, NetworkError::Role { .. }), "{error:?}");
         let text = error.to_string();
-        assert!(text.contains(&format!("user `reader` may not {what} a network")) && text.contains("role overlay-admin"), "{text}");
+        assert!(
+            text.contains(&format!("user `reader` may not {what} a network")) && text.contains("role overlay-admin"),
+            "{text}"
+        );
     }
     let set = read_networks(&admin).await.unwrap().set;
     assert_eq!(set.networks.keys().map(ToString::to_string).collect::<Vec<_>>(), ["blue"]);
@@ -297,7 +306,8 @@ async fn records_made_by_hand_are_listed_and_repaired() {
         client.put(format!("{PREFIX}/{key}"), value, None).await.unwrap();
     }
     let networks = read_networks(&config).await.unwrap();
-    let listed: Vec<(String, bool)> = networks.set.networks.iter().map(|(name, record)| (name.to_string(), record.is_ok())).collect();
+    let listed: Vec<(String, bool)> =
+        networks.set.networks.iter().map(|(name, record)| (name.to_string(), record.is_ok())).collect();
     let wanted = [("hand", true), ("hand-2", false), ("left", false), ("reserved", false)];
     assert_eq!(listed, wanted.map(|(name, valid)| (name.to_owned(), valid)));
     assert_eq!(networks.text(&"hand-2".into()), Some("{"));
