@@ -71,7 +71,7 @@ impl NetworkSet {
             let other = self.networks.get(peer).and_then(|other| other.as_ref().ok());
             let rule = match other {
                 _ if peer == name => "is the network itself: remove it".to_owned(),
-                None => format!("is unknown: the networks are {}", joined(self.valid().map(|(name, _)| name))),
+                None => format!("is unknown; present: {}", joined(self.valid().map(|(name, _)| name))),
                 Some(other) if !other.isolated => "is routed: only isolated networks are routed to each other".to_owned(),
                 Some(other) => {
                     peers.push((peer, other));
@@ -192,7 +192,7 @@ mod tests {
                 "IPv6Network: `fd00:20:0:100::/56` overlaps fd00:20::/48 of routed network shop",
             ),
             ("new", isolated(r#""Peers":["new"]"#), "Peers: `new` is the network itself"),
-            ("new", isolated(r#""Peers":["nil"]"#), "Peers: `nil` is unknown: the networks are blue, default, green, red, shop"),
+            ("new", isolated(r#""Peers":["nil"]"#), "Peers: `nil` is unknown; present: blue, default, green, red, shop"),
             ("new", isolated(r#""Peers":["broken"]"#), "Peers: `broken` is unknown"),
             ("new", isolated(r#""Peers":["shop"]"#), "Peers: `shop` is routed"),
             (

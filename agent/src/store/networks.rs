@@ -91,7 +91,7 @@ pub enum NetworkError {
         name: NetworkName,
     },
     /// No network has this name.
-    #[error("no network {name}; the networks are {present}")]
+    #[error("no network {name}; present: {present}")]
     Missing {
         /// The name.
         name: NetworkName,
@@ -271,7 +271,17 @@ impl Networks {
         let text = change.apply(before.as_deref().unwrap_or_default());
         let invalid = |errors| NetworkError::Invalid { name: name.clone(), errors };
         let record = NetworkRecord::parse(&text).map_err(invalid)?;
-        self.set.check(name, &record).map_err(invalid)?;
+        // Another network's defect, such as a record written by hand, must not keep this one from any change.
+        let old_errors = match self.set.networks.get(name) {
+            Some(Ok(old)) => self.set.check(name, old).err(),
+            _ => None,
+        };
+        if let Err(ConfigErrors(mut errors)) = self.set.check(name, &record) {
+            errors.retain(|error| !old_errors.as_ref().is_some_and(|old| old.0.contains(error)));
+            if !errors.is_empty() {
+                return Err(invalid(ConfigErrors(errors)));
+            }
+        }
         // A network made by hand may lack its VNI's key, or have another.
         let has_vni_key = name.is_default() || self.vnis_of(name).eq(record.vni());
         let changed = !(has_vni_key && before.as_deref().is_some_and(|before| is_same_json(before, &text)));

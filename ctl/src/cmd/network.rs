@@ -23,7 +23,7 @@ pub(super) const AGENTS_JOIN_NAMED_NETWORKS: bool = false;
 pub enum Args {
     /// Create a network; `default` is the one whose configuration flannel's hosts share
     Create {
-        /// Name: a DNS label of at most 32 characters
+        /// Name: `default`; agents of this version join no other network
         name: NetworkName,
         /// Its fields
         #[command(flatten)]

@@ -89,7 +89,7 @@ async fn network_is_created_changed_and_removed() {
     let keys = etcd.keys().await;
     assert_eq!((keys.get("vnis/2"), keys.get("vnis/9").map(String::as_str)), (None, Some("blue")));
     let error = change(&config, "red", &with_vni(8)).await.unwrap_err();
-    assert_eq!(error.to_string(), "no network red; the networks are blue, default, green");
+    assert_eq!(error.to_string(), "no network red; present: blue, default, green");
 
     let peer = |name: &str| NetworkChange { add_peers: [NetworkName::from(name)].into(), ..NetworkChange::default() };
     let error = change(&config, "green", &peer("blue")).await.unwrap_err();
@@ -312,13 +312,21 @@ async fn records_made_by_hand_are_listed_and_repaired() {
     assert_eq!(listed, wanted.map(|(name, valid)| (name.to_owned(), valid)));
     assert_eq!(networks.text(&"hand-2".into()), Some("{"));
     assert_eq!(create(&config, "new", &isolated("10.0.0.0/16")).await.unwrap().record.vni().map(Vni::get), Some(4));
+    // A contradiction that a record written by hand brought in does not keep the other network from changes.
+    create(&config, "default", &NetworkChange { vni: Vni::try_from(9).ok(), ..routed("10.9.0.0/16") }).await.unwrap();
+    let rival = r#"{"Network":"10.9.0.0/16","Backend":{"VNI":9}}"#;
+    client.put(format!("{PREFIX}/networks/rival/config"), rival, None).await.unwrap();
+    let mtu = NetworkChange { mtu: Some(1400), ..NetworkChange::default() };
+    assert!(change(&config, "default", &mtu).await.unwrap().changed);
+    let error = change(&config, "default", &with_vni(2)).await.unwrap_err();
+    assert!(error.to_string().contains("`2` is network hand's") && !error.to_string().contains("rival"), "{error}");
     // A write adds the missing VNI key, also if the record stays.
     assert!(change(&config, "hand", &with_vni(2)).await.unwrap().changed);
     assert_eq!(etcd.keys().await.get("vnis/2").map(String::as_str), Some("hand"));
     for (name, force) in [("left", true), ("reserved", false), ("hand-2", false)] {
         remove_network(&config, &name.into(), force).await.unwrap();
     }
-    assert_eq!(read_networks(&config).await.unwrap().set.networks.len(), 2);
+    assert_eq!(read_networks(&config).await.unwrap().set.networks.len(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]
