@@ -13,10 +13,6 @@ use crate::output::{Style, Tone};
 use options::NetworkOptions;
 use views::{ListView, NetworkView, RemovedView};
 
-/// Whether agents join other networks than the default one. Without it no command writes such a network: a record that no host
-/// serves would look like a network that works.
-pub(super) const AGENTS_JOIN_NAMED_NETWORKS: bool = false;
-
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
 #[command(after_help = "Default of --etcd-endpoints: the servers of this host's agent, else http://127.0.0.1:2379.")]

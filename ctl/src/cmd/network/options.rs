@@ -3,7 +3,9 @@
 use overlay_agent::model::{Cidr, NetworkChange, NetworkName, PerFamily, Vni};
 use overlay_agent::store::WriteKind;
 
-use super::AGENTS_JOIN_NAMED_NETWORKS;
+/// Whether agents join other networks than the default one. Without it no command writes such a network: a record that no host
+/// serves would look like a network that works.
+const AGENTS_JOIN_NAMED_NETWORKS: bool = false;
 
 /// Flags of named networks are shown once agents join such networks.
 const HIDDEN: bool = !AGENTS_JOIN_NAMED_NETWORKS;
