@@ -52,6 +52,7 @@ impl NetworkSet {
             }));
         }
         errors.extend(self.peer_errors(name, record));
+        errors.extend(self.errors_of_peers(name, record));
         if errors.is_empty() { Ok(()) } else { Err(ConfigErrors(errors)) }
     }
 
@@ -88,20 +89,20 @@ impl NetworkSet {
                 errors.extend(overlap_error(&format!("of peer {second} overlaps"), other_peer, other, &rule));
             }
         }
-        // A changed range must fit those that already name this network.
-        for other_name in self.peered_with(name).into_iter().filter(|other| *other != name && !record.peers.contains(*other)) {
-            let Some(Ok(other)) = self.networks.get(other_name) else { continue };
-            if !record.isolated {
-                errors.push(field_error(
-                    "Isolated",
-                    "false",
-                    &format!("is not possible: network {other_name} names it in Peers"),
-                ));
-            }
-            let rule = format!("of network {other_name}, which names this one in Peers");
-            errors.extend(overlap_error("overlaps", record, other, &rule));
-        }
         errors
+    }
+
+    /// What a change of this network breaks in those that name it as their peer.
+    fn errors_of_peers(&self, name: &NetworkName, record: &NetworkRecord) -> Vec<FieldError> {
+        let mut changed = self.clone();
+        changed.networks.insert(name.clone(), Ok(record.clone()));
+        let others = self.others(name).filter(|(_, other)| other.peers.contains(name));
+        let new_errors = others.flat_map(|(other_name, other)| {
+            let before = self.peer_errors(other_name, other);
+            let after = changed.peer_errors(other_name, other).into_iter().filter(move |error| !before.contains(error));
+            after.map(move |error| FieldError { rule: format!("{} (network {other_name} has it in Peers)", error.rule), ..error })
+        });
+        new_errors.collect()
     }
 
     fn valid(&self) -> impl Iterator<Item = (&NetworkName, &NetworkRecord)> {
@@ -139,6 +140,7 @@ mod tests {
             ("blue", r#""Network":"10.0.0.0/16","Isolated":true,"Backend":{"VNI":2}"#),
             ("green", r#""Network":"10.0.0.0/16","Isolated":true,"Backend":{"VNI":3},"Peers":["red"]"#),
             ("red", r#""Network":"10.9.0.0/16","Isolated":true,"Backend":{"VNI":4},"Peers":["green"]"#),
+            ("hub", r#""Network":"10.78.0.0/16","Isolated":true,"Backend":{"VNI":8},"Peers":["blue","red"]"#),
             ("shop", r#""Network":"10.20.0.0/16","Backend":{"VNI":6},"EnableIPv6":true,"IPv6Network":"fd00:20::/48""#),
         ];
         let mut set = NetworkSet {
@@ -192,7 +194,7 @@ mod tests {
                 "IPv6Network: `fd00:20:0:100::/56` overlaps fd00:20::/48 of routed network shop",
             ),
             ("new", isolated(r#""Peers":["new"]"#), "Peers: `new` is the network itself"),
-            ("new", isolated(r#""Peers":["nil"]"#), "Peers: `nil` is unknown; present: blue, default, green, red, shop"),
+            ("new", isolated(r#""Peers":["nil"]"#), "Peers: `nil` is unknown; present: blue, default, green, hub, red, shop"),
             ("new", isolated(r#""Peers":["broken"]"#), "Peers: `broken` is unknown"),
             ("new", isolated(r#""Peers":["shop"]"#), "Peers: `shop` is routed"),
             (
@@ -208,12 +210,17 @@ mod tests {
             (
                 "green",
                 r#""Network":"10.9.9.0/24","Isolated":true,"Backend":{"VNI":3}"#.to_owned(),
-                "Network: `10.9.9.0/24` overlaps 10.9.0.0/16 of network red, which names this one in Peers",
+                "overlaps 10.9.9.0/24 of peer green: networks that are routed to each other need ranges of their own (network red has it",
             ),
             (
                 "green",
                 r#""Network":"10.8.0.0/24","Backend":{"VNI":3}"#.to_owned(),
-                "Isolated: `false` is not possible: network red names it in Peers",
+                "Peers: `green` is routed: only isolated networks are routed to each other (network red has it in Peers)",
+            ),
+            (
+                "red",
+                r#""Network":"10.0.3.0/24","Isolated":true,"Backend":{"VNI":4}"#.to_owned(),
+                "of peer red overlaps 10.0.0.0/16 of blue, and both are peers: leave one out (network hub has it in Peers)",
             ),
         ] {
             let error = networks().check(&name.into(), &record(&fields)).expect_err(&fields).to_string();
