@@ -18,6 +18,7 @@
 //! | `read`, `watch` | a paged snapshot at one revision; then every change after it |
 //! | `lease`, `pick` | decisions about this host's lease, as pure functions |
 //! | `lease_keeper`, `write`, `renew` | their execution: transactions, renewal, liveness checks of another lease's holder |
+//! | `networks` | the networks' records: read at one revision, written and removed in one transaction each |
 //! | `oneshot` | single requests for programs without an agent; `clock` reads an etcd server's clock |
 
 use std::collections::BTreeSet;
@@ -44,6 +45,7 @@ mod error;
 mod keys;
 mod lease;
 mod lease_keeper;
+mod networks;
 mod oneshot;
 mod pick;
 mod read;
@@ -56,6 +58,7 @@ pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};
+pub use networks::{NetworkError, Networks, WriteKind, WrittenNetwork, read_networks, remove_network, write_network};
 pub use oneshot::{
     ConfigText, MemberStatus, ReleaseReport, ReplaceCondition, Snapshot, get_config, member_status, put_config, read_all,
     release, remaining_ttls,

@@ -29,6 +29,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use addresses::route_collisions;
 pub(crate) use facts::read_net_stat;
 pub use facts::{Facts, Settings};
 pub use findings::{Finding, Findings, Severity};

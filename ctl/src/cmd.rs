@@ -14,6 +14,7 @@ pub mod inspect;
 pub mod lab;
 pub mod man;
 pub mod mesh;
+pub mod network;
 pub mod peers;
 pub mod ping_mesh;
 pub mod run;
@@ -60,6 +61,9 @@ pub enum Command {
     /// Show, set or validate the network configuration in etcd
     #[command(subcommand)]
     Config(config::Args),
+    /// Create, list, change and remove networks in etcd
+    #[command(subcommand)]
+    Network(network::Args),
     /// Attach a container's network namespace to the overlay
     Attach(attach::Args),
     /// Run a command in a new network namespace on the overlay
@@ -101,6 +105,7 @@ pub async fn run(cli: Cli) -> Result<Outcome, CommandError> {
         Command::Peers(args) => peers::run(&context, &args).await,
         Command::Status(args) => status::run(&context, &args).await,
         Command::Config(args) => config::run(&context, &args).await,
+        Command::Network(args) => network::run(&context, &args).await,
         Command::Attach(args) => attach::run(&context, &args).await,
         Command::Run(args) => run::run(&context, &args).await,
         Command::Detach(args) => detach::run(&context, &args).await,

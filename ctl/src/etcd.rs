@@ -8,9 +8,12 @@ use std::time::Duration;
 
 use overlay_agent::model::api::{SubnetEntry, Subnets};
 use overlay_agent::model::event::{Connection, StoreEvent};
-use overlay_agent::model::{ExpiryId, NetworkConfig};
+use overlay_agent::model::{ExpiryId, NetworkChange, NetworkConfig, NetworkName};
 use overlay_agent::plan::lease_table::{Classification, LeaseTable};
-use overlay_agent::store::{self, DEFAULT_PREFIX, ReplaceCondition, Store, StoreConfig, StoreError};
+use overlay_agent::store::{
+    self, DEFAULT_PREFIX, Keys, NetworkError, Networks, ReplaceCondition, Store, StoreConfig, StoreError, WriteKind,
+    WrittenNetwork,
+};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -57,6 +60,9 @@ pub enum EtcdError {
     /// Error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// A network cannot be written or removed.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The store's task ended unexpectedly.
     #[error("watching etcd ended: {reason}")]
     WatchEnded {
@@ -117,6 +123,31 @@ impl EtcdArgs {
         let replace = ReplaceCondition::Revision(previous.map_or(0, |b| b.mod_revision));
         store::put_config(&self.store_config(), text, replace).await?;
         Ok(())
+    }
+
+    /// Access to one network of these: its records have the same form below a prefix of their own.
+    pub fn of_network(&self, name: &NetworkName) -> Result<EtcdArgs, EtcdError> {
+        Ok(EtcdArgs { prefix: Keys::new(&self.prefix)?.network(name).prefix().to_owned(), ..self.clone() })
+    }
+
+    /// Reads all networks.
+    pub async fn networks(&self) -> Result<Networks, EtcdError> {
+        Ok(store::read_networks(&self.store_config()).await?)
+    }
+
+    /// Creates or changes a network in one transaction.
+    pub async fn write_network(
+        &self,
+        name: &NetworkName,
+        kind: WriteKind,
+        change: &NetworkChange,
+    ) -> Result<WrittenNetwork, EtcdError> {
+        Ok(store::write_network(&self.store_config(), name, kind, change).await?)
+    }
+
+    /// Removes a network, with `force` also its leases. Returns the deleted leases.
+    pub async fn remove_network(&self, name: &NetworkName, force: bool) -> Result<Vec<String>, EtcdError> {
+        Ok(store::remove_network(&self.store_config(), name, force).await?)
     }
 
     /// Reads all leases with their remaining time.

@@ -228,10 +228,14 @@ async fn agent_role_has_least_privilege() {
     cluster.etcdctl_as_user("overlay-agent", &["put", &lease, "{}"]).assert_code(0);
     cluster.etcdctl_as_user("overlay-agent", &["del", &lease]).assert_code(0);
     let config = format!("{}/config", layout::ETCD_PREFIX);
+    let blue = |key: &str| format!("{}/networks/blue/{key}", layout::ETCD_PREFIX);
     for denied in [
         &["put", &config, "{}"][..],
         &["del", &config],
         &["put", "/coreos.com/network2/subnets/x", "{}"],
+        &["put", &blue("config"), "{}"],
+        &["put", &blue("subnets/x"), "{}"],
+        &["put", &format!("{}/vnis/2", layout::ETCD_PREFIX), "blue"],
         &["get", "--prefix", "/coreos.com/"],
         &["get", "--prefix", ""],
         &["user", "add", "mallory:x"],
@@ -244,6 +248,24 @@ async fn agent_role_has_least_privilege() {
         .etcdctl_as_user("overlay-reader", &["put", &lease, "{}"])
         .assert_code(1)
         .assert_stderr_contains(&["permission denied"]);
+    // A named network's leases are granted one by one; its record stays the administrator's.
+    let mut access = cluster.etcdctl(Some("access.sh"));
+    access.arg(cluster.file("passwords")).args([layout::ETCD_PREFIX, "blue"]);
+    run(&mut access, Some(&cluster.lab.open_netns("net"))).assert_code(0);
+    cluster.etcdctl_as_user("overlay-agent", &["put", &blue("subnets/x"), "{}"]).assert_code(0);
+    for denied in [blue("config"), blue("subnets"), blue("subnets").replace("blue", "green") + "/x"] {
+        let denied = cluster.etcdctl_as_user("overlay-agent", &["put", &denied, "{}"]);
+        denied.assert_code(1).assert_stderr_contains(&["permission denied"]);
+    }
+    let network = |user: &str, words: &[&str]| {
+        let mut command = Command::new(overlayctl());
+        command.arg("network").args(words).args(cluster.flags(user, "pki", "overlay-agent"));
+        run(&mut command, Some(&cluster.lab.open_netns("h1")))
+    };
+    let refused = network("overlay-agent", &["set", "default", "--mtu", "1400"]);
+    refused.assert_code(1).assert_stderr_contains(&["user `overlay-agent` may not change a network", "role overlay-admin's"]);
+    network("overlay-reader", &["ls"]).assert_code(0);
+    network("overlay-admin", &["rm", "blue", "--force"]).assert_code(0);
     // A certificate's name selects its user. An unknown name has no access without a password; without a certificate, no
     // connection.
     cluster.create_certificates("pki", "365", &["passer-by"]);

@@ -57,6 +57,15 @@ impl BackendConfig {
         }
         BackendConfig::Vxlan(VxlanConfig::parse(reader))
     }
+
+    /// The VNI, if the backend has one.
+    pub fn vni(&self) -> Option<Vni> {
+        match self {
+            BackendConfig::Vxlan(vxlan) => Some(vxlan.vni),
+            #[cfg(test)]
+            BackendConfig::HostGw => None,
+        }
+    }
 }
 
 impl BackendData {

@@ -17,6 +17,11 @@ pub struct FieldError {
     pub rule: String,
 }
 
+/// All errors of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+pub struct ConfigErrors(pub Vec<FieldError>);
+
 /// Takes known fields out of a JSON object; the remaining fields are unknown.
 pub struct FieldReader {
     path: String,
@@ -28,6 +33,16 @@ pub struct FieldReader {
 impl FieldReader {
     pub fn new(path: &str, fields: Map<String, Value>) -> FieldReader {
         FieldReader { path: path.to_owned(), fields, errors: Vec::new(), warnings: Vec::new() }
+    }
+
+    /// Reads a configuration's JSON text.
+    pub fn of_object(text: &str) -> Result<FieldReader, ConfigErrors> {
+        let rule = match serde_json::from_str::<Value>(text) {
+            Ok(Value::Object(fields)) => return Ok(FieldReader::new("", fields)),
+            Ok(_) => "is not a JSON object".to_owned(),
+            Err(e) => format!("is not JSON: {e}"),
+        };
+        Err(ConfigErrors(vec![field_error("config", text, &rule)]))
     }
 
     /// Takes a field by case-insensitive name. Of several spellings the last one wins, as in Go. `null` counts as absent.
@@ -77,6 +92,16 @@ impl FieldReader {
                 None
             }
         }
+    }
+
+    /// A list of strings; absent means empty.
+    pub fn strings(&mut self, name: &str) -> Vec<String> {
+        let Some(value) = self.take_field(name) else { return Vec::new() };
+        let texts = value.as_array().and_then(|items| items.iter().map(|item| item.as_str().map(str::to_owned)).collect());
+        texts.unwrap_or_else(|| {
+            self.fail(name, &value.to_string(), "is not a list of strings");
+            Vec::new()
+        })
     }
 
     pub fn finish(mut self) -> (Vec<FieldError>, Vec<FieldError>) {

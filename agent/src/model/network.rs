@@ -13,7 +13,7 @@ use super::device::MAX_BRIDGE_PORTS;
 use super::family::address_value;
 use super::{BackendConfig, Cidr, Family, PerFamily, Subnet};
 
-pub use super::config_fields::FieldError;
+pub use super::config_fields::{ConfigErrors, FieldError};
 use super::config_fields::{FieldReader, field_error};
 pub use pool::Pool;
 
@@ -29,11 +29,6 @@ pub struct NetworkConfig {
 
 /// IPv6's minimum MTU in bytes (RFC 8200, section 5). Below it the kernel disables IPv6 on an interface.
 pub const IPV6_MIN_MTU: u32 = 1280;
-
-/// All errors of a configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
-pub struct ConfigErrors(pub Vec<FieldError>);
 
 /// A valid configuration with its warnings.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,12 +67,17 @@ impl NetworkConfig {
 
     /// Parses the JSON text under `<prefix>/config`. Reports all errors at once.
     pub fn parse(text: &str) -> Result<ParsedConfig, ConfigErrors> {
-        let fields = match serde_json::from_str::<Value>(text) {
-            Ok(Value::Object(map)) => map,
-            Ok(_) => return Err(ConfigErrors(vec![field_error("config", text, "is not a JSON object")])),
-            Err(e) => return Err(ConfigErrors(vec![field_error("config", text, &format!("is not JSON: {e}"))])),
-        };
-        let mut reader = FieldReader::new("", fields);
+        let mut reader = FieldReader::of_object(text)?;
+        let config = NetworkConfig::read(&mut reader);
+        let (errors, warnings) = reader.finish();
+        match config {
+            Some(config) if errors.is_empty() => Ok(ParsedConfig { config, warnings }),
+            _ => Err(ConfigErrors(errors)),
+        }
+    }
+
+    /// Takes flannel's fields; `None` if the backend is invalid. The reader has the errors.
+    pub(super) fn read(reader: &mut FieldReader) -> Option<NetworkConfig> {
         let v4 = reader.family(Family::V4);
         let v6 = reader.family(Family::V6);
         if !v4.enabled && !v6.enabled {
@@ -92,12 +92,7 @@ impl NetworkConfig {
         if reader.boolean("EnableNFTables").is_some() {
             reader.warn("EnableNFTables", "has no effect: nftables is always used");
         }
-        let backend = reader.backend();
-        let (errors, warnings) = reader.finish();
-        match (errors.is_empty(), backend) {
-            (true, Some(backend)) => Ok(ParsedConfig { config: NetworkConfig { pools, backend }, warnings }),
-            _ => Err(ConfigErrors(errors)),
-        }
+        Some(NetworkConfig { pools, backend: reader.backend()? })
     }
 }
 
@@ -112,7 +107,7 @@ struct FamilyFields {
 }
 
 impl Family {
-    fn field_name(self, name: &str) -> String {
+    pub(super) fn field_name(self, name: &str) -> String {
         match self {
             Family::V4 => name.to_owned(),
             Family::V6 => format!("IPv6{name}"),

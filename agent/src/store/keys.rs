@@ -1,7 +1,9 @@
-//! Keys in etcd: `<prefix>/config` and `<prefix>/subnets/<subnet>`. Pure.
+//! Keys in etcd. Pure.
+//!
+//! A network has `config` and `subnets/<subnet>`: the default one below the prefix, a named one below `<prefix>/networks/<name>`.
 
 use super::StoreError;
-use crate::model::Cidr;
+use crate::model::{Cidr, NetworkName, Vni};
 
 /// flannel's default prefix.
 pub const DEFAULT_PREFIX: &str = "/coreos.com/network";
@@ -54,6 +56,34 @@ impl Keys {
     /// The full key of an entry, from its last part.
     pub fn subnet(&self, key: &str) -> String {
         format!("{}/subnets/{key}", self.prefix)
+    }
+
+    /// The keys of one network, of which these are the default's.
+    pub fn network(&self, name: &NetworkName) -> Keys {
+        match name.is_default() {
+            true => self.clone(),
+            false => Keys { prefix: format!("{}/networks/{name}", self.prefix) },
+        }
+    }
+
+    /// The range of everything of named networks: from (inclusive), to (exclusive).
+    pub(super) fn networks_range(&self) -> (String, String) {
+        (format!("{}/networks/", self.prefix), format!("{}/networks0", self.prefix))
+    }
+
+    /// The name in a key of [`Self::networks_range`], not necessarily valid.
+    pub(super) fn network_part<'a>(&self, key: &'a str) -> Option<&'a str> {
+        key.strip_prefix(&self.networks_range().0)?.split('/').next()
+    }
+
+    /// The key that names the network of a VNI.
+    pub(super) fn vni(&self, vni: Vni) -> String {
+        format!("{}/vnis/{vni}", self.prefix)
+    }
+
+    /// The range of all VNI keys: from (inclusive), to (exclusive).
+    pub(super) fn vnis_range(&self) -> (String, String) {
+        (format!("{}/vnis/", self.prefix), format!("{}/vnis0", self.prefix))
     }
 
     /// The range of all keys below the prefix: from (inclusive), to (exclusive).
@@ -125,6 +155,26 @@ mod tests {
         assert!(from < keys.subnet("0") && keys.subnet("~") < to);
         let (from, to) = keys.prefix_range();
         assert!(from < keys.config() && keys.subnet("~") < to);
+    }
+
+    #[test]
+    fn named_networks_have_keys_below_their_name() {
+        let keys = keys("/p");
+        assert_eq!(keys.network(&NetworkName::default()), keys);
+        let blue = keys.network(&"blue".into());
+        assert_eq!(
+            (blue.config(), blue.subnet("10.1.0.0-24")),
+            ("/p/networks/blue/config".into(), "/p/networks/blue/subnets/10.1.0.0-24".into())
+        );
+        assert_eq!(keys.network_part(&blue.subnet("10.1.0.0-24")), Some("blue"));
+        assert_eq!((keys.network_part("/p/networks/x"), keys.network_part("/p/config")), (Some("x"), None));
+        let (from, to) = keys.networks_range();
+        assert!(from < blue.config() && blue.subnet("~") < to);
+        let (from, to) = keys.vnis_range();
+        let vni = keys.vni(Vni::DEFAULT);
+        assert!(vni == "/p/vnis/1" && from < vni && vni < to);
+        // Agents of the default network ignore them.
+        assert_eq!(keys.kind_of(blue.config().as_bytes()), KeyKind::Other);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod harness;
 mod history;
 mod lease_keeping;
 mod model;
+mod networks;
 mod oneshot;
 mod proxy;
 mod security;

@@ -4,25 +4,39 @@
 use std::net::IpAddr;
 
 use overlay_agent::model::network::Pool;
-use overlay_agent::model::{Cidr, Family};
+use overlay_agent::model::{Cidr, Family, NetworkConfig};
 use overlay_agent::plan::underlay::nameservers;
 use serde_json::Value;
 
 use super::facts::{ToolError, is_overlay_link, is_tunnel, report_unchecked, run_tool_json, sysctl};
-use super::{Facts, Findings};
+use super::{Facts, Finding, Findings};
 
 /// Protocol number of the agent's routes.
 const OUR_PROTOCOL: &str = "86";
 
 pub(super) async fn check(facts: &Facts, findings: &mut Findings) {
-    for (family, pool) in facts.pools().iter() {
-        match routes(family).await {
-            Ok(routes) => collisions(pool, &routes, findings),
-            Err(error) => report_unchecked(findings, &format!("the host's {family} routes"), &error),
-        }
+    for (_, pool) in facts.pools().iter() {
+        foreign_routes(pool, findings).await;
         reserved_addresses(facts, pool, findings);
     }
     peer_routes(facts, findings).await;
+}
+
+/// Routes of this host that collide with a network which no agent has applied yet.
+pub(crate) async fn route_collisions(network: &NetworkConfig) -> Vec<Finding> {
+    let mut findings = Findings::for_check("addresses");
+    for (_, pool) in network.pools.iter() {
+        foreign_routes(pool, &mut findings).await;
+    }
+    findings.into_vec()
+}
+
+async fn foreign_routes(pool: &Pool, findings: &mut Findings) {
+    let family = pool.network.family();
+    match routes(family).await {
+        Ok(routes) => collisions(pool, &routes, findings),
+        Err(error) => report_unchecked(findings, &format!("the host's {family} routes"), &error),
+    }
 }
 
 async fn routes(family: Family) -> Result<Vec<Value>, ToolError> {

@@ -54,7 +54,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 
 /// Completes the etcd flags from this host's agent if they name no server. The agent does not reveal certificates and login:
 /// those flags are still needed.
-async fn resolve_endpoints(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
+pub(super) async fn resolve_endpoints(context: &Context, etcd: &EtcdArgs) -> EtcdArgs {
     if etcd.is_given() {
         return etcd.clone();
     }
@@ -137,14 +137,14 @@ fn read_file(file: &Path) -> Result<String, CommandError> {
     Ok(text)
 }
 
-fn print_warnings(warnings: &[FieldError]) {
+pub(super) fn print_warnings(warnings: &[FieldError]) {
     let style = Style::for_stream(&std::io::stderr());
     for warning in warnings {
         eprintln!("{} {} {}", style.paint(Tone::Warning, "warning:"), warning.field, warning.rule);
     }
 }
 
-fn print_errors(location: &str, errors: &ConfigErrors) {
+pub(super) fn print_errors(location: &str, errors: &ConfigErrors) {
     let style = Style::for_stream(&std::io::stderr());
     for error in &errors.0 {
         eprintln!("{} {location}: {error}", style.paint(Tone::Bad, "error:"));
@@ -156,7 +156,7 @@ fn pool_line(pool: &Pool) -> String {
     format!("{}: {} subnets of /{}, {} to {}", pool.network, pool.count(), pool.subnet_length, pool.min.base(), pool.max.base())
 }
 
-fn summary(config: &NetworkConfig) -> Vec<String> {
+pub(super) fn summary(config: &NetworkConfig) -> Vec<String> {
     let mut lines: Vec<String> = config.pools.iter().map(|(_, pool)| pool_line(pool)).collect();
     let backend = backend::of(config);
     let port = backend.tunnel().map(|tunnel| format!(", UDP port {}", tunnel.port));
@@ -176,11 +176,11 @@ impl View for Document {
 }
 
 #[derive(Serialize)]
-struct SetView {
-    key: String,
-    changed: bool,
-    before: Option<String>,
-    now: Vec<String>,
+pub(super) struct SetView {
+    pub(super) key: String,
+    pub(super) changed: bool,
+    pub(super) before: Option<String>,
+    pub(super) now: Vec<String>,
 }
 
 impl View for SetView {

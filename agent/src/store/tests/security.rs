@@ -102,7 +102,7 @@ async fn tls_to_plaintext_server_is_reported() {
 
 /// Enables authentication with the users `root`, `agent` (may write below the prefix), `reader` (may read there) and `nobody` (no
 /// rights), all with the same password.
-async fn enable_auth(etcd: &Etcd) -> StoreConfig {
+pub(super) async fn enable_auth(etcd: &Etcd) -> StoreConfig {
     let mut client: Client = etcd.client().await;
     for user in ["root", "agent", "reader", "nobody"] {
         client.user_add(user, "s3cret of all", None).await.unwrap();
@@ -179,7 +179,7 @@ async fn password_authentication_works() {
 }
 
 /// Writes a file that only its owner can access.
-fn write_secret(path: &Path, text: &str) {
+pub(super) fn write_secret(path: &Path, text: &str) {
     fs::write(path, text).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
 }
