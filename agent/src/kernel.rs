@@ -38,6 +38,7 @@ mod route_socket;
 mod rtnl;
 mod shared;
 mod snapshot;
+mod socket_filter;
 mod subscription;
 mod sysctl;
 pub mod trace;

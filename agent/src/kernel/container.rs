@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use netlink_packet_route::link::LinkFlags;
 use rtnetlink::LinkUnspec;
 use tokio::sync::Mutex;
 
@@ -222,11 +222,11 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
         shared.cache.insert_link(host, index, state);
     }
     let ipv6 = shared.sysctls.write_if_exists(&sysctl::accept_ra(host), sysctl::OFF)?;
-    change_link(&mut shared.socket, alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
+    shared.socket.change_link(alias_message(index, ipv6)).map_err(|e| alias_error(host, &e))?;
     let (mut netns_socket, inner) = netns.run_in_place(|| configure_inner(spec)).map_err(|e| OpError::from(&e))??;
     let source_filter = allow_sources(shared, spec)?;
     let port = LinkUnspec::new_with_index(index).controller(bridge).up();
-    let joined = change_link(&mut shared.socket, port.build());
+    let joined = shared.socket.change_link(port.build());
     joined.map_err(|e| {
         let mut error = e.context(format!("cannot make {host} a port of {}", spec.bridge));
         if e.errno == libc::EXFULL {
@@ -239,7 +239,7 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
         wait_until_running(&mut shared.socket, host).and_then(|()| announce_addresses(&mut netns_socket, inner, spec));
     announced.map_err(|e| e.context(format!("cannot announce {} in {}", spec.interface, spec.netns.display())))?;
     // The last step, because removing the pair does not undo it.
-    let loopback = change_link(&mut netns_socket, LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build());
+    let loopback = netns_socket.change_link(LinkUnspec::new_with_index(LOOPBACK_IFINDEX).up().build());
     loopback.map_err(|e| e.context(format!("cannot set lo up in {}", spec.netns.display())))?;
     Ok(source_filter)
 }
@@ -249,7 +249,7 @@ fn create_port(shared: &mut Shared, spec: &PortSpec, netns: &Netns, bridge: u32)
 /// addresses' last owner.
 fn announce_addresses(socket: &mut RouteSocket, index: u32, spec: &PortSpec) -> Result<(), KernelError> {
     wait_until_running(socket, &spec.interface)?;
-    change_link(socket, LinkUnspec::new_with_index(index).address(spec.mac.0.to_vec()).build())
+    socket.change_link(LinkUnspec::new_with_index(index).address(spec.mac.0.to_vec()).build())
 }
 
 /// Waits until an interface that is up is running: it sends and, as a bridge port, forwards. The kernel sets that state in a task
@@ -263,10 +263,6 @@ fn wait_until_running(socket: &mut RouteSocket, name: &str) -> Result<(), Kernel
     }
     tracing::warn!(interface = name, "interface not running yet; neighbours may keep stale MACs for half a minute");
     Ok(())
-}
-
-fn change_link(socket: &mut RouteSocket, change: LinkMessage) -> Result<(), KernelError> {
-    socket.change_link(change)
 }
 
 /// Adds the planned elements to the source filter, and removes those of an earlier user of the interface. If the table does not
@@ -322,7 +318,7 @@ fn configure_inner(spec: &PortSpec) -> Result<(RouteSocket, u32), OpError> {
         added.map_err(|e| step(&format!("add address {address} to {inner}"), e))?;
     }
     let up = LinkUnspec::new_with_index(index).append_extra_attribute(arp_notify()).up().build();
-    let up = change_link(&mut socket, up);
+    let up = socket.change_link(up);
     up.map_err(|e| step(&format!("set {inner} up"), e))?;
     for (destination, gateway) in &spec.routes {
         let message = route(Some(*destination), Some(*gateway), Some(index), PROTOCOL.into());
@@ -352,7 +348,7 @@ fn set_inner_mtu(spec: &PortSpec, netns: &Netns, host_index: u32) -> Result<(), 
             Ok(link) if link.peer == Some(host_index) && link.mtu != spec.mtu => link.index,
             _ => return Ok(()),
         };
-        let resized = change_link(&mut socket, LinkUnspec::new_with_index(index).mtu(spec.mtu).build());
+        let resized = socket.change_link(LinkUnspec::new_with_index(index).mtu(spec.mtu).build());
         resized.map_err(|e| e.context(format!("cannot set the MTU of {inner} in {} to {}", spec.netns.display(), spec.mtu)))
     })
 }

@@ -11,8 +11,8 @@ use super::peer_messages::{EntryQuery, KernelEntry, KernelRouteTarget};
 use super::shared::Shared;
 use super::sysctl;
 use crate::model::{Family, Mac, Role};
-use crate::plan::desired::sysctls;
 use crate::plan::state::{NEXTHOP_IDS, PROTOCOL, RouteTarget};
+use crate::plan::sysctls;
 use crate::plan::{Dump, Key, OpError, State, Value};
 
 /// Reads all our state and replaces the cache with it. If a read fails, the cache stays unchanged.

@@ -1,9 +1,10 @@
 //! The socket filter that keeps the agent's own changes from its monitors.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use super::peer_messages::AF_BRIDGE;
+use super::socket_filter::attach_program;
 
 /// Number of our sockets that cause events.
 pub(super) const OWN_SOCKETS: usize = 2;
@@ -41,12 +42,5 @@ pub(super) fn attach_filter(socket: BorrowedFd<'_>, own_ports: [u32; OWN_SOCKETS
         step(RETURN, 0, 0, u32::MAX),
         step(RETURN, 0, 0, 0),
     ];
-    let filter = libc::sock_fprog { len: 10, filter: program.as_mut_ptr() };
-    let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
-    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
-    // net/core/filter.c).
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    attach_program(socket, &mut program)
 }

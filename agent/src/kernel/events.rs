@@ -20,7 +20,7 @@ use super::route_socket::RouteSocket;
 use super::sysctl::{self, Sysctls};
 use super::uapi::*;
 use crate::model::{Device, Mac, Role};
-use crate::plan::desired::sysctls;
+use crate::plan::sysctls;
 use crate::plan::{KernelEvent, Key, LinkKind, OpError, Value};
 
 /// Maximum number of pending changes; beyond it a dump is cheaper.

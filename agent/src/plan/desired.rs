@@ -12,7 +12,7 @@ use super::state::{Key, LinkKind, LinkState, State, Value};
 use crate::model::{Endpoint, Family, Mac, Peer, Port, PublishedPort};
 
 pub use super::host_spec::HostSpec;
-pub use super::sysctls;
+use super::sysctls;
 
 /// Link-local address that dockerd sets on a bridge with IPv6. dockerd checks for it right afterwards, and does not start if the
 /// agent has removed it as a foreign address by then (libnetwork, `setup_verify_linux.go` and `bridgeIPv6`). So the agent sets it

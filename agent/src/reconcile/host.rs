@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use super::{Channels, HOST_READ_PAUSE_FACTOR, Reconciler, SysctlStore};
 use crate::metrics::FullRead;
 use crate::model::{Device, Family};
-use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
 use crate::plan::shared::{NamespaceFacts, SharedSpec, shared_entries};
 use crate::plan::state::{Entries, Value};
+use crate::plan::sysctls;
 use crate::plan::{DataPath, Key, LinkKind, LinkState};
 
 impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {

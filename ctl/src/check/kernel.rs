@@ -1,7 +1,7 @@
 //! The kernel: tries each feature in a temporary network namespace; reads sysctls and limits.
 
 use overlay_agent::model::{Device, Family};
-use overlay_agent::plan::desired::sysctls;
+use overlay_agent::plan::sysctls;
 
 use super::facts::{ToolError, read_net_stat, report_unchecked, run_tool, sysctl};
 use super::findings::FULL_WARNING_PERCENT;

@@ -6,8 +6,8 @@ use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP}
 use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation, legacy_tables};
 use overlay_agent::model::Family;
 use overlay_agent::model::publish::Transport;
-use overlay_agent::plan::desired::sysctls;
 use overlay_agent::plan::ruleset::Hook;
+use overlay_agent::plan::sysctls;
 
 use super::hop_log::{HopLog, Step, Stop};
 use super::host_view::HostView;

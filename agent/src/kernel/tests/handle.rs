@@ -3,8 +3,8 @@
 use super::support::*;
 use crate::kernel::netns::Netns;
 use crate::model::{Device, Family, Vni};
-use crate::plan::desired::sysctls;
 use crate::plan::ruleset::{Table, source_filter};
+use crate::plan::sysctls;
 use crate::plan::{DataPath, Key, Op, Value};
 
 /// What another program would see of the calling thread's namespace.

@@ -6,8 +6,8 @@ use super::support::*;
 use crate::kernel::KernelOptions;
 use crate::kernel::sysctl;
 use crate::model::{Family, Mac};
-use crate::plan::desired::sysctls;
 use crate::plan::state::{LinkKind, LinkState};
+use crate::plan::sysctls;
 use crate::plan::underlay::{Flaw, ForeignLink};
 use crate::plan::{DataPath, Key, Op, Value};
 

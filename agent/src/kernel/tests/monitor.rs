@@ -11,9 +11,9 @@ use crate::kernel::peer_messages;
 use crate::kernel::subscription::EventClass;
 use crate::kernel::{Kernel, KernelOptions, Shared};
 use crate::model::Family;
-use crate::plan::desired::sysctls;
 use crate::plan::ruleset::Table;
 use crate::plan::state::{LinkKind, RouteTarget};
+use crate::plan::sysctls;
 use crate::plan::{Batch, KernelEvent, Key, LinkState, Op, Ruleset, Value};
 
 #[test]

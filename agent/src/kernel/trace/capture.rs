@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt};
@@ -11,6 +11,7 @@ use nix::sys::time::TimeVal;
 use serde::{Deserialize, Serialize};
 
 use crate::kernel::packet::UDP;
+use crate::kernel::socket_filter::attach_program;
 use crate::model::Family;
 use crate::plan::OpError;
 
@@ -57,7 +58,7 @@ impl Capture {
     pub fn open(filter: CaptureFilter, timeout: Duration) -> Result<Capture, OpError> {
         let open = || -> io::Result<OwnedFd> {
             let socket = socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, Some(SockProtocol::EthAll))?;
-            attach_filter(&socket, bpf_program(&filter))?;
+            attach_program(socket.as_fd(), &mut bpf_program(&filter))?;
             let micros = i64::try_from(timeout.as_micros()).unwrap_or(i64::MAX);
             setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(micros / 1_000_000, micros % 1_000_000))?;
             Ok(socket)
@@ -233,17 +234,6 @@ fn address_words((source, destination): AddressPair) -> Vec<(u32, u32)> {
     let first = if source.is_ipv4() { 12 } else { 8 };
     let words = bytes.chunks(4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
     (first..).step_by(4).zip(words).collect()
-}
-
-fn attach_filter(socket: &OwnedFd, mut program: Vec<libc::sock_filter>) -> io::Result<()> {
-    let filter = libc::sock_fprog { len: u16::try_from(program.len()).unwrap_or(u16::MAX), filter: program.as_mut_ptr() };
-    let length = libc::socklen_t::try_from(size_of::<libc::sock_fprog>()).unwrap_or_default();
-    // SAFETY: the program and its description live until the call returns; the kernel copies both (sk_attach_filter in
-    // net/core/filter.c).
-    let result = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const filter).cast(), length)
-    };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Local entries: the data path has each change before the reconciler gets its event. Endpoints create and remove their ports.
 
 use super::*;
-use crate::plan::desired::{source_elements, sysctls};
+use crate::plan::desired::source_elements;
+use crate::plan::sysctls;
 
 /// An event on its way may be older than a change of ours.
 #[tokio::test]
