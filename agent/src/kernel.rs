@@ -78,10 +78,6 @@ use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpEr
 const OPS_PER_LOCK: usize = 4096;
 /// From this many FDB entries or set elements in a batch, the monitor pauses their events (`subscription`).
 const PAUSE_EVENTS_ABOVE: usize = 512;
-/// From this many set elements, they are applied in parallel with the peers' entries that follow, on another processor.
-const PARALLEL_ABOVE: usize = 512;
-/// Peers' entries per element in a parallel run: the kernel takes some three times as long for an element as for an entry.
-const PARALLEL_ENTRIES_PER_ELEMENT: usize = 3;
 
 /// Options of [`Kernel::open`].
 #[derive(Debug, Clone)]
@@ -214,14 +210,6 @@ impl DataPath for Kernel {
             let mut end = batch.len().min(begin + OPS_PER_LOCK);
             // A table and the elements of its sets form one transaction.
             end += batch[end..].iter().take_while(|op| nft::is_ruleset_key(op.key())).count();
-            let rules = batch[begin..end].iter().rev().take_while(|op| nft::is_ruleset_key(op.key())).count();
-            if rules >= PARALLEL_ABOVE {
-                end += batch[end..]
-                    .iter()
-                    .take(PARALLEL_ENTRIES_PER_ELEMENT * rules)
-                    .take_while(|op| op.key().is_peer_entry())
-                    .count();
-            }
             let mut shared = self.shared.lock().await;
             let translations = NatMappings::capture(&batch[begin..end], &shared.cache.local().rules);
             apply(&mut shared, &batch[begin..end], begin, &mut report);
@@ -264,15 +252,10 @@ fn apply(shared: &mut Shared, ops: &[Op], first: usize, report: &mut ApplyReport
             blocking(|| shared.batch.apply(&rest[..run], at, &mut shared.cache, report));
             rest = &rest[run..];
         } else if rules > 0 {
-            let (rules, following) = rest.split_at(rules);
-            // Set elements (what the host accepts) and peers' entries (where it sends) do not depend on each other.
-            let sets = |op: &Op| matches!(op, Op::Set(..));
-            let deletes_elements = |op: &Op| matches!(op, Op::Delete(Key::Element(_), _));
-            let same_kind = rules.iter().all(sets) || rules.iter().all(deletes_elements);
-            let parallel = if rules.len() >= PARALLEL_ABOVE && same_kind { following } else { &[] };
-            let run = parallel.iter().take_while(|op| op.key().is_peer_entry()).count();
-            apply_parallel(shared, rules, &parallel[..run], at, report);
-            rest = &rest[rules.len() + run..];
+            let Shared { nft, cache, .. } = shared;
+            let failed = blocking(|| nft.apply(&rest[..rules], &mut cache.local().rules));
+            report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
+            rest = &rest[rules..];
         } else if links > 0 {
             let names = rest[..links].iter().filter_map(|op| if let Key::Link(name) = op.key() { Some(&**name) } else { None });
             let names: Vec<&str> = names.collect();
@@ -297,30 +280,6 @@ fn delete_stale_connections(connections: &ConntrackCleaner, stale: Vec<StaleFilt
         Ok(deleted) => tracing::debug!(deleted, "deleted stale conntrack entries"),
         Err(error) => tracing::warn!(%error, "cannot delete stale conntrack entries; existing flows keep their NAT mapping"),
     }
-}
-
-/// Applies ruleset ops and, in parallel, the peers' entries that follow them.
-fn apply_parallel(shared: &mut Shared, rules: &[Op], entries: &[Op], at: usize, report: &mut ApplyReport) {
-    let Shared { nft, batch, cache, .. } = shared;
-    // Taken out for the other thread. Nobody reads them meanwhile: the reconciler waits for this batch.
-    let mut cached_rules = std::mem::take(&mut cache.local().rules);
-    let mut entries_report = ApplyReport::default();
-    let failed = if entries.is_empty() {
-        blocking(|| nft.apply(rules, &mut cached_rules))
-    } else {
-        std::thread::scope(|scope| {
-            // Spawned before `blocking` moves the runtime's other tasks, while the other processor is still idle: the scheduler
-            // places a new thread on an idle processor.
-            let other = scope.spawn(|| nft.apply(rules, &mut cached_rules));
-            blocking(|| {
-                batch.apply(entries, at + rules.len(), cache, &mut entries_report);
-                other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })
-        })
-    };
-    cache.local().rules = cached_rules;
-    report.failed.extend(failed.into_iter().map(|(index, error)| (at + index, error)));
-    report.failed.extend(entries_report.failed);
 }
 
 fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {

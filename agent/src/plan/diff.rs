@@ -112,9 +112,7 @@ fn compare<'a>(desired: &impl Entries, actual: &impl Entries, pairs: impl Iterat
     }
     teardown.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     sets.sort_by_key(|op| stage(op.key()));
-    // Elements do not depend on the entries of outgoing traffic. They are deleted first, so that they run in parallel with those
-    // entries, as they do when set.
-    deletions.sort_by_key(|op| (!matches!(op.key(), Key::Element(_)), std::cmp::Reverse(stage(op.key()))));
+    deletions.sort_by_key(|op| std::cmp::Reverse(stage(op.key())));
     teardown.append(&mut sets);
     teardown.append(&mut deletions);
     teardown

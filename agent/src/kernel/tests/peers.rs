@@ -134,10 +134,10 @@ fn failed_op_is_reported_and_batch_continues() {
     });
 }
 
-/// Many elements and the entries that follow are applied in parallel; the failures of both are reported in order.
+/// The failures of elements and of the entries that follow are reported at their places in the batch.
 #[test]
-fn elements_and_entries_apply_in_parallel() {
-    on_host("parallel", KernelOptions::default(), async |host| {
+fn failures_of_elements_and_entries_keep_their_place() {
+    on_host("places", KernelOptions::default(), async |host| {
         host.create_devices().await;
         let network = NetworkConfig::parse(r#"{"Network":"10.128.0.0/10","SubnetLen":24}"#).expect("a network").config;
         let own = network.pools.v4.and_then(|pool| pool.nth(3)).map(|cidr| (Family::V4, cidr));
