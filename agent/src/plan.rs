@@ -10,6 +10,7 @@ pub mod contribution;
 pub mod desired;
 pub mod diff;
 pub mod host_spec;
+pub mod isolation;
 pub mod lease_table;
 pub mod mesh;
 pub mod nexthop_ids;

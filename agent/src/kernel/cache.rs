@@ -182,6 +182,7 @@ impl KernelCache {
                 read_vxlan(vxlan, unspecified, || tx_checksum(&link.name)).map(LinkKind::Vxlan)
             }
             (Some(Role::Bridge), None) if link.kind == "bridge" => Some(LinkKind::Bridge),
+            (Some(Role::Transit | Role::PeerLink), None) if link.kind == "veth" => Some(LinkKind::Pair(None)),
             (None, None) if link.kind == "veth" => Some(LinkKind::Port),
             _ => None,
         };

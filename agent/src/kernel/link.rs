@@ -140,7 +140,9 @@ impl Links<'_> {
         let current = self.cache.link_state(&link, |name| ethtool.tx_checksum(name));
         let keep = match (current.map(|c| c.kind), &wanted.kind) {
             (Some(LinkKind::Vxlan(is)), LinkKind::Vxlan(wanted)) => is.changes_in_place(wanted),
-            (Some(LinkKind::Bridge), LinkKind::Bridge) | (Some(LinkKind::Port), LinkKind::Port) => true,
+            (Some(LinkKind::Bridge), LinkKind::Bridge)
+            | (Some(LinkKind::Port), LinkKind::Port)
+            | (Some(LinkKind::Pair(_)), LinkKind::Pair(_)) => true,
             _ => false,
         };
         if keep {
@@ -166,7 +168,7 @@ impl Links<'_> {
                     .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: NO_LL_LEARN, mask: NO_LL_LEARN }));
                 build_with_defaults(link, wanted)
             }
-            LinkKind::Port | LinkKind::Foreign { .. } => {
+            LinkKind::Port | LinkKind::Pair(_) | LinkKind::Foreign { .. } => {
                 return Err(error(
                     libc::ENODEV,
                     format!("interface {name} is gone: attach its container again to create a new pair"),

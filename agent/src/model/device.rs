@@ -30,6 +30,10 @@ pub enum Role {
     Vxlan(Family),
     /// The bridge to which the host's containers are attached.
     Bridge,
+    /// An end of the veth pair between an isolated network's namespace and the host's.
+    Transit,
+    /// An end of the veth pair between the namespaces of two networks. The VNI is that of the network at the other end.
+    PeerLink,
 }
 
 /// A device of the agent: its role in the overlay network with this VNI.
@@ -52,7 +56,17 @@ impl Device {
         Device { role: Role::Bridge, vni }
     }
 
-    /// The interface name: `ovx.<VNI>`, `ovx6.<VNI>` or `ovb.<VNI>`; at most 13 characters, of the kernel's 15.
+    /// An end of the veth pair between an isolated network's namespace and the host's.
+    pub const fn transit(vni: Vni) -> Device {
+        Device { role: Role::Transit, vni }
+    }
+
+    /// The end of a peer link that leads to the network with this VNI.
+    pub const fn peer_link(to: Vni) -> Device {
+        Device { role: Role::PeerLink, vni: to }
+    }
+
+    /// The interface name: `ovx.<VNI>`, `ovx6.<VNI>`, `ovb.<VNI>`, `ovt.<VNI>` or `ovr.<VNI>`; at most 13 characters, of the kernel's 15.
     pub fn name(self) -> String {
         self.to_string()
     }
@@ -65,17 +79,19 @@ impl Device {
             "ovx" => Role::Vxlan(Family::V4),
             "ovx6" => Role::Vxlan(Family::V6),
             "ovb" => Role::Bridge,
+            "ovt" => Role::Transit,
+            "ovr" => Role::PeerLink,
             _ => return None,
         };
         let device = Device { role, vni };
         (device.name() == name).then_some(device)
     }
 
-    /// The family whose traffic the device carries; both for the bridge.
+    /// Whether the device carries a family's traffic; only a VXLAN device does not carry both.
     pub fn carries(self, family: Family) -> bool {
         match self.role {
             Role::Vxlan(f) => f == family,
-            Role::Bridge => true,
+            Role::Bridge | Role::Transit | Role::PeerLink => true,
         }
     }
 }
@@ -86,6 +102,8 @@ impl fmt::Display for Device {
             Role::Vxlan(Family::V4) => "ovx",
             Role::Vxlan(Family::V6) => "ovx6",
             Role::Bridge => "ovb",
+            Role::Transit => "ovt",
+            Role::PeerLink => "ovr",
         };
         write!(f, "{prefix}.{}", self.vni)
     }

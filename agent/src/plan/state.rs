@@ -130,6 +130,8 @@ pub enum LinkKind {
     Bridge,
     /// The host end of an endpoint's veth pair. A batch never creates one: the endpoints do.
     Port,
+    /// An end of a veth pair between two network namespaces. Only the end that creates the pair has a target, in desired state.
+    Pair(Option<PairTarget>),
     /// A link of that name that is not ours (another kind, or without our alias). Only in actual state; never changed.
     Foreign {
         /// The kernel's name of the kind: `vxlan`, `dummy`; empty for hardware.
@@ -142,9 +144,19 @@ impl LinkKind {
     pub fn underlay(&self) -> Option<(u32, IpAddr)> {
         match self {
             LinkKind::Vxlan(vxlan) => Some((vxlan.underlay, vxlan.local)),
-            LinkKind::Bridge | LinkKind::Port | LinkKind::Foreign { .. } => None,
+            LinkKind::Bridge | LinkKind::Port | LinkKind::Pair(_) | LinkKind::Foreign { .. } => None,
         }
     }
+}
+
+/// Where the other end of a veth pair is created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PairTarget {
+    /// In the host's network namespace, with the same name.
+    Host,
+    /// In the network namespace with this name, as this device.
+    Namespace(String, Device),
 }
 
 /// Settings of a VXLAN device.
@@ -303,7 +315,7 @@ impl fmt::Display for Value {
                 match &link.kind {
                     LinkKind::Vxlan(v) => write!(f, "vxlan id {} local {} dstport {}", v.vni, v.local, v.port)?,
                     LinkKind::Bridge => f.write_str("bridge")?,
-                    LinkKind::Port => f.write_str("veth")?,
+                    LinkKind::Port | LinkKind::Pair(_) => f.write_str("veth")?,
                     LinkKind::Foreign { kind } => write!(f, "foreign {kind}")?,
                 }
                 if let Some(mac) = link.mac {
