@@ -11,12 +11,13 @@ use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, put};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use futures_util::FutureExt;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
+use super::serve::Connection;
 use super::{ApiError, Backend, ErrorKind, watch};
 use crate::model::api::{
     AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status,
@@ -199,11 +200,16 @@ async fn network<B: Backend>(State(shared): State<ApiState<B>>) -> JsonResult<Ne
 
 async fn attach<B: Backend>(
     State(shared): State<ApiState<B>>,
+    Extension(connection): Extension<Connection>,
     path: Result<Path<String>, PathRejection>,
     content: Body,
 ) -> JsonResult<AttachResponse> {
     let name = endpoint_name(path)?;
     let request: AttachRequest = parse_body(content).await?;
+    // A runtime that gave up an ADD sends a DEL over another connection, which may have been served first.
+    if connection.is_closed() {
+        return Err(bad_request("the client has closed the connection"));
+    }
     Ok(Json(shared.backend.attach(name, request).await?))
 }
 

@@ -2,12 +2,18 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::Request;
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
@@ -61,7 +67,7 @@ const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 /// A source of connections.
 pub(super) trait Listener {
     /// The connection type.
-    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+    type Stream: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin + 'static;
 
     /// Accepts the next connection. Cancel-safe.
     fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
@@ -80,6 +86,18 @@ impl Listener for TcpListener {
 
     async fn next(&self) -> io::Result<TcpStream> {
         self.accept().await.map(|(stream, _)| stream)
+    }
+}
+
+/// The connection by which a request came; valid while its handler runs.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Connection(RawFd);
+
+impl Connection {
+    /// Whether the client has closed its end.
+    pub(super) fn is_closed(self) -> bool {
+        let received = recv(self.0, &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        matches!(received, Ok(0) | Err(Errno::ECONNRESET))
     }
 }
 
@@ -146,17 +164,23 @@ pub(super) async fn accept_connections<L: Listener>(listener: &L, routes: Router
     }
 }
 
-async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
+async fn serve_connection<S: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin + 'static>(
     stream: S,
     routes: Router,
     limits: Limits,
     stop: CancellationToken,
 ) {
+    let connection = Connection(stream.as_raw_fd());
+    let routes = TowerToHyperService::new(routes);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(connection);
+        routes.call(request)
+    });
     let serving = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_timeout)
         .max_buf_size(MAX_HEADER_SIZE)
-        .serve_connection(TokioIo::new(WriteTimeout::new(stream, limits.write_timeout)), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(WriteTimeout::new(stream, limits.write_timeout)), service);
     tokio::pin!(serving);
     let outcome = tokio::select! {
         outcome = &mut serving => outcome,

@@ -227,6 +227,22 @@ async fn watch_ends_when_client_disconnects() {
 }
 
 #[tokio::test]
+async fn attach_of_lost_client_is_not_begun() {
+    let agent = Agent::start();
+    let body = r#"{"netns":"/run/netns/c1"}"#;
+    let request = format!("PUT /v1/endpoints/c1 HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    for _ in 0..20 {
+        let mut stream = agent.connect().await;
+        // Sent and closed before the server's task runs again.
+        stream.write_all(request.as_bytes()).await.unwrap();
+    }
+    assert_eq!(agent.get("/healthz").await.0, 200);
+    assert_eq!(agent.backend.attach_requests.load(std::sync::atomic::Ordering::Relaxed), 0);
+    assert_eq!(agent.request("PUT", "/v1/endpoints/c1", body).await.0, 200);
+    agent.shut_down().await;
+}
+
+#[tokio::test]
 async fn tcp_listener_serves_only_metrics_and_health() {
     let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
     let address = listener.local_addr().unwrap();

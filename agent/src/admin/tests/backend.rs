@@ -1,6 +1,7 @@
 //! A fake backend.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::watch as channel;
 
@@ -18,6 +19,8 @@ pub(super) struct FakeBackend {
     reasons: Mutex<Vec<String>>,
     level: Mutex<String>,
     changes: channel::Sender<u64>,
+    /// Number of attach requests.
+    pub(super) attach_requests: AtomicUsize,
 }
 
 impl Default for FakeBackend {
@@ -27,6 +30,7 @@ impl Default for FakeBackend {
             reasons: Mutex::default(),
             level: Mutex::new("info".to_owned()),
             changes: channel::Sender::new(0),
+            attach_requests: AtomicUsize::new(0),
         }
     }
 }
@@ -128,6 +132,7 @@ impl Backend for FakeBackend {
     }
 
     async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<AttachResponse, ApiError> {
+        self.attach_requests.fetch_add(1, Ordering::Relaxed);
         match name.as_str() {
             "bad" => return Err(ApiError::new(ErrorKind::BadValue, "bad value")),
             "conflict" => return Err(ApiError::new(ErrorKind::Conflict, "conflict")),
