@@ -115,7 +115,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     store_config.validate()?;
     let shutdown = Shutdown::default();
     let stop_token = || shutdown.graceful.clone();
-    let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop_token());
+    let supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop_token());
     let reconciler_settings = reconcile::Settings {
         namespace: NamespaceName::Host,
         nexthop_objects: kernel.nexthop_objects(),

@@ -102,7 +102,7 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+        let supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
         let state_store = FakeStateStore::default();
         let (network_state, network_metrics) = (state_store.clone(), Arc::clone(&metrics));
         let network =

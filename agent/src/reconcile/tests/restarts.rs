@@ -162,7 +162,7 @@ async fn restarted_reconciler_deletes_nothing_before_all_networks_contribute() {
     let inputs = wiring::Inputs { kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
     let (network_channels, channels, outputs) = wiring::connect(inputs);
     let (kernel, metrics, stop) = (FakeKernel::default(), Arc::new(Metrics::new()), CancellationToken::new());
-    let mut supervisor = Supervisor::new(outputs.queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+    let supervisor = Supervisor::new(outputs.queries.failures.clone(), Arc::clone(&metrics), stop.clone());
     let _stops = stop.drop_guard();
     let resync = Duration::from_secs(3600);
     let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: false, resync, probe_address: None };
