@@ -11,6 +11,7 @@ use crate::plan::backend;
 use crate::plan::bulk::{is_bulk, merge};
 use crate::plan::contribution::{Contribution, EntryChange};
 use crate::plan::desired::HostSpec;
+use crate::plan::isolation::Scope;
 use crate::plan::lease_table::{Classification, LeaseKey, LeaseTable, LocalHost};
 use crate::plan::shared::SharedSpec;
 use crate::plan::{Key, Value};
@@ -43,7 +44,7 @@ impl Planner {
         let change = self.pending.take()?;
         self.sequence += 1;
         let changed_host = self.host.as_ref().filter(|_| self.host_sequence == self.sequence);
-        let shared = changed_host.map(HostSpec::shared).filter(|shared| self.shared.as_ref() != Some(shared));
+        let shared = changed_host.map(|host| host.shared(Scope::Host)).filter(|shared| self.shared.as_ref() != Some(shared));
         if let Some(shared) = &shared {
             self.shared = Some(shared.clone());
         }
@@ -55,7 +56,7 @@ impl Planner {
         match &self.host {
             Some(current) if *current == host => return,
             Some(current) if current.has_same_peer_entries(&host) => {
-                let (old_entries, entries) = current.changed_entries(&host);
+                let (old_entries, entries) = current.changed_entries(&host, Scope::Host);
                 let removed = old_entries.into_keys().filter(|key| !entries.contains_key(key)).collect();
                 self.host = Some(host);
                 self.update(removed, entries.into_iter().collect());
@@ -113,7 +114,7 @@ impl Planner {
             Some(LocalHost { subnet: host.subnet, public_ip: host.underlay.public_ip, endpoints: host.backend_data.endpoints() });
         self.peers.clear();
         let rejected_before = std::mem::take(&mut self.rejected);
-        let mut entries: Vec<(Key, Value)> = host.entries().into_iter().collect();
+        let mut entries: Vec<(Key, Value)> = host.entries(Scope::Host).into_iter().collect();
         let classified = self.classify_all(&host, leases);
         entries.append(&mut self.record(&host, classified, &rejected_before, metrics, now));
         self.host = Some(host);
@@ -233,6 +234,7 @@ impl<M: NetworkStateStore> Network<M> {
             docker: self.settings.docker,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             reserved,
+            isolation: None,
             network,
             underlay,
         })
