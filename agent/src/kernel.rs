@@ -86,11 +86,13 @@ pub struct KernelOptions {
     pub force_classic_routes: bool,
     /// Capacity of the event channel. The monitor merges events that do not fit.
     pub event_capacity: usize,
+    /// The host's network namespace, for an isolated network's; `None` if the opened namespace is the host's.
+    pub host: Option<Netns>,
 }
 
 impl Default for KernelOptions {
     fn default() -> Self {
-        KernelOptions { force_classic_routes: false, event_capacity: 64 }
+        KernelOptions { force_classic_routes: false, event_capacity: 64, host: None }
     }
 }
 
@@ -100,6 +102,7 @@ impl Default for KernelOptions {
 #[derive(Clone)]
 pub struct Kernel {
     netns: Netns,
+    host: Netns,
     shared: Arc<Mutex<Shared>>,
     local: SharedLocal,
     connections: Arc<ConntrackCleaner>,
@@ -129,6 +132,7 @@ impl Kernel {
             nft: Nft::open()?,
             sysctls: Sysctls::open(&Family::ALL),
             netns: netns.clone(),
+            host: options.host.clone(),
             cache: KernelCache::default(),
         };
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
@@ -144,7 +148,16 @@ impl Kernel {
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
         Ok((
-            Kernel { netns: netns.clone(), shared, local, connections, subscriptions, has_nexthop_objects, nexthop_objects },
+            Kernel {
+                netns: netns.clone(),
+                host: options.host.clone().unwrap_or_else(|| netns.clone()),
+                shared,
+                local,
+                connections,
+                subscriptions,
+                has_nexthop_objects,
+                nexthop_objects,
+            },
             events,
             monitor,
         ))
@@ -157,7 +170,7 @@ impl Kernel {
 
     /// Returns the manager of container ports. Clones share its socket.
     pub fn port_manager(&self) -> PortManager {
-        PortManager::new(self.netns.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
+        PortManager::new(self.netns.clone(), self.host.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
     /// Pauses the monitor's events for a large batch, until the returned guard is dropped.

@@ -43,6 +43,8 @@ pub struct Links<'a> {
     pub sysctls: &'a Sysctls,
     /// The namespace of all of them.
     pub netns: &'a Netns,
+    /// The host's namespace, if `netns` is a network's.
+    pub host: Option<&'a Netns>,
     /// The cache; updated with each change.
     pub cache: &'a mut KernelCache,
 }

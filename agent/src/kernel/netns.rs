@@ -24,6 +24,8 @@ use crate::plan::OpError;
 
 /// Directory of the named namespaces.
 pub const NETNS_RUN_DIR: &str = "/run/netns";
+/// Start of the names of isolated networks' namespaces.
+pub const NETWORK_PREFIX: &str = "ov-";
 /// Interface index of `lo` in each namespace (`LOOPBACK_IFINDEX` in `include/net/net_namespace.h`).
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 /// The calling thread's namespace. `/proc/self` would be the main thread's.
@@ -123,6 +125,38 @@ impl Netns {
                 Err(error)
             }
         }
+    }
+
+    /// Opens the named namespace, or creates it.
+    pub fn ensure(name: &str) -> Result<Netns, NetnsError> {
+        match Netns::named(name) {
+            // A plain file: what a crash left between its creation and the mount, or an unmount by hand.
+            Err(NetnsError::NotNetns { .. }) => Netns::delete(name)?,
+            Err(NetnsError::NotFound { .. }) => {}
+            opened => return opened,
+        }
+        Netns::create(name)
+    }
+
+    /// Whether its file still names it.
+    pub fn is_named(&self) -> bool {
+        Netns::open(&self.path).and_then(|named| named.is_same(self)).unwrap_or(false)
+    }
+
+    /// Makes its file name it again, after `ip netns delete` by hand. The namespace itself lives as long as it is open.
+    pub fn name_again(&self) -> Result<(), NetnsError> {
+        todo!()
+    }
+
+    /// Whether it is an isolated network's: named with [`NETWORK_PREFIX`].
+    pub fn is_network(&self) -> bool {
+        todo!()
+    }
+
+    /// Deletes a network's namespace: its links first, then its name. Without them nothing of it is left in other namespaces, even
+    /// if a process keeps it alive, and the kernel accepts a new VXLAN device with the same VNI at once.
+    pub fn delete_with_links(name: &str) -> Result<(), NetnsError> {
+        todo!()
     }
 
     /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Refuses any other file.
