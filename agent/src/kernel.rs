@@ -61,7 +61,7 @@ use self::batch::BatchSocket;
 use self::cache::{KernelCache, SharedLocal};
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
-use self::netns::Netns;
+use self::netns::{Netns, NetnsError};
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
@@ -324,6 +324,29 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} must be deleted in a batch") })
         }
     }
+}
+
+/// Deletes a network's namespace: its links first, then its name. Its data path must have ended.
+///
+/// The links would live as long as any process or open file in the namespace, and some time longer: the kernel frees a namespace
+/// asynchronously (`cleanup_net` in net/core/net_namespace.c), and refuses a second VXLAN device with the same VNI until then.
+///
+/// # Errors
+/// The name stays if a link could not be deleted.
+pub fn delete_network_netns(name: &str) -> Result<(), OpError> {
+    let to_error = |e: NetnsError| OpError::from(&e);
+    match Netns::named(name) {
+        Ok(netns) => {
+            let links = objects::links(&mut netns.route_socket()?)?;
+            // The kernel gives hardware back to the host.
+            let ours: Vec<u32> = links.iter().filter(|link| !link.kind.is_empty()).map(|link| link.index).collect();
+            let deleted: Result<(), KernelError> = link::delete_links(&netns, &ours).into_iter().collect();
+            deleted.map_err(|e| e.context(format!("cannot delete an interface in network namespace {name}")))?;
+        }
+        Err(NetnsError::NotFound { .. } | NetnsError::NotNetns { .. }) => {}
+        Err(error) => return Err(to_error(error)),
+    }
+    Netns::delete(name).map_err(to_error)
 }
 
 /// Whether the kernel supports next-hop objects (since Linux 5.3).
