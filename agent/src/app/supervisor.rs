@@ -89,8 +89,8 @@ impl Failures {
 /// Owner of the networks and reconcilers that run.
 pub struct Supervisor {
     units: BTreeMap<Unit, Keeper>,
-    /// Input of the reconciler that each network contributes to.
-    contributes_to: BTreeMap<NetworkName, mpsc::Sender<ReconcilerInput>>,
+    /// Inputs of the reconcilers that each network contributes to.
+    contributes_to: BTreeMap<NetworkName, Vec<mpsc::Sender<ReconcilerInput>>>,
     failures: Failures,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
@@ -133,7 +133,8 @@ impl Supervisor {
         F: Future<Output = Result<(), E>> + Send + 'static,
         E: fmt::Display + 'static,
     {
-        self.contributes_to.insert(name.clone(), channels.reconciler.clone());
+        let links = std::iter::once(&channels.host).chain(&channels.own);
+        self.contributes_to.insert(name.clone(), links.map(|link| link.input.clone()).collect());
         let channels = Arc::new(Mutex::new(channels));
         self.start(Unit::Network(name), move |delay, stop| {
             let (sender, events) = mpsc::channel(STORE_EVENT_CAPACITY);
@@ -190,9 +191,7 @@ impl Supervisor {
         if let Err(error) = keeper.join().await {
             tracing::error!(%unit, %error, "cannot stop");
         }
-        if let Some(reconciler) = self.contributes_to.remove(name)
-            && withdraw
-        {
+        for reconciler in self.contributes_to.remove(name).into_iter().flatten().filter(|_| withdraw) {
             // Fails only if the reconciler was stopped before.
             let _ = reconciler.send(ReconcilerInput::Withdraw(name.clone())).await;
         }
