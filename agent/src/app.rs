@@ -20,7 +20,7 @@
 mod backend;
 mod cleanup;
 mod conflist;
-mod host_state;
+pub mod host_state;
 mod mesh;
 mod path_mtu;
 mod preflight;
@@ -124,6 +124,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     };
     let network_settings = network::Settings {
         name: NetworkName::default(),
+        isolated: false,
         node,
         selection: config.selection.clone(),
         masquerade: config.ip_masq,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config_fields::FieldError;
 use super::endpoint::{EndpointName, Mode};
-use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
+use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, NetworkName, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
 
 pub use mesh::{Mesh, MeshEntry, PathView, Reachability};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
@@ -31,9 +31,26 @@ pub enum Health {
     Waiting,
 }
 
+/// Where a network lives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkKind {
+    /// In the host's network namespace.
+    #[default]
+    Routed,
+    /// In a network namespace of its own.
+    Isolated,
+}
+
 /// `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The network's name.
+    #[serde(default = "default_network")]
+    pub name: String,
+    /// The network's kind.
+    #[serde(default)]
+    pub kind: NetworkKind,
     /// The agent's version.
     pub version: String,
     /// The host's name.
@@ -60,6 +77,11 @@ pub struct Status {
     pub data_path: DataPathStatus,
     /// Number of endpoints on this host.
     pub endpoints: usize,
+}
+
+/// The name in the status of agents that know no other network.
+fn default_network() -> String {
+    NetworkName::default().to_string()
 }
 
 /// The store's part of the status.

@@ -34,13 +34,7 @@ impl NetworkSet {
     /// Each broken rule with its field and remedy.
     pub fn check(&self, name: &NetworkName, record: &NetworkRecord) -> Result<(), ConfigErrors> {
         let mut errors = Vec::new();
-        if name.is_default() && record.isolated {
-            errors.push(field_error(
-                "Isolated",
-                "true",
-                "is not possible: the default network is routed, flannel's hosts share it",
-            ));
-        }
+        errors.extend(record.check_name(name).err().into_iter().flat_map(|ConfigErrors(errors)| errors));
         errors.extend(self.vni_error(name, record));
         if !record.isolated {
             let routed = self.others(name).filter(|(_, other)| !other.isolated);

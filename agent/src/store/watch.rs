@@ -14,7 +14,7 @@ use super::keys::KeyKind;
 use super::read::{RawConfig, RawEntry};
 use super::{StoreError, codec};
 use crate::model::event::{Connection, StoreEntry, StoreEvent};
-use crate::model::{NetworkConfig, StorePosition};
+use crate::model::{NetworkRecord, StorePosition};
 
 /// Maximum number of immediate retries of a read whose revision was compacted meanwhile.
 const MAX_READ_RETRIES: u32 = 5;
@@ -265,18 +265,18 @@ impl Watcher {
             return Ok(());
         }
         let key = session.keys.config();
-        let parsed = config.as_ref().map(|config| NetworkConfig::parse(&config.text));
+        let parsed = config.as_ref().map(|config| NetworkRecord::parse(&config.text));
         match &parsed {
             None => info!(key, "waiting for the network's configuration: `overlayctl config set FILE` writes it"),
             Some(Err(errors)) => warn!(key, %errors, "invalid network configuration"),
-            Some(Ok(parsed)) => {
-                for warning in &parsed.warnings {
+            Some(Ok(record)) => {
+                for warning in &record.warnings {
                     warn!(key, %warning, "network configuration");
                 }
                 info!(key, "network configuration read");
             }
         }
-        send_event(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
+        send_event(events, StoreEvent::Config(parsed)).await?;
         self.delivered_config = Some(config);
         Ok(())
     }

@@ -8,7 +8,7 @@ use tokio::sync::watch as channel;
 use super::*;
 use crate::model::api::{
     AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkView, Peers, Status,
-    StoreStatus, SubnetEntry, Subnets,
+    NetworkKind, StoreStatus, SubnetEntry, Subnets,
 };
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mac, PerFamily, Port};
@@ -67,6 +67,8 @@ impl FakeBackend {
 impl Backend for FakeBackend {
     async fn status(&self) -> Result<Status, ApiError> {
         Ok(Status {
+            name: "default".to_owned(),
+            kind: NetworkKind::Routed,
             version: "0".to_owned(),
             node: "h1".to_owned(),
             node_id: "0".repeat(32),
