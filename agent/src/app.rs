@@ -20,6 +20,7 @@
 mod backend;
 mod cleanup;
 mod conflist;
+mod directory;
 pub mod host_state;
 mod mesh;
 mod path_mtu;
@@ -38,7 +39,7 @@ use tokio::sync::watch;
 
 use crate::admin::{self, AdminSocket};
 use crate::config::{EtcdConfig, HostConfig};
-use crate::endpoint::{EndpointNetwork, Endpoints};
+use crate::endpoint::{EndpointNetwork, Endpoints, HostClaims};
 use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions, PortManager};
 use crate::metrics::Metrics;
@@ -91,7 +92,9 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() },
     )?;
     let port_manager = kernel.port_manager();
-    let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
+    let claims = HostClaims::default();
+    let endpoints: Endpoints<PortManager> =
+        Endpoints::restore(Arc::clone(&state), port_manager.clone(), NetworkName::default(), claims).await?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(
@@ -198,8 +201,8 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     }
     tasks.spawn("overlay", publish_overlay(overlay, ports_lost, endpoints, config.clone(), host_state, stop_token()));
     {
-        let (backend, stop) = (Arc::clone(&backend), stop_token());
-        tasks.spawn_infallible("admin", admin::serve(socket, backend, stop));
+        let networks = Arc::new(directory::DefaultNetwork(Arc::clone(&backend)));
+        tasks.spawn_infallible("admin", admin::serve(socket, networks, stop_token()));
     }
     tasks.spawn_infallible("systemd", supervision::notify(notifier, health_inputs, Arc::clone(&backend), stop_token()));
     tasks.spawn_infallible("path-mtu", path_mtu::run(probes.clone(), mesh_changes.clone(), stop_token()));

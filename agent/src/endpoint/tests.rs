@@ -28,7 +28,8 @@ impl TestHost {
     /// Starts an agent, and sets the network unless `subnet` is empty.
     async fn start(&self, subnet: &str) -> Endpoints<FakeKernel> {
         let state = Arc::new(StateDir::open(self.directory.path()).unwrap());
-        let endpoints = Endpoints::restore(state, self.kernel.clone()).await.unwrap();
+        let endpoints =
+            Endpoints::restore(state, self.kernel.clone(), NetworkName::default(), HostClaims::default()).await.unwrap();
         if !subnet.is_empty() {
             endpoints.set_network(Some(network(subnet)));
         }

@@ -274,6 +274,30 @@ pub struct PeerEntry {
     pub last_repair: Option<u64>,
 }
 
+/// `GET /v1/networks`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Networks {
+    /// The networks that this host is in: the default one, then the others by name.
+    pub networks: Vec<NetworkEntry>,
+}
+
+/// A network on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkEntry {
+    /// Its name.
+    pub name: NetworkName,
+    /// Its kind.
+    pub kind: NetworkKind,
+    /// This host's subnet; absent until it is leased.
+    pub subnet: Option<Subnet>,
+    /// As in [`Status`].
+    pub ready: bool,
+    /// Number of its endpoints on this host.
+    pub endpoints: usize,
+    /// Number of its problems, which its status has.
+    pub problems: usize,
+}
+
 /// `GET /v1/endpoints`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoints {
