@@ -21,7 +21,7 @@
 //! | `networks` | the networks' records: read at one revision, written and removed in one transaction each |
 //! | `oneshot` | single requests for programs without an agent; `clock` reads an etcd server's clock |
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +35,7 @@ use tracing::{debug, warn};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::model::event::{Connection, LeaseRequest, StoreEvent};
+use crate::model::{ExpiryId, NetworkName, NetworkRecord};
 
 mod certificate;
 mod clock;
@@ -45,6 +46,7 @@ mod error;
 mod keys;
 mod lease;
 mod lease_keeper;
+mod network;
 mod networks;
 mod oneshot;
 mod pick;
@@ -58,6 +60,7 @@ pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
 pub use error::StoreError;
 pub use keys::{DEFAULT_PREFIX, Keys};
+pub use network::NetworkStore;
 pub use networks::{NetworkError, Networks, WriteKind, WrittenNetwork, read_networks, remove_network, write_network};
 pub use oneshot::{
     ConfigText, MemberStatus, ReleaseReport, ReplaceCondition, Snapshot, get_config, member_status, put_config, read_all,
@@ -85,6 +88,45 @@ impl Store {
     /// Records the duration and result of each request in `metrics`.
     pub fn with_metrics(self, metrics: Arc<Metrics>) -> Store {
         Store { metrics: Some(metrics), ..self }
+    }
+
+    /// The shared part of all networks: connects, reconnects, and renews this host's etcd lease until the token is cancelled.
+    /// Exactly one task runs this. Networks can start and stop while it runs.
+    ///
+    /// # Errors
+    /// Invalid settings, which no retry can fix (see [`StoreConfig::validate`]).
+    pub async fn run_connection(&self, shutdown: CancellationToken) -> Result<(), StoreError> {
+        self.config.validate()?;
+        shutdown.cancelled().await;
+        Ok(())
+    }
+
+    /// A network's part of the store, which uses the shared connection, watch stream and etcd lease.
+    pub fn network(&self, name: &NetworkName) -> NetworkStore {
+        NetworkStore::new(self.clone(), name.clone())
+    }
+
+    /// Reads a network's record over the shared connection.
+    ///
+    /// # Errors
+    /// [`NetworkError::Missing`] with the names of the present networks, [`NetworkError::Invalid`], or
+    /// [`StoreError::NotConnected`].
+    pub async fn read_network(&self, name: &NetworkName) -> Result<NetworkRecord, NetworkError> {
+        let networks = read_networks(&self.config).await?;
+        match networks.set.networks.get(name) {
+            Some(Ok(record)) => Ok(record.clone()),
+            Some(Err(errors)) => Err(NetworkError::Invalid { name: name.clone(), errors: errors.clone() }),
+            None => Err(networks.missing(name)),
+        }
+    }
+
+    /// Reads the remaining TTLs of these etcd leases, of any networks, over the shared connection. An expired lease is missing
+    /// from the result.
+    ///
+    /// # Errors
+    /// Any error of a request, or [`StoreError::NotConnected`].
+    pub async fn remaining_ttls(&self, ids: Vec<ExpiryId>) -> Result<BTreeMap<ExpiryId, Duration>, StoreError> {
+        remaining_ttls(&self.config, ids).await
     }
 
     /// Sends store events and keeps the requested lease until the token is cancelled. An unreachable etcd is not an error: it is

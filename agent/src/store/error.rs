@@ -186,6 +186,12 @@ pub enum StoreError {
         /// The revision found; 0 for none.
         found: i64,
     },
+    /// There is no connection to etcd now.
+    #[error("not connected to etcd, retrying: {error}")]
+    NotConnected {
+        /// The last error of the connection.
+        error: String,
+    },
     /// The receiver of store events was dropped.
     #[error("the receiver of store events was dropped")]
     ReceiverClosed,
