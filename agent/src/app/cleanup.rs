@@ -9,12 +9,13 @@ use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
 use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions};
+use crate::model::NetworkName;
 use crate::plan::actual::ActualState;
 use crate::plan::diff::diff;
 use crate::plan::state::Entries;
 use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
 use crate::state::{DirLock, HostState, StateDir};
-use crate::store;
+use crate::store::{self, StoreConfig};
 
 /// Time limit for the release of the lease in etcd.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,7 +35,19 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
         HostState::default()
     });
     clean_kernel(&host, &mut failures).await?;
-    release_lease(&config, &state, &mut failures).await;
+    let networks = state.networks().unwrap_or_else(|error| {
+        failures.push(format!("named networks are not left: {error}"));
+        Vec::new()
+    });
+    for name in &networks {
+        if let Err(error) = Netns::delete_with_links(&format!("{}{name}", config.netns_prefix)) {
+            failures.push(format!("the namespace of network {name} cannot be removed: {error}"));
+        }
+    }
+    let store = store_config(&config.etcd);
+    for name in [NetworkName::default()].iter().chain(&networks) {
+        release_lease(&store.of_network(name)?, &state, &mut failures).await;
+    }
     let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET_NAME)];
     for path in &files {
         remove_file(path, &mut failures);
@@ -86,7 +99,7 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
     Ok(())
 }
 
-async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec<String>) {
+async fn release_lease(config: &StoreConfig, state: &StateDir, failures: &mut Vec<String>) {
     let id = match state.node_id() {
         Ok(id) => id,
         Err(error) => {
@@ -94,7 +107,7 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
             return;
         }
     };
-    match tokio::time::timeout(RELEASE_TIMEOUT, store::release(&store_config(&config.etcd), &id)).await {
+    match tokio::time::timeout(RELEASE_TIMEOUT, store::release(config, &id)).await {
         Ok(Ok(report)) => {
             for key in report.released {
                 tracing::info!(key, "lease released");

@@ -24,8 +24,6 @@ use crate::plan::OpError;
 
 /// Directory of the named namespaces.
 pub const NETNS_RUN_DIR: &str = "/run/netns";
-/// Start of the names of isolated networks' namespaces.
-pub const NETWORK_PREFIX: &str = "ov-";
 /// Interface index of `lo` in each namespace (`LOOPBACK_IFINDEX` in `include/net/net_namespace.h`).
 pub(super) const LOOPBACK_IFINDEX: u32 = 1;
 /// The calling thread's namespace. `/proc/self` would be the main thread's.
@@ -140,14 +138,6 @@ impl Netns {
             _ => {}
         }
         self.bind_name()
-    }
-
-    /// Whether it is an isolated network's: one of those that are named with [`NETWORK_PREFIX`].
-    pub fn is_network(&self) -> bool {
-        let Ok(identity) = self.device_and_inode() else { return false };
-        let names = Netns::list().unwrap_or_default().into_iter().filter(|name| name.starts_with(NETWORK_PREFIX));
-        let mut files = names.filter_map(|name| fs::metadata(Path::new(NETNS_RUN_DIR).join(name)).ok());
-        files.any(|file| (file.dev(), file.ino()) == identity)
     }
 
     /// Creates its file and mounts it there.
