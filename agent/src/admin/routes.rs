@@ -17,7 +17,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use super::serve::Connection;
+use super::connection::Connection;
 use super::{ApiError, Backend, ErrorKind, watch};
 use crate::model::api::{
     AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status,
