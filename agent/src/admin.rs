@@ -7,6 +7,7 @@
 //! [`MAX_CONNECTIONS`]), which ends with it.
 
 mod backend;
+mod connection;
 mod routes;
 mod serve;
 mod socket;

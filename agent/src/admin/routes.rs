@@ -18,9 +18,8 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
-use super::serve::Connection;
+use super::connection::Connection;
 use super::{ApiError, Backend, Directory, ErrorKind, watch};
-use crate::model::NetworkName;
 use crate::model::api::{
     AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Networks, Peers, Status,
 };

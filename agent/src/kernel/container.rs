@@ -120,7 +120,9 @@ impl PortDriver for PortManager {
         let mut shared = self.shared.lock().await;
         let Err(error) = removed else {
             shared.cache.remove_link(host_interface);
-            return Ok(());
+            // The reconciler may have added them again since, because it learns of the detach later. While the link exists, it does
+            // not remove them.
+            return revoke_sources(&mut shared, host_interface);
         };
         shared.cache.unmark_removed(index);
         shared.links().refresh(host_interface)?;
