@@ -34,6 +34,7 @@ mod nlmsg;
 mod objects;
 pub mod packet;
 mod peer_messages;
+mod receive_buffer;
 mod route_socket;
 mod rtnl;
 mod shared;
@@ -143,7 +144,10 @@ impl Kernel {
         let local = shared.cache.share_local();
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
-        let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
+        let receive_buffers =
+            if options.host.is_none() { monitor::HOST_RECEIVE_BUFFERS } else { monitor::NETWORK_RECEIVE_BUFFERS };
+        let monitor =
+            Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender, receive_buffers)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
