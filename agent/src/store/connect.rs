@@ -390,6 +390,14 @@ impl Session {
         self.client.watch_client().max_decoding_message_size(MAX_RESPONSE_SIZE)
     }
 
+    /// The same connection for requests to the keys of another network.
+    pub(super) fn of_network(&self, keys: Keys) -> Session {
+        let mut session = self.clone();
+        session.context.prefix = keys.prefix().to_owned();
+        session.keys = keys;
+        session
+    }
+
     /// Awaits a response of this server with a timeout.
     pub(super) async fn with_timeout<T>(
         &self,
