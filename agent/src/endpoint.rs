@@ -12,6 +12,7 @@ mod claims;
 mod error;
 pub mod ipam;
 mod persist;
+mod record;
 mod spec;
 mod table;
 mod view;
@@ -40,8 +41,9 @@ pub use spec::EndpointNetwork;
 
 use claims::NetworkEndpoints;
 use persist::{EndpointStore, lock};
+use record::Phase;
 use spec::AttachSpec;
-use table::{EndpointTable, Phase};
+use table::EndpointTable;
 
 /// Maximum number of concurrent attaches and detaches: far above what two cores can use, far below what would overload a host.
 pub const MAX_CONCURRENT: usize = 64;
