@@ -134,6 +134,17 @@ async fn concurrent_attaches_claim_a_port_once() {
 }
 
 #[tokio::test]
+async fn concurrency_is_limited_for_all_networks_together() {
+    let host = TwoNetworks::start(TestHost::new(&["/ns/a"])).await;
+    let all = host.claims.permits().acquire_many_owned(MAX_CONCURRENT.try_into().unwrap()).await.unwrap();
+    let blue = host.blue.clone();
+    let mut attach = tokio::spawn(async move { blue.attach(name("web"), attach_request("/ns/a")).await });
+    assert!(tokio::time::timeout(Duration::from_millis(100), &mut attach).await.is_err());
+    drop(all);
+    attach.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn named_network_has_mode_overlay_only() {
     let host = TwoNetworks::start(TestHost::new(&["/ns/a"])).await;
     host.blue.attach(name("web"), attach_request("/ns/a")).await.unwrap();
