@@ -4,11 +4,12 @@ mod crash;
 mod fake_kernel;
 mod holders;
 mod modes;
+mod networks;
 
 use std::net::IpAddr;
 
 use super::persist::{FILE, JOURNAL};
-use super::table::StoredTable;
+use super::record::StoredTable;
 use super::*;
 use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::{Cidr, Device, PerFamily, Subnet, Vni};

@@ -6,8 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::record::{EndpointRecord, Phase};
 use super::spec::{AttachMode, AttachSpec, veth_name};
-use super::table::{EndpointRecord, Phase};
 use super::{APPLY_TIMEOUT, EndpointError, ErrorClass, Inner, lock};
 use crate::model::api::AttachResponse;
 use crate::model::endpoint::EndpointName;
