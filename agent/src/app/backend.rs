@@ -23,6 +23,9 @@ const TTL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an attach waits for the network if the agent is ready.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long an attach waits for the network that the host has just joined for it.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long the reconcile loop may be busy before it counts as stuck.
 ///
 /// The largest batches take a second or two, and `/healthz` must answer before the socket's request timeout.
@@ -173,15 +176,22 @@ impl Backend for AgentBackend {
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::AttachResponse, ApiError> {
         let attach = || self.endpoints.attach(name.clone(), request.clone());
-        let outcome = match attach().await {
+        let timeout = match attach().await {
+            // The host has just joined the network for this container.
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => JOIN_TIMEOUT,
             // The agent is ready, so the endpoints receive the network's parameters within moments.
-            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => {
-                let _known = tokio::time::timeout(NETWORK_TIMEOUT, self.endpoints.wait_for_network()).await;
-                attach().await
-            }
-            outcome => outcome,
+            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => NETWORK_TIMEOUT,
+            outcome => return outcome.map_err(api_error),
         };
-        outcome.map_err(api_error)
+        let _known = tokio::time::timeout(timeout, self.endpoints.wait_for_network()).await;
+        match attach().await {
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => {
+                let problems = self.ready().await.err().unwrap_or_default().join("; ");
+                let text = format!("network {} is not ready on this host: {problems}; repeat the attach", self.name);
+                Err(ApiError::new(ErrorKind::NotReady, text))
+            }
+            outcome => outcome.map_err(api_error),
+        }
     }
 
     async fn detach(&self, name: EndpointName, force: bool) -> Result<api::DetachResponse, ApiError> {

@@ -23,13 +23,18 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Removes everything the agent created on this host and restores changed sysctls.
 ///
 /// Removes endpoints' interfaces, devices, routes and next hops with our protocol number, rules, the lease and the state.
-/// Continues after errors and returns all of them at the end; safe to repeat.
-pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
+/// Continues after errors and returns all of them at the end; safe to repeat. With `only`, leaves just these named networks: their
+/// namespaces, leases and states are removed, and the next start removes their entries from the host's namespace.
+pub async fn cleanup(config: HostConfig, only: &[NetworkName]) -> anyhow::Result<()> {
     preflight::check_capabilities()?;
     let run_lock = DirLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;
     let _namespace_lock = preflight::lock_namespace().context("cleanup needs the agent stopped")?;
     let state = StateDir::open(&config.state_dir)?;
     let mut failures: Vec<String> = Vec::new();
+    if !only.is_empty() {
+        leave_networks(&config, &state, only, &mut failures).await?;
+        return report(&failures);
+    }
     let host = state.load_host().unwrap_or_else(|error| {
         failures.push(format!("the saved host state cannot be read, changed sysctls are not restored: {error}"));
         HostState::default()
@@ -39,15 +44,8 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
         failures.push(format!("named networks are not left: {error}"));
         Vec::new()
     });
-    for name in &networks {
-        if let Err(error) = Netns::delete_with_links(&format!("{}{name}", config.netns_prefix)) {
-            failures.push(format!("the namespace of network {name} cannot be removed: {error}"));
-        }
-    }
-    let store = store_config(&config.etcd);
-    for name in [NetworkName::default()].iter().chain(&networks) {
-        release_lease(&store.of_network(name)?, &state, &mut failures).await;
-    }
+    leave_networks(&config, &state, &networks, &mut failures).await?;
+    release_lease(&store_config(&config.etcd), &state, &mut failures).await;
     let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET_NAME)];
     for path in &files {
         remove_file(path, &mut failures);
@@ -62,11 +60,43 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
         // A directory with foreign files stays; that is not a failure.
         let _ = std::fs::remove_dir(&config.run_dir);
     }
+    report(&failures)
+}
+
+fn report(failures: &[String]) -> anyhow::Result<()> {
     if failures.is_empty() {
         tracing::info!("cleanup complete");
         return Ok(());
     }
     bail!("cleanup is not complete; fix these errors and repeat it:\n  {}", failures.join("\n  "))
+}
+
+/// Removes the namespaces, leases and states of named networks. The state of one that fails stays, so that cleanup can be repeated.
+async fn leave_networks(
+    config: &HostConfig,
+    state: &StateDir,
+    networks: &[NetworkName],
+    failures: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let present = state.networks()?;
+    for name in networks {
+        if !present.contains(name) {
+            let present: Vec<String> = present.iter().map(ToString::to_string).collect();
+            failures.push(format!("this host is not in network {name}; it is in: {}", present.join(", ")));
+            continue;
+        }
+        let before = failures.len();
+        if let Err(error) = Netns::delete_with_links(&format!("{}{name}", config.netns_prefix)) {
+            failures.push(format!("the namespace of network {name} cannot be removed: {error}"));
+        }
+        release_lease(&store_config(&config.etcd).of_network(name)?, state, failures).await;
+        if failures.len() == before
+            && let Err(error) = state.network(name).and_then(StateDir::remove)
+        {
+            failures.push(error.to_string());
+        }
+    }
+    Ok(())
 }
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {

@@ -17,8 +17,6 @@ pub enum Scope {
 /// What an isolated network needs besides a routed one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Isolation {
-    /// The name of its network namespace.
-    pub namespace: String,
     /// Its way to the host; `None` if it has no way out.
     pub transit: Option<Transit>,
     /// The networks that it is routed to, by name.
@@ -34,15 +32,12 @@ pub struct Transit(u16);
 pub struct PeerNetwork {
     /// Its name.
     pub name: NetworkName,
+    /// The name of its network namespace.
+    pub namespace: String,
     /// Its VNI.
     pub vni: Vni,
     /// Its ranges.
     pub ranges: PerFamily<Cidr>,
-}
-
-/// The name of an isolated network's namespace, below `/run/netns`.
-pub fn namespace_name(network: &NetworkName) -> String {
-    format!("ov-{network}")
 }
 
 /// The gateways of the routes between peer networks, which no device has: neighbour entries lead to the other end.

@@ -6,7 +6,7 @@ use ipnetwork::IpNetwork;
 
 use crate::model::{Cidr, Device, Family, Mac, Vni};
 use crate::plan::host_spec::HostSpec;
-use crate::plan::isolation::{PEER_GATEWAY_V4, PEER_GATEWAY_V6, PeerNetwork, Scope, Transit, namespace_name, peer_link_mac};
+use crate::plan::isolation::{PEER_GATEWAY_V4, PEER_GATEWAY_V6, PeerNetwork, Scope, Transit, peer_link_mac};
 use crate::plan::state::{Key, LinkKind, LinkState, PairTarget, RouteTarget, State, Value};
 use crate::plan::sysctls;
 
@@ -39,7 +39,7 @@ impl HostSpec {
     /// creates the pair, so that they do not race.
     pub(super) fn insert_peer_link(&self, state: &mut State, peer: &PeerNetwork) {
         let (own, device) = (self.vni(), Device::peer_link(peer.vni));
-        let target = || PairTarget::Namespace(namespace_name(&peer.name), Device::peer_link(own));
+        let target = || PairTarget::Namespace(peer.namespace.clone(), Device::peer_link(own));
         self.insert_pair(state, device, (own < peer.vni).then(target), Some(peer_link_mac(own)));
         for family in self.families() {
             let Some(range) = peer.ranges.get(family) else { continue };
