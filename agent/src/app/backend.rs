@@ -217,7 +217,7 @@ impl Backend for AgentBackend {
         if let Some(dropped) = self.dropped().await {
             self.metrics.set_dropped(dropped);
         }
-        self.metrics.set_endpoints(self.endpoints.list().len());
+        self.metrics.set_endpoints(&self.network_name, self.endpoints.list().len());
         self.mesh.update_metrics();
         self.metrics.render()
     }

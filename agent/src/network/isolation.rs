@@ -1,16 +1,17 @@
 //! What an isolated network is connected to on this host: its transit, and the networks that it is routed to.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::{Network, NetworkStateStore};
 use crate::model::{NetworkName, NetworkRecord};
-use crate::plan::isolation::{Isolation, PeerNetwork, Transit};
+use crate::plan::isolation::{Isolation, PeerNetwork, Transit, namespace_name};
 
 /// The connections, and why others are missing.
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     /// The records of this host's networks.
-    pub(super) others: std::sync::Arc<BTreeMap<NetworkName, NetworkRecord>>,
+    pub(super) others: Arc<BTreeMap<NetworkName, NetworkRecord>>,
     problems: Vec<String>,
 }
 
@@ -32,7 +33,7 @@ impl<M: NetworkStateStore> Network<M> {
             self.connections.problems = problems;
             self.changed = true;
         }
-        Some(Isolation { namespace: namespace(name), transit, peers })
+        Some(Isolation { namespace: namespace_name(name), transit, peers })
     }
 
     /// Why connections are missing.

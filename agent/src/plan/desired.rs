@@ -6,6 +6,7 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 
 use super::backend::{self, Backend};
+use super::isolation::Scope;
 use super::ruleset::{Element, InetTableSpec};
 use super::shared::SharedSpec;
 use super::state::{Key, LinkKind, LinkState, State, Value};
@@ -32,6 +33,7 @@ impl HostSpec {
             && self.underlay.public_ip == other.underlay.public_ip
             && self.backend_data == other.backend_data
             && self.masquerade == other.masquerade
+            && self.isolation == other.isolation
     }
 
     /// The network's backend.
@@ -50,8 +52,23 @@ impl HostSpec {
         self.families().map(|family| self.family_mtu(family)).min().unwrap_or(self.underlay.mtu)
     }
 
-    /// Inputs of the entries that this network shares with others in its network namespace.
-    pub fn shared(&self) -> SharedSpec {
+    /// The scopes of its entries: both for an isolated network, else the host's only.
+    pub fn scopes(&self) -> &'static [Scope] {
+        if self.isolation.is_some() { &[Scope::Host, Scope::Network] } else { &[Scope::Host] }
+    }
+
+    /// The scope of one of [`HostSpec::peer_entries`]. The tunnel source filter is in the host's namespace, since the outer packets
+    /// are.
+    pub fn peer_entry_scope(&self, key: &Key) -> Scope {
+        match key {
+            Key::Element(_) => Scope::Host,
+            _ if self.isolation.is_some() => Scope::Network,
+            _ => Scope::Host,
+        }
+    }
+
+    /// Inputs of the entries that this network shares with others in the namespace of one of its [`HostSpec::scopes`].
+    pub fn shared(&self, scope: Scope) -> SharedSpec {
         let backend = self.backend();
         SharedSpec {
             families: self.families().collect(),
@@ -68,12 +85,14 @@ impl HostSpec {
                 masquerade: self.masquerade,
                 publishes: self.has_published_ports(),
                 numbered_sets: self.numbered_sets,
+                scope,
+                isolation: self.isolation.clone(),
             },
         }
     }
 
-    /// The entries that belong to this network alone and do not depend on peers.
-    pub fn entries(&self) -> State {
+    /// The entries of a scope that belong to this network alone and do not depend on peers.
+    pub fn entries(&self, _scope: Scope) -> State {
         let backend = self.backend();
         let bridge = backend.bridge();
         let mut state = State::new();
@@ -146,11 +165,11 @@ impl HostSpec {
         })
     }
 
-    /// The entries, without peers, of `self` and of `other` that may differ. If only ports were added or removed, these are the
+    /// The entries of a scope, without peers, of `self` and of `other` that may differ. If only ports were added or removed, these are the
     /// entries of the changed endpoints; the entries of unchanged endpoints are not built.
-    pub fn changed_entries(&self, other: &HostSpec) -> (State, State) {
+    pub fn changed_entries(&self, other: &HostSpec, scope: Scope) -> (State, State) {
         if self.has_published_ports() != other.has_published_ports() || !self.eq_ignoring_ports(other) {
-            return (self.entries(), other.entries());
+            return (self.entries(scope), other.entries(scope));
         }
         let (added, removed) = diff_endpoints(&self.ports, &other.ports);
         let entries = |ports: Vec<&Arc<Endpoint>>| ports.into_iter().flat_map(|endpoint| self.port_entries(endpoint)).collect();
@@ -171,6 +190,7 @@ impl HostSpec {
             docker,
             ports: _,
             reserved,
+            isolation,
         } = self;
         *network == other.network
             && *subnet == other.subnet
@@ -182,6 +202,7 @@ impl HostSpec {
             && *tx_checksum == other.tx_checksum
             && *docker == other.docker
             && *reserved == other.reserved
+            && *isolation == other.isolation
     }
 
     /// Whether any endpoint has published ports.
@@ -189,7 +210,7 @@ impl HostSpec {
         self.ports.iter().any(|endpoint| !endpoint.published.is_empty())
     }
 
-    /// The entries of a peer in each family; with VXLAN four, and five with next-hop objects.
+    /// The entries of a peer in each family, of all scopes; with VXLAN four, and five with next-hop objects.
     pub fn peer_entries(&self, peer: &Peer) -> Vec<(Key, Value)> {
         let mut entries = Vec::with_capacity(8);
         let backend = self.backend();

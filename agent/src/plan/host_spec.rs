@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::isolation::Isolation;
 use super::underlay::Underlay;
 use crate::model::{BackendData, Endpoint, Mac, NetworkConfig, Subnet};
 
@@ -32,4 +33,6 @@ pub struct HostSpec {
     pub ports: Vec<Arc<Endpoint>>,
     /// Underlay addresses in the overlay's leasable range that this host depends on.
     pub reserved: BTreeSet<IpAddr>,
+    /// What an isolated network needs besides; `None` for a routed one.
+    pub isolation: Option<Isolation>,
 }

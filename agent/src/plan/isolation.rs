@@ -39,6 +39,11 @@ pub struct PeerNetwork {
     pub ranges: PerFamily<Cidr>,
 }
 
+/// The name of an isolated network's namespace, below `/run/netns`.
+pub fn namespace_name(network: &NetworkName) -> String {
+    format!("ov-{network}")
+}
+
 /// The gateways of the routes between peer networks, which no device has: neighbour entries lead to the other end.
 pub const PEER_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 127, 254);
 /// As [`PEER_GATEWAY_V4`].

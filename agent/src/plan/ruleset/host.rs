@@ -7,6 +7,7 @@ use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, S
 use crate::model::device::BRIDGE_PREFIX;
 use crate::model::network::Pool;
 use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
+use crate::plan::isolation::{Isolation, Scope};
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
@@ -53,6 +54,10 @@ pub struct InetTableSpec {
     pub publishes: bool,
     /// Whether the names of its tunnel sets end with its VNI; those of the default network do not.
     pub numbered_sets: bool,
+    /// Which of the network's namespaces the table is in.
+    pub scope: Scope,
+    /// What an isolated network needs besides; `None` for a routed one.
+    pub isolation: Option<Isolation>,
 }
 
 impl InetTableSpec {
