@@ -36,3 +36,16 @@ pub struct HostSpec {
     /// What an isolated network needs besides; `None` for a routed one.
     pub isolation: Option<Isolation>,
 }
+
+impl HostSpec {
+    /// Whether packets that leave the overlay are masqueraded. Nothing outside could answer an isolated network's containers, so
+    /// theirs always are.
+    pub fn masquerades(&self) -> bool {
+        self.masquerade || self.isolation.is_some()
+    }
+
+    /// Whether its containers' packets pass the host's namespace.
+    pub fn has_way_out(&self) -> bool {
+        self.isolation.as_ref().is_none_or(|isolation| isolation.transit.is_some())
+    }
+}
