@@ -21,11 +21,12 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::OptionFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::{Metrics, NetworkGauges};
+use crate::metrics::{EventSource, Metrics, NetworkGauges};
 use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
@@ -48,6 +49,8 @@ pub struct Settings {
     pub name: NetworkName,
     /// Whether it was started as an isolated network. It plans nothing while its record has the other kind.
     pub isolated: bool,
+    /// Start of the names of isolated networks' namespaces.
+    pub netns_prefix: String,
     /// Name and id of this host.
     pub node: Node,
     /// Selection rules for the external interface.
@@ -226,7 +229,7 @@ impl<M: NetworkStateStore> Network<M> {
         let now = Instant::now();
         Network {
             store: StoreView::new(settings.lease_ttl),
-            planner: Planner::new(settings.isolated),
+            planner: Planner::new(settings.name.clone(), settings.isolated),
             settings,
             state_store,
             metrics,
@@ -325,7 +328,7 @@ impl<M: NetworkStateStore> Network<M> {
 
     fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
-        self.metrics.count_store_event(&self.settings.name);
+        self.metrics.count_events(EventSource::Store, 1);
         let event = match event {
             StoreEvent::Config(Some(Ok(record))) => {
                 StoreEvent::Config(Some(record.check_name(&self.settings.name).map(|()| record)))

@@ -220,7 +220,7 @@ impl Backend for AgentBackend {
         if let Some(dropped) = self.dropped().await {
             self.host.metrics.set_dropped(dropped);
         }
-        self.host.metrics.set_endpoints(self.endpoints.list().len());
+        self.host.metrics.set_endpoints(&self.name, self.endpoints.list().len());
         self.host.mesh.update_metrics();
         self.host.metrics.render()
     }

@@ -80,6 +80,7 @@ impl Host {
         network::Settings {
             name: name.clone(),
             isolated,
+            netns_prefix: config.netns_prefix.clone(),
             node: self.node.clone(),
             selection: config.selection.clone(),
             masquerade: config.ip_masq,

@@ -1,6 +1,7 @@
 //! What an isolated network is connected to on this host: its transit, and the networks that it is routed to.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::{Network, NetworkStateStore};
 use crate::model::{NetworkName, NetworkRecord};
@@ -10,7 +11,7 @@ use crate::plan::isolation::{Isolation, PeerNetwork, Transit};
 #[derive(Debug, Default)]
 pub(super) struct Connections {
     /// The records of this host's networks.
-    pub(super) others: std::sync::Arc<BTreeMap<NetworkName, NetworkRecord>>,
+    pub(super) others: Arc<BTreeMap<NetworkName, NetworkRecord>>,
     problems: Vec<String>,
 }
 
@@ -19,7 +20,7 @@ impl<M: NetworkStateStore> Network<M> {
     pub(super) fn isolation(&mut self) -> Option<Isolation> {
         let name = &self.settings.name;
         let record = self.store.record.as_ref()?;
-        let (peers, mut problems) = peers(name, record, &self.connections.others);
+        let (peers, mut problems) = peers(name, record, &self.connections.others, &self.settings.netns_prefix);
         let transit = if record.internal { None } else { self.state_store.transit() };
         if transit.is_none() && !record.internal {
             let count = Transit::COUNT;
@@ -32,7 +33,7 @@ impl<M: NetworkStateStore> Network<M> {
             self.connections.problems = problems;
             self.changed = true;
         }
-        Some(Isolation { namespace: namespace(name), transit, peers })
+        Some(Isolation { transit, peers })
     }
 
     /// Why connections are missing.
@@ -46,6 +47,7 @@ fn peers(
     name: &NetworkName,
     record: &NetworkRecord,
     others: &BTreeMap<NetworkName, NetworkRecord>,
+    netns_prefix: &str,
 ) -> (Vec<PeerNetwork>, Vec<String>) {
     let mut peers: Vec<(&NetworkName, &NetworkRecord)> = Vec::new();
     let mut problems = Vec::new();
@@ -73,7 +75,7 @@ fn peers(
     }
     let peer = |(name, record): (&NetworkName, &NetworkRecord)| {
         let ranges = record.config.pools.map(|_, pool| pool.network);
-        Some(PeerNetwork { name: name.clone(), vni: record.vni()?, ranges })
+        Some(PeerNetwork { name: name.clone(), namespace: format!("{netns_prefix}{name}"), vni: record.vni()?, ranges })
     };
     (peers.into_iter().filter_map(peer).collect(), problems)
 }

@@ -7,11 +7,10 @@ use super::scope::Scopes;
 use super::{Dirty, Network, NetworkStateStore};
 use crate::metrics::Metrics;
 use crate::model::event::OwnLease;
-use crate::model::{BackendData, Device, Family, Mac, NetworkConfig, Peer, RejectedLease};
+use crate::model::{BackendData, Device, Family, Mac, NetworkConfig, NetworkName, Peer, RejectedLease};
 use crate::plan::backend;
 use crate::plan::bulk::{is_bulk, merge};
 use crate::plan::desired::HostSpec;
-use crate::plan::isolation::Scope;
 use crate::plan::lease_table::{Classification, LeaseKey, LeaseTable, LocalHost};
 use crate::plan::{Key, Value};
 use crate::telemetry::rate_limit::LogRateLimit;
@@ -19,6 +18,8 @@ use crate::telemetry::rate_limit::LogRateLimit;
 /// What is planned, and the changes that the reconcilers do not have yet.
 #[derive(Debug)]
 pub(super) struct Planner {
+    /// The network's name.
+    network: NetworkName,
     /// This host; `None` until its first lease is held.
     pub(super) host: Option<HostSpec>,
     /// This host, as far as other leases can conflict with it.
@@ -35,9 +36,10 @@ pub(super) struct Planner {
 }
 
 impl Planner {
-    /// A planner without any state, of a network of this kind.
-    pub(super) fn new(isolated: bool) -> Planner {
+    /// A planner without any state.
+    pub(super) fn new(network: NetworkName, isolated: bool) -> Planner {
         Planner {
+            network,
             host: None,
             local_host: None,
             peers: BTreeMap::new(),
@@ -68,8 +70,10 @@ impl Planner {
     /// host's is one of them.
     pub(super) fn start_over(&mut self) -> bool {
         let host_restarted = self.scopes.host.restarted;
-        for state in self.scopes.iter_mut().filter(|state| std::mem::take(&mut state.restarted)) {
-            if let Some(host) = &self.host {
+        for state in self.scopes.iter_mut() {
+            if std::mem::take(&mut state.restarted)
+                && let Some(host) = &self.host
+            {
                 let peers = self.peers.values().flat_map(|peer| host.peer_entries(peer));
                 let peers = peers.filter(|(key, _)| host.peer_entry_scope(key) == state.scope);
                 state.start_over(host.shared(state.scope), host.entries(state.scope).into_iter().chain(peers).collect());
@@ -177,7 +181,7 @@ impl Planner {
                 }
                 Classification::Rejected(rejected) => {
                     if rejected_before.get(&key) != Some(&rejected) {
-                        metrics.count_rejected_value(network, rejected.kind.as_str());
+                        metrics.count_rejected_value(&self.network, rejected.kind.as_str());
                         if self.rejection_log.allows(now.into_std()) {
                             tracing::warn!(key = rejected.key, reason = rejected.kind.as_str(), "{rejected}");
                         }
