@@ -1,12 +1,13 @@
 //! Containers of this host on an overlay network: names, addresses, and the steps of attach and detach.
 //!
-//! Each network has its own [`Endpoints`]; what the host has only once is in [`HostClaims`]. Owns `endpoints.json` and `endpoints.journal` in the state directory (`persist`). Changes the kernel only through
-//! [`PortDriver`]. An endpoint is persisted before anything is created in the kernel, and marked as attached afterwards. So the
-//! next start can remove everything that a crash left incomplete.
+//! Each network has its own [`Endpoints`]; what the host has only once is in [`HostClaims`]. Owns `endpoints.json` and
+//! `endpoints.journal` in the network's state directory (`persist`). Changes the kernel only through [`PortDriver`]. An endpoint is
+//! persisted before anything is created in the kernel, and marked as attached afterwards. So the next start can remove everything
+//! that a crash left incomplete.
 //!
 //! Tasks: each attach and detach runs as its own task, so that it completes even if the client disconnects. At most
-//! [`MAX_CONCURRENT`] tasks run, and one per name. The caller runs [`Endpoints::run`] as a task: it audits, and at shutdown waits
-//! for the other tasks.
+//! [`MAX_CONCURRENT`] tasks run on the host, and one per name. The caller runs [`Endpoints::run`] as a task: it audits, and at
+//! shutdown waits for the other tasks.
 
 mod claims;
 mod error;
@@ -23,7 +24,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, oneshot, watch};
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -45,7 +46,7 @@ use record::Phase;
 use spec::AttachSpec;
 use table::EndpointTable;
 
-/// Maximum number of concurrent attaches and detaches: far above what two cores can use, far below what would overload a host.
+/// Maximum number of concurrent attaches and detaches of all networks: far above what two cores can use, far below what would overload a host.
 pub const MAX_CONCURRENT: usize = 64;
 
 /// Interval of the audits of the namespaces.
@@ -75,7 +76,6 @@ struct Inner<C> {
     store: Mutex<EndpointStore>,
     /// One lock per name with running work.
     name_locks: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
-    permits: Arc<Semaphore>,
     /// Running tasks; `None` once the agent shuts down.
     tasks: Mutex<Option<JoinSet<()>>>,
     ports: watch::Sender<Vec<Arc<Endpoint>>>,
@@ -113,7 +113,6 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             table: Mutex::new(table),
             store: Mutex::new(store),
             name_locks: Mutex::default(),
-            permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             tasks: Mutex::new(Some(JoinSet::new())),
             ports,
             applied_endpoints: Mutex::default(),
@@ -340,6 +339,21 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         }
     }
 
+    /// Refuses new work if there is neither an endpoint nor running work, so that the host can leave the network. Returns whether
+    /// it does.
+    pub fn close_if_unused(&self) -> bool {
+        let mut tasks = lock(&self.0.tasks);
+        let Some(running) = tasks.as_mut() else { return true };
+        while let Some(result) = running.try_join_next() {
+            log_panic(result);
+        }
+        let unused = running.is_empty() && lock(&self.0.table).records().next().is_none();
+        if unused {
+            *tasks = None;
+        }
+        unused
+    }
+
     /// Syncs the table to disk.
     async fn flush(&self) -> Result<(), StateError> {
         let inner = Arc::clone(&self.0);
@@ -368,7 +382,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         work: impl Future<Output = Result<T, EndpointError>> + Send + 'static,
     ) -> Result<T, EndpointError> {
         let name_guard = self.lock_name(&name).await;
-        let permit = Arc::clone(&self.0.permits).acquire_owned().await.map_err(|_| EndpointError::ShuttingDown)?;
+        let permit = self.0.claims.permits().acquire_owned().await.map_err(|_| EndpointError::ShuttingDown)?;
         let (sender, receiver) = oneshot::channel();
         {
             let mut running = lock(&self.0.tasks);

@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::spec::NetnsRef;
-use super::{EndpointError, lock};
+use super::{EndpointError, MAX_CONCURRENT, lock};
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mode, NetworkName, PublishedPort};
 
@@ -25,11 +26,13 @@ struct Shared {
     claims: Mutex<Claims>,
     /// All audits are due at multiples of their interval after this time.
     started: Instant,
+    permits: Arc<Semaphore>,
 }
 
 impl Default for HostClaims {
     fn default() -> HostClaims {
-        HostClaims(Arc::new(Shared { claims: Mutex::default(), started: Instant::now() }))
+        let permits = Arc::new(Semaphore::new(MAX_CONCURRENT));
+        HostClaims(Arc::new(Shared { claims: Mutex::default(), started: Instant::now(), permits }))
     }
 }
 
@@ -72,6 +75,11 @@ impl HostClaims {
     /// Locks the claims.
     pub(super) fn lock(&self) -> MutexGuard<'_, Claims> {
         lock(&self.0.claims)
+    }
+
+    /// One permit per concurrent attach or detach.
+    pub(super) fn permits(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.0.permits)
     }
 
     /// Time of the next audit. It is the same for all networks, so that the host wakes up once for all of them.

@@ -31,6 +31,17 @@ pub enum Health {
     Waiting,
 }
 
+/// Where a network lives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkKind {
+    /// In the host's network namespace.
+    #[default]
+    Routed,
+    /// In a network namespace of its own.
+    Isolated,
+}
+
 /// `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -274,16 +285,6 @@ pub struct NetworkEntry {
     pub endpoints: usize,
     /// Number of its problems, which its status has.
     pub problems: usize,
-}
-
-/// Where a network is routed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NetworkKind {
-    /// In the host's network namespace.
-    Routed,
-    /// In a network namespace of its own.
-    Isolated,
 }
 
 /// `GET /v1/endpoints`.
