@@ -339,6 +339,21 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         }
     }
 
+    /// Refuses new work if there is neither an endpoint nor running work, so that the host can leave the network. Returns whether
+    /// it does.
+    pub fn close_if_unused(&self) -> bool {
+        let mut tasks = lock(&self.0.tasks);
+        let Some(running) = tasks.as_mut() else { return true };
+        while let Some(result) = running.try_join_next() {
+            log_panic(result);
+        }
+        let unused = running.is_empty() && lock(&self.0.table).records().next().is_none();
+        if unused {
+            *tasks = None;
+        }
+        unused
+    }
+
     /// Syncs the table to disk.
     async fn flush(&self) -> Result<(), StateError> {
         let inner = Arc::clone(&self.0);

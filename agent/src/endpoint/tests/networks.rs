@@ -145,6 +145,25 @@ async fn concurrency_is_limited_for_all_networks_together() {
 }
 
 #[tokio::test]
+async fn network_with_endpoint_or_running_attach_is_not_closed() {
+    let host = TwoNetworks::start(TestHost::new(&["/ns/a"])).await;
+    let gate = host.host.kernel.block_before_attach();
+    let blue = host.blue.clone();
+    let attach = tokio::spawn(async move { blue.attach(name("web"), attach_request("/ns/a")).await });
+    host.host.kernel.wait_blocked().await;
+    assert!(!host.blue.close_if_unused());
+    gate.add_permits(1);
+    attach.await.unwrap().unwrap();
+    assert!(!host.blue.close_if_unused());
+    host.host.kernel.unblock();
+    host.blue.detach(name("web"), false).await.unwrap();
+    assert!(host.blue.close_if_unused());
+    let error = host.blue.attach(name("web"), attach_request("/ns/a")).await.unwrap_err();
+    assert!(matches!(error, EndpointError::ShuttingDown), "{error}");
+    host.default.attach(name("web"), attach_request("/ns/a")).await.unwrap();
+}
+
+#[tokio::test]
 async fn named_network_has_mode_overlay_only() {
     let host = TwoNetworks::start(TestHost::new(&["/ns/a"])).await;
     host.blue.attach(name("web"), attach_request("/ns/a")).await.unwrap();

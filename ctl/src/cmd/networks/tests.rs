@@ -91,7 +91,8 @@ async fn failed_attach_leaves_what_was_attached_before() {
     let request = |network: &str| (network_name(network), AttachRequest::default());
     let requests = ["default", "blue", "white", "green"].map(request);
     let existing = [network_name("blue")];
-    let error = attach::attach_to_each(&agent.client(), &name("web-of-test"), &requests, &existing).await.expect_err("green is full");
+    let error =
+        attach::attach_to_each(&agent.client(), &name("web-of-test"), &requests, &existing).await.expect_err("green is full");
     assert_eq!(error.to_string(), "subnet 10.9.1.0/24 is full");
     assert_eq!(
         agent.take_requests(),
