@@ -147,7 +147,8 @@ impl PortDriver for PortManager {
     }
 
     fn is_host_netns(&self, netns: &Path) -> bool {
-        Netns::open(netns).is_ok_and(|netns| netns.is_same(&self.host).unwrap_or(false) || netns.is_network())
+        let is_own = |netns: &Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
+        Netns::open(netns).is_ok_and(|netns| is_own(&netns) || netns.is_network())
     }
 
     fn host_netns(&self) -> PathBuf {

@@ -5,6 +5,7 @@ mod failures;
 mod fake_kernel;
 mod liveness;
 mod local_entries;
+mod pairs;
 mod restarts;
 
 use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
