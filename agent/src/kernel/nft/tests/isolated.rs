@@ -24,7 +24,7 @@ fn isolated(vni: u32, scope: Scope, publishes: bool) -> InetTableSpec {
         r#"{{"Network":"10.9.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:9::/53","Backend":{{"VNI":{vni}}}}}"#
     ));
     let transit = Transit::new(u16::try_from(vni).expect("a small VNI"));
-    let isolation = Isolation { namespace: format!("ov-{vni}"), transit, peers: Vec::new() };
+    let isolation = Isolation { transit, peers: Vec::new() };
     let mut spec = InetTableSpec { numbered_sets: true, scope, isolation: Some(isolation), ..spec(&network, true, publishes) };
     if scope == Scope::Network {
         spec.local = PerFamily::default();
@@ -42,7 +42,7 @@ fn host_table() -> Ruleset {
     let routed = InetTableSpec { numbered_sets: true, ..spec(&routed, false, false) };
     let [mut blue, red, mut internal] = [7, 8, 9].map(|vni| isolated(vni, Scope::Host, vni == 7));
     let ranges = red.network.pools.map(|_, pool| pool.network);
-    let peer = PeerNetwork { name: "red".into(), vni: Vni::try_from(8).expect("a VNI"), ranges };
+    let peer = PeerNetwork { name: "red".into(), namespace: "ov-red".to_owned(), vni: Vni::try_from(8).expect("a VNI"), ranges };
     blue.isolation.as_mut().expect("isolated").peers.push(peer);
     internal.isolation.as_mut().expect("isolated").transit = None;
     inet_table(&[&spec(&dual(), true, true), &routed, &blue, &red, &internal])

@@ -18,7 +18,9 @@ fn vni(n: u32) -> Vni {
 fn peer_networks() -> Vec<PeerNetwork> {
     let red = PerFamily { v4: Some(cidr("10.20.0.0/16")), v6: Some(cidr("fd00:20::/48")) };
     let green = PerFamily { v4: Some(cidr("10.30.0.0/16")), v6: None };
-    [("red", 9, red), ("green", 3, green)].map(|(name, n, ranges)| PeerNetwork { name: name.into(), vni: vni(n), ranges }).into()
+    [("red", 9, red), ("green", 3, green)]
+        .map(|(name, n, ranges)| PeerNetwork { name: name.into(), namespace: format!("ov-{name}"), vni: vni(n), ranges })
+        .into()
 }
 
 /// The network `blue`, the host's second isolated one.
@@ -26,7 +28,7 @@ fn blue(config: &str, key: &str, published: &[&str]) -> HostSpec {
     let mut endpoint = endpoint_with_ports(published);
     endpoint.port.as_mut().expect("a port").addresses =
         PerFamily { v4: Some(address("10.9.1.2")), v6: Some(address("fd00:9:0:1::2")) };
-    let isolation = Isolation { namespace: "ov-blue".to_owned(), transit: Transit::new(1), peers: peer_networks() };
+    let isolation = Isolation { transit: Transit::new(1), peers: peer_networks() };
     HostSpec { isolation: Some(isolation), numbered_sets: true, ports: vec![Arc::new(endpoint)], ..host(config, key) }
 }
 
@@ -184,11 +186,12 @@ fn one_network_creates_the_pair_and_both_ends_match() {
     let blue = blue(BLUE, BLUE_KEY, &[]);
     let peer_of_blue = PeerNetwork {
         name: "blue".into(),
+        namespace: "ov-blue".to_owned(),
         vni: vni(7),
         ranges: PerFamily { v4: Some(cidr("10.9.0.0/22")), v6: Some(cidr("fd00:9::/62")) },
     };
     let config = r#"{"Network":"10.20.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:20::/48","Backend":{"VNI":9}}"#;
-    let isolation = Isolation { namespace: "ov-red".to_owned(), transit: Transit::new(2), peers: vec![peer_of_blue] };
+    let isolation = Isolation { transit: Transit::new(2), peers: vec![peer_of_blue] };
     let red = HostSpec { isolation: Some(isolation), numbered_sets: true, ..host(config, "10.20.1.0-24&fd00:20:0:1::-64") };
     let [blue, red] = [blue, red].map(|host| host.entries(Scope::Network));
     let link = |state: &State, name: &str| match &state[&Key::Link(name.into())] {

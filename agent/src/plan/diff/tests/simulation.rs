@@ -202,14 +202,11 @@ impl Setup {
         let peers = [("red", 3), ("green", 1)].into_iter().zip(ranges).filter(|((_, vni), _)| *vni != self.vni);
         let peer = |((name, vni), ranges): ((&str, u32), _)| PeerNetwork {
             name: name.into(),
+            namespace: format!("ov-{name}"),
             vni: Vni::try_from(vni).expect("a VNI"),
             ranges,
         };
-        Isolation {
-            namespace: "ov-blue".to_owned(),
-            transit: Transit::new(self.own_subnet.into()),
-            peers: peers.map(peer).collect(),
-        }
+        Isolation { transit: Transit::new(self.own_subnet.into()), peers: peers.map(peer).collect() }
     }
 
     fn scope(&self) -> Scope {
