@@ -174,7 +174,7 @@ impl Tracer<'_> {
 
     /// Delivers the packet to a container of this host.
     pub(super) fn deliver_to_container(&mut self, destination: IpAddr, bridge: &Link) -> Step<String> {
-        let Some(endpoint) = self.inventory.container_with_address(destination).cloned() else {
+        let Some(endpoint) = self.container_here(destination).cloned() else {
             let neighbour = self.view.kernel.neighbour(bridge.index, destination);
             let message = match neighbour {
                 Some(found) if found.is_usable() => {

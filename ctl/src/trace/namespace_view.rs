@@ -71,7 +71,8 @@ impl NamespaceView {
                 continue;
             }
             let network = place.strip_prefix(NETWORK_PREFIX).unwrap_or_default().to_owned();
-            found.push(NetworkNamespace { network, place, netns, vni: device.vni });
+            let vni = device.vni;
+            found.push(NetworkNamespace { network, place, netns, vni, links });
         }
         Ok(found)
     }
@@ -133,6 +134,8 @@ pub struct NetworkNamespace {
     pub netns: Netns,
     /// The network's VNI.
     pub vni: Vni,
+    /// Its links.
+    pub links: Vec<Link>,
 }
 
 /// Describes why an interface cannot send; `None` if it can.

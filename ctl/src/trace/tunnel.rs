@@ -100,6 +100,8 @@ impl Tracer<'_> {
                 REPAIR_HINT,
             ));
         };
+        let from_overlay = self.view.in_overlay(flow.source) || flow.source == source;
+        self.enter_host()?;
         let lookup = RouteLookup { destination: remote.public, source: Some(source), input: None };
         let outer = match self.view.kernel.route(lookup)? {
             Ok(outer) if outer.kind == "local" => {
@@ -138,7 +140,7 @@ impl Tracer<'_> {
         }
         self.leave_host(remote.public, &outer, &exit, "outer ")?;
         let host = self.inventory.host_name_at(remote.public);
-        if !self.view.in_overlay(flow.source) && flow.source != source {
+        if !from_overlay {
             let message = format!("{} is not in the overlay: {host} drops it as `tunnel`, unless it runs flannel", flow.source);
             let remedy = "--ip-masq=true, the default, replaces the source by this host's overlay address";
             self.log.unsure(&self.view.place, "peer's guard", message, remedy);
