@@ -99,6 +99,16 @@ pub fn payload(party: &Party) -> Vec<u8> {
     format!("{MARK} {} {}", party.network, party.name).into_bytes()
 }
 
+/// The network and the name of the container whose payload a packet ends with or contains; `None` without one.
+pub fn find_payload(packet: &[u8]) -> Option<(String, String)> {
+    let mark = format!("{MARK} ").into_bytes();
+    let start = packet.windows(mark.len()).position(|bytes| bytes == mark)? + mark.len();
+    let text = String::from_utf8_lossy(&packet[start..]);
+    let (network, name) = text.split_once(' ')?;
+    let name: String = name.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '-').collect();
+    Some((network.to_owned(), name))
+}
+
 /// Sends a datagram from a container to each address of other containers that it has the family of. Returns the number that the
 /// kernel accepted: it rejects those without a route.
 pub fn send<'a>(from: &Party, to: impl IntoIterator<Item = &'a Party>) -> Result<usize, LabError> {
@@ -129,14 +139,12 @@ async fn listen(socket: UdpSocket, name: String, network: String, arrivals: Arc<
     loop {
         // An error belongs to an earlier datagram.
         let Ok((length, _)) = socket.recv_from(&mut buffer).await else { continue };
-        let text = String::from_utf8_lossy(&buffer[..length]);
-        let [MARK, from_network, from] = *text.split(' ').collect::<Vec<_>>() else { continue };
+        let Some((from_network, from)) = find_payload(&buffer[..length]) else { continue };
         let mut arrivals = lock(&arrivals);
         if from_network == network {
             arrivals.own += 1;
             continue;
         }
-        let (from, from_network) = (from.to_owned(), from_network.to_owned());
         arrivals.crossings.insert(Crossing { from, from_network, to: name.clone(), to_network: network.clone() });
     }
 }
