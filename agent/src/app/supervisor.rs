@@ -99,8 +99,8 @@ pub struct Supervisor {
 struct Keeper {
     stop: CancellationToken,
     task: JoinHandle<()>,
-    /// Input of the reconciler of the host's namespace, if the unit is a network.
-    contributes_to: Option<mpsc::Sender<ReconcilerInput>>,
+    /// Inputs of the reconcilers that a network contributes to.
+    contributes_to: Vec<mpsc::Sender<ReconcilerInput>>,
 }
 
 impl Drop for Keeper {
@@ -128,7 +128,8 @@ impl Supervisor {
         F: Future<Output = Result<(), E>> + Send + 'static,
         E: fmt::Display + 'static,
     {
-        let contributes_to = Some(channels.reconciler.clone());
+        let links = std::iter::once(&channels.host).chain(&channels.own);
+        let contributes_to = links.map(|link| link.input.clone()).collect();
         let channels = Arc::new(Mutex::new(channels));
         self.start(Unit::Network(name), contributes_to, move |delay, stop| {
             let (sender, events) = mpsc::channel(STORE_EVENT_CAPACITY);
@@ -160,7 +161,7 @@ impl Supervisor {
         S: SysctlStore + 'static,
     {
         let channels = Arc::new(Mutex::new(channels));
-        self.start(Unit::Reconciler(namespace), None, move |delay, stop| {
+        self.start(Unit::Reconciler(namespace), Vec::new(), move |delay, stop| {
             let (reconciler, channels) = (make(), Arc::clone(&channels));
             let mut tasks = Tasks::new();
             tasks.spawn_infallible("reconcile", async move {
@@ -174,7 +175,7 @@ impl Supervisor {
     fn start(
         &self,
         unit: Unit,
-        contributes_to: Option<mpsc::Sender<ReconcilerInput>>,
+        contributes_to: Vec<mpsc::Sender<ReconcilerInput>>,
         start: impl Fn(Duration, CancellationToken) -> Tasks + Send + Sync + 'static,
     ) {
         let (stop, panicked) = (self.shutdown.child_token(), self.panicked.clone());
@@ -188,10 +189,10 @@ impl Supervisor {
         self.units().insert(unit, Keeper { stop, task, contributes_to });
     }
 
-    /// Stops a network. With `withdraw`, its entries are removed from the host's namespace; otherwise they stay.
+    /// Stops a network. With `withdraw`, its entries are removed from the kernel; otherwise they stay.
     pub async fn stop_network(&self, name: &NetworkName, withdraw: bool) {
         let contributes_to = self.stop(&Unit::Network(name.clone())).await;
-        if let Some(reconciler) = contributes_to.filter(|_| withdraw) {
+        for reconciler in contributes_to.into_iter().filter(|_| withdraw) {
             // Fails only if the reconciler was stopped before.
             let _ = reconciler.send(ReconcilerInput::Withdraw(name.clone())).await;
         }
@@ -203,14 +204,15 @@ impl Supervisor {
         self.stop(&Unit::Reconciler(namespace)).await;
     }
 
-    async fn stop(&self, unit: &Unit) -> Option<mpsc::Sender<ReconcilerInput>> {
-        let mut keeper = self.units().remove(unit)?;
+    /// Stops a unit; returns what it contributes to.
+    async fn stop(&self, unit: &Unit) -> Vec<mpsc::Sender<ReconcilerInput>> {
+        let Some(mut keeper) = self.units().remove(unit) else { return Vec::new() };
         keeper.stop.cancel();
         if let Err(error) = (&mut keeper.task).await {
             tracing::error!(%unit, %error, "cannot stop");
         }
         self.failures.remove(unit);
-        keeper.contributes_to.take()
+        std::mem::take(&mut keeper.contributes_to)
     }
 
     fn units(&self) -> MutexGuard<'_, BTreeMap<Unit, Keeper>> {

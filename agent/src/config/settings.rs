@@ -133,7 +133,14 @@ pub fn command() -> Command {
         )
         .subcommand(
             Command::new("cleanup")
-                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running"),
+                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running")
+                .arg(
+                    Arg::new("network")
+                        .long("network")
+                        .value_name("NAME")
+                        .action(ArgAction::Append)
+                        .help("Leave only this named network; can be repeated"),
+                ),
         );
     for setting in SETTINGS {
         let arg =

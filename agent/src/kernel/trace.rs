@@ -16,6 +16,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, State};
 use serde::{Deserialize, Serialize};
 
+use super::cache::LINK_GROUP;
 use super::netns::Netns;
 use super::nft::{Nft, NftState};
 use super::nlmsg::{Message, address, attributes, mac, u16_at, u32_at};
@@ -361,6 +362,11 @@ impl Link {
     /// The link as one of our devices; `None` if its name is not ours.
     pub fn device(&self) -> Option<Device> {
         Device::from_name(&self.name)
+    }
+
+    /// Whether it has the group of the agent's links.
+    pub fn is_marked(&self) -> bool {
+        self.group == LINK_GROUP
     }
 
     /// Whether it is the VXLAN device of a family.
