@@ -75,8 +75,7 @@ impl<'a> Host<'a> {
 
     /// Client of the agent for one network.
     pub fn client_of(&self, network: &NetworkName) -> Client {
-        let _ = network;
-        self.client()
+        self.client().of_network(network)
     }
 
     /// Runs a command on the host and waits for its end. Blocks.
