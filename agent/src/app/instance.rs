@@ -16,7 +16,7 @@ use super::shared::{Host, OpenReconciler};
 use super::wiring::{self, NetworkEnds, ReconcilerEnds};
 use crate::endpoint::{EndpointNetwork, Endpoints};
 use crate::kernel::netns::Netns;
-use crate::kernel::{Kernel, KernelOptions, Monitor, PortManager};
+use crate::kernel::{Kernel, KernelOptions, Monitor, PortManager, delete_network_netns};
 use crate::model::{NamespaceName, NetworkName, NetworkRecord, PerFamily};
 use crate::network::{Network, Overlay};
 use crate::reconcile::{self, Reconciler};
@@ -157,7 +157,7 @@ impl Stopped {
             let path = netns.path().to_owned();
             drop(netns);
             let file = path.file_name().and_then(|file| file.to_str()).unwrap_or_default().to_owned();
-            tokio::task::spawn_blocking(move || Netns::delete_with_links(&file)).await??;
+            tokio::task::spawn_blocking(move || delete_network_netns(&file)).await??;
         }
         store.release(&host.node.id).await.with_context(|| format!("the lease in network {name} is not released"))?;
         host.states.remove(&name)?;

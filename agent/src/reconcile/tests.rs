@@ -94,6 +94,7 @@ impl Fixture {
         let settings = network::Settings {
             name: NetworkName::default(),
             isolated: false,
+            netns_prefix: "ov-".to_owned(),
             node: Node { name: "h".to_owned(), id: "id".to_owned() },
             selection: UnderlaySelector::default(),
             masquerade: true,

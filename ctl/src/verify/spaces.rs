@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use overlay_agent::kernel::netns::{NETNS_RUN_DIR, Netns};
 use overlay_agent::kernel::trace::{Link, PolicyRule, RouteEntry};
 use overlay_agent::model::{Cidr, Device, Family, Role, Vni};
-use overlay_agent::plan::isolation::transfer_range;
+use overlay_agent::model::transfer_range;
 
 use crate::trace::TraceError;
 use crate::trace::namespace_view::NamespaceView;
