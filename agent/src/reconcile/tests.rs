@@ -5,6 +5,7 @@ mod failures;
 mod fake_kernel;
 mod liveness;
 mod local_entries;
+mod pairs;
 mod restarts;
 
 use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
@@ -14,8 +15,8 @@ use crate::app::supervisor::Supervisor;
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily, RejectReason,
-    RejectedLease, StorePosition, Subnet, Vni, api,
+    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily,
+    RejectReason, RejectedLease, StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network};
 use crate::plan::state::{LinkState, device_of};

@@ -210,7 +210,11 @@ impl Tracer<'_> {
         let untracked = result.untracked;
         if let Some((Translation::Destination { address, port }, rule_ref)) = &result.translation {
             let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
-            self.log.ok(&self.view.place, "translation", format!("destination becomes {}, by {rule_ref}", socket_text(address, port)));
+            self.log.ok(
+                &self.view.place,
+                "translation",
+                format!("destination becomes {}, by {rule_ref}", socket_text(address, port)),
+            );
             flow.destination = address;
             flow.port = port;
             translated = true;

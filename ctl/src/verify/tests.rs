@@ -272,7 +272,8 @@ fn ways_opened_by_hand_are_found() {
         let pairs = networks.verify();
         assert_eq!(pairs.each_ref().map(|pair| pair.verdict), *verdicts, "{what}: {pairs:#?}");
         let [first, _] = &pairs;
-        let reasons: Vec<&str> = first.ways.iter().map(|way| way.by.as_str()).chain(first.unknown.iter().map(String::as_str)).collect();
+        let reasons: Vec<&str> =
+            first.ways.iter().map(|way| way.by.as_str()).chain(first.unknown.iter().map(String::as_str)).collect();
         assert!(opened_by.is_empty() || reasons.iter().any(|reason| reason.contains(opened_by)), "{what}: {pairs:#?}");
     }
 }

@@ -29,7 +29,7 @@ impl Fixture {
 
 #[tokio::test]
 async fn network_panic_leaves_data_path_and_reconciler() {
-    let fixture = Fixture::ready([1, 2]).await;
+    let mut fixture = Fixture::ready([1, 2]).await;
     let state = fixture.kernel.lock().state.clone();
     fixture.kernel.lock().applied_ops.clear();
     let store = fixture.store.borrow().clone().expect("a store");
@@ -60,7 +60,7 @@ async fn network_panic_leaves_data_path_and_reconciler() {
 
 #[tokio::test]
 async fn reconciler_panic_leaves_data_path_and_network() {
-    let fixture = Fixture::ready([1, 2]).await;
+    let mut fixture = Fixture::ready([1, 2]).await;
     let state = fixture.kernel.lock().state.clone();
     fixture.kernel.lock().applied_ops.clear();
     let store = fixture.store.borrow().clone().expect("a store");
@@ -84,7 +84,7 @@ async fn reconciler_panic_leaves_data_path_and_network() {
 /// The reconciler's next run continues neither with a part of a network nor without its shared entries.
 #[tokio::test]
 async fn contribution_for_earlier_run_is_ignored() {
-    let fixture = Fixture::ready([1, 2]).await;
+    let mut fixture = Fixture::ready([1, 2]).await;
     let state = fixture.kernel.lock().state.clone();
     for number in [3, 4] {
         fixture.kernel.lock().panics = true;
