@@ -51,6 +51,7 @@ mod socket;
 mod spoof;
 mod store_loss;
 mod support_bundle;
+mod takeover;
 mod trace;
 mod tutorial_bridge;
 mod tutorial_echo;

@@ -30,6 +30,7 @@ pub mod ping;
 pub mod process_memory;
 pub mod programs;
 pub mod proxy;
+pub mod recorded_host;
 pub mod rules;
 pub mod shell;
 pub mod synthetic_leases;
