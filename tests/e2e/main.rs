@@ -36,6 +36,7 @@ mod mesh;
 mod metrics;
 mod modes;
 mod page_migrating;
+mod page_networks;
 mod page_operations;
 mod page_reference;
 mod page_troubleshooting;
