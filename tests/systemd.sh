@@ -499,8 +499,8 @@ health() {
     for n in 1 2; do
         want "200 OK" page $n /healthz
         want "200 OK" page $n /readyz
-        want "overlayd_ready 1" page $n /metrics
-        want "overlayd_endpoints 1" page $n /metrics
+        want 'overlayd_ready{network="default"} 1' page $n /metrics
+        want 'overlayd_endpoints{network="default"} 1' page $n /metrics
         want "404" page $n /v1/status
     done
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use overlay_agent::config::{HostConfig, command, load_settings};
+use overlay_agent::model::NetworkName;
 use overlay_agent::{allocator, app, telemetry};
 
 /// Two threads: the reconciler can apply a large batch on one while the store and the socket run on the other.
@@ -24,6 +25,10 @@ fn main() -> ExitCode {
         Ok(config) => config,
         Err(errors) => return fail(&errors, EXIT_USAGE),
     };
+    let networks = match cleaned_networks(&matches) {
+        Ok(networks) => networks,
+        Err(error) => return fail(&error, EXIT_USAGE),
+    };
     let level = match telemetry::init(&config.log_level, config.log_format) {
         Ok(level) => level,
         Err(error) => return fail(&error, EXIT_ERROR),
@@ -34,7 +39,7 @@ fn main() -> ExitCode {
     };
     let result = runtime.block_on(async {
         match matches.subcommand_name() {
-            Some("cleanup") => app::cleanup(config).await,
+            Some("cleanup") => app::cleanup(config, &networks).await,
             _ => app::run(config, level, app::SettingsSource::new(matches, raw)).await,
         }
     });
@@ -44,6 +49,13 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error_chain(&error), EXIT_ERROR),
     }
+}
+
+/// The networks of `cleanup --network`.
+fn cleaned_networks(matches: &clap::ArgMatches) -> Result<Vec<NetworkName>, String> {
+    let cleanup = matches.subcommand_matches("cleanup");
+    let names = cleanup.and_then(|cleanup| cleanup.get_many::<String>("network")).into_iter().flatten();
+    names.map(|name| name.parse().map_err(|error| format!("--network: {error}"))).collect()
 }
 
 /// The error followed by its causes. A cause is left out if an earlier message already contains its text.

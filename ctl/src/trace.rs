@@ -6,8 +6,8 @@
 
 mod container;
 mod hop_log;
-mod host_view;
 pub mod live;
+pub mod namespace_view;
 pub mod targets;
 pub mod tracer;
 mod tunnel;

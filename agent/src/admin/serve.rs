@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,14 +12,13 @@ use hyper::body::Incoming;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::connection::Connection;
 use super::write_timeout::WriteTimeout;
 
 /// Maximum number of connections served at the same time; a request on a further one is answered 503. Users and monitoring need
@@ -86,18 +85,6 @@ impl Listener for TcpListener {
 
     async fn next(&self) -> io::Result<TcpStream> {
         self.accept().await.map(|(stream, _)| stream)
-    }
-}
-
-/// The connection by which a request came; valid while its handler runs.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Connection(RawFd);
-
-impl Connection {
-    /// Whether the client has closed its end.
-    pub(super) fn is_closed(self) -> bool {
-        let received = recv(self.0, &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
-        matches!(received, Ok(0) | Err(Errno::ECONNRESET))
     }
 }
 

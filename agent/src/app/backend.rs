@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, watch};
 
 use super::queries::Queries;
+use super::shared::Host;
 use crate::admin::{ApiError, Backend, ErrorKind};
 use crate::endpoint::{EndpointError, Endpoints, ErrorClass};
 use crate::kernel::PortManager;
-use crate::metrics::Metrics;
 use crate::model::endpoint::EndpointName;
 use crate::model::{ExpiryId, NetworkName, api};
 use crate::plan::backend;
-use crate::store::{self, StoreConfig};
-use crate::telemetry::LevelHandle;
 
 /// How long fetched lease TTLs are reused, which bounds the queries to etcd of `overlayctl subnets --watch`.
 const TTL_CACHE_AGE: Duration = Duration::from_secs(10);
@@ -25,24 +23,22 @@ const TTL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an attach waits for the network if the agent is ready.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long an attach waits for the network that the host has just joined for it.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long the reconcile loop may be busy before it counts as stuck.
 ///
 /// The largest batches take a second or two, and `/healthz` must answer before the socket's request timeout.
 const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The agent behind its socket.
+/// A network of the agent behind its socket.
 pub(super) struct AgentBackend {
-    pub(super) network_name: NetworkName,
+    pub(super) host: Arc<Host>,
+    pub(super) name: NetworkName,
     pub(super) queries: Queries,
     pub(super) endpoints: Endpoints<PortManager>,
     pub(super) port_manager: PortManager,
-    pub(super) mesh: Arc<super::mesh::MeshState>,
-    pub(super) masquerade: bool,
-    pub(super) store: StoreConfig,
     pub(super) ttl_cache: Mutex<Option<CachedTtls>>,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) changes: watch::Receiver<u64>,
-    pub(super) level: LevelHandle,
 }
 
 /// The remaining TTL of each etcd lease at the time of the query.
@@ -85,7 +81,7 @@ impl AgentBackend {
     async fn remaining_seconds(&self, ids: Vec<ExpiryId>) -> BTreeMap<ExpiryId, i64> {
         let mut cache = self.ttl_cache.lock().await;
         if cache.as_ref().is_none_or(|cached| cached.fetched_at.elapsed() > TTL_CACHE_AGE) {
-            let remaining = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {
+            let remaining = match tokio::time::timeout(TTL_QUERY_TIMEOUT, self.host.store.remaining_ttls(ids)).await {
                 Ok(Ok(remaining)) => remaining,
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "cannot read lease TTLs from etcd");
@@ -133,7 +129,7 @@ impl Backend for AgentBackend {
     }
 
     fn mesh(&self) -> api::Mesh {
-        self.mesh.view()
+        self.host.mesh.view()
     }
 
     async fn peers(&self) -> Result<api::Peers, ApiError> {
@@ -165,12 +161,12 @@ impl Backend for AgentBackend {
             }
         }
         Ok(api::NetworkView {
-            name: self.network_name.to_string(),
+            name: self.name.to_string(),
             driver: backend.name().to_owned(),
             vni: tunnel.and_then(|tunnel| tunnel.vni),
             port: tunnel.map(|tunnel| tunnel.port),
             mtu: status.data_path.mtu,
-            masquerade: self.masquerade,
+            masquerade: self.host.config.ip_masq,
             ipam: self.endpoints.ipam(&network),
             devices: snapshot.devices,
             bridge: snapshot.bridge,
@@ -180,15 +176,22 @@ impl Backend for AgentBackend {
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::AttachResponse, ApiError> {
         let attach = || self.endpoints.attach(name.clone(), request.clone());
-        let outcome = match attach().await {
+        let timeout = match attach().await {
+            // The host has just joined the network for this container.
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => JOIN_TIMEOUT,
             // The agent is ready, so the endpoints receive the network's parameters within moments.
-            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => {
-                let _known = tokio::time::timeout(NETWORK_TIMEOUT, self.endpoints.wait_for_network()).await;
-                attach().await
-            }
-            outcome => outcome,
+            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => NETWORK_TIMEOUT,
+            outcome => return outcome.map_err(api_error),
         };
-        outcome.map_err(api_error)
+        let _known = tokio::time::timeout(timeout, self.endpoints.wait_for_network()).await;
+        match attach().await {
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => {
+                let problems = self.ready().await.err().unwrap_or_default().join("; ");
+                let text = format!("network {} is not ready on this host: {problems}; repeat the attach", self.name);
+                Err(ApiError::new(ErrorKind::NotReady, text))
+            }
+            outcome => outcome.map_err(api_error),
+        }
     }
 
     async fn detach(&self, name: EndpointName, force: bool) -> Result<api::DetachResponse, ApiError> {
@@ -210,24 +213,24 @@ impl Backend for AgentBackend {
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.clone()
+        self.host.changes.subscribe()
     }
 
     async fn metrics(&self) -> String {
         if let Some(dropped) = self.dropped().await {
-            self.metrics.set_dropped(dropped);
+            self.host.metrics.set_dropped(dropped);
         }
-        self.metrics.set_endpoints(self.endpoints.list().len());
-        self.mesh.update_metrics();
-        self.metrics.render()
+        self.host.metrics.set_endpoints(&self.name, self.endpoints.list().len());
+        self.host.mesh.update_metrics();
+        self.host.metrics.render()
     }
 
     fn log_level(&self) -> String {
-        self.level.get()
+        self.host.level.get()
     }
 
     fn set_log_level(&self, level: &str) -> Result<(), ApiError> {
-        self.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
+        self.host.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
         tracing::info!(level, "log level changed through the socket");
         Ok(())
     }

@@ -65,6 +65,13 @@ pub const SETTINGS: &[Setting] = &[
     text("iface-can-reach", "IP", "", "External interface by the kernel's route to this address"),
     text("public-ip", "IPV4", "", "IPv4 address that peers send to, if not the interface's (behind NAT)"),
     text("public-ipv6", "IPV6", "", "IPv6 address that peers send to, if not the interface's"),
+    list("networks", "NAME", "", "Named networks that this host joins at the start; all others with its first container there"),
+    text(
+        "netns-prefix",
+        "TEXT",
+        "ov-",
+        "Start of the names of isolated networks' namespaces, for several agents with one /run/netns",
+    ),
     text("node-name", "NAME", "", "Display name of this host [default: the system's host name]"),
     boolean("ip-masq", "true", "Masquerade traffic that leaves the overlay"),
     boolean("docker", "false", "Reserve the upper half of the subnet for Docker's containers on the host's bridge"),
@@ -126,7 +133,14 @@ pub fn command() -> Command {
         )
         .subcommand(
             Command::new("cleanup")
-                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running"),
+                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running")
+                .arg(
+                    Arg::new("network")
+                        .long("network")
+                        .value_name("NAME")
+                        .action(ArgAction::Append)
+                        .help("Leave only this named network; can be repeated"),
+                ),
         );
     for setting in SETTINGS {
         let arg =

@@ -6,8 +6,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::record::{EndpointRecord, Phase};
 use super::spec::{AttachMode, AttachSpec, veth_name};
-use super::table::{EndpointRecord, Phase};
 use super::{APPLY_TIMEOUT, EndpointError, ErrorClass, Inner, lock};
 use crate::model::api::AttachResponse;
 use crate::model::endpoint::EndpointName;
@@ -105,9 +105,8 @@ impl<C: PortDriver + 'static> Inner<C> {
         };
         let Some((previous_phase, sharers)) = detaching else {
             // An agent whose state was lost may have left an interface with the name's hash in the kernel.
-            let leftover = veth_name(&name, 0);
-            let uses_leftover = |r: &EndpointRecord| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == leftover);
-            if !lock(&self.table).records().any(uses_leftover) {
+            let leftover = veth_name(&self.network, &name, 0);
+            if !self.claims.lock().has_host_interface(&leftover) {
                 let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
                 self.driver.detach_port(&leftover).await.map_err(kernel)?;
             }

@@ -103,26 +103,58 @@ impl Netns {
     /// Creates a named namespace with its loopback device up. Leaves nothing behind if it fails.
     pub fn create(name: &str) -> Result<Netns, NetnsError> {
         let path = named_path(name)?;
+        let created = run_on_thread(&path, || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("create a network namespace for", &path))?;
+            set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })?;
+            Netns::current()
+        })??;
+        let netns = Netns { path, fd: created.fd };
+        netns.bind_name()?;
+        Ok(netns)
+    }
+
+    /// Opens the named namespace, or creates it.
+    pub fn ensure(name: &str) -> Result<Netns, NetnsError> {
+        match Netns::named(name) {
+            // A plain file: what a crash left between its creation and the mount, or an unmount by hand.
+            Err(NetnsError::NotNetns { .. }) => Netns::delete(name)?,
+            Err(NetnsError::NotFound { .. }) => {}
+            opened => return opened,
+        }
+        Netns::create(name)
+    }
+
+    /// Whether its file still names it.
+    pub fn is_named(&self) -> bool {
+        Netns::open(&self.path).and_then(|named| named.is_same(self)).unwrap_or(false)
+    }
+
+    /// Makes its file name it again, after `ip netns delete` by hand. The namespace lives as long as it is open, so no packet is
+    /// lost meanwhile. Fails if the name is another namespace's now.
+    pub fn name_again(&self) -> Result<(), NetnsError> {
+        match Netns::open(&self.path) {
+            Ok(named) if named.is_same(self)? => return Ok(()),
+            Err(NetnsError::NotNetns { .. }) => remove_name(&self.path)?,
+            _ => {}
+        }
+        self.bind_name()
+    }
+
+    /// Creates its file and mounts it there.
+    fn bind_name(&self) -> Result<(), NetnsError> {
+        let path = &self.path;
         prepare_directory()?;
-        File::options().write(true).create_new(true).open(&path).map_err(|source| match source.kind() {
+        File::options().write(true).create_new(true).open(path).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => NetnsError::AlreadyExists { path: path.clone() },
             _ => NetnsError::Io { action: "create", path: path.clone(), source },
         })?;
-        let created = run_on_thread(&path, || {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("create a network namespace for", &path))?;
-            mount(Some(CURRENT_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                .map_err(io_error("mount on", &path))?;
-            set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
-        });
-        match created.and_then(|up| up).and_then(|()| Netns::open(&path)) {
-            Ok(netns) => Ok(netns),
-            Err(error) => {
-                if let Err(second) = Netns::delete(name) {
-                    tracing::warn!(error = %second, "cannot remove incomplete network namespace");
-                }
-                Err(error)
+        let open = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        mount(Some(open.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|errno| {
+            if let Err(second) = remove_name(path) {
+                tracing::warn!(error = %second, "cannot remove incomplete network namespace");
             }
-        }
+            io_error("mount on", path)(errno)
+        })
     }
 
     /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Refuses any other file.
@@ -161,16 +193,7 @@ impl Netns {
     /// Unmounts and removes a named namespace. The kernel frees it when its last process and open file are gone. Succeeds if the
     /// name does not exist.
     pub fn delete(name: &str) -> Result<(), NetnsError> {
-        let path = named_path(name)?;
-        match umount2(&path, MntFlags::MNT_DETACH) {
-            // EINVAL: the file is not a mount point, as after a crash between its creation and the mount.
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => return Err(io_error("unmount", &path)(errno)),
-        }
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::Io { action: "remove", path, source }),
-            _ => Ok(()),
-        }
+        remove_name(&named_path(name)?)
     }
 
     /// The names in `/run/netns`, sorted; empty if the directory does not exist.
@@ -279,6 +302,20 @@ pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
         return Err(NetnsError::InvalidName { name: name.chars().take(80).collect() });
     }
     Ok(Path::new(NETNS_RUN_DIR).join(name))
+}
+
+fn remove_name(path: &Path) -> Result<(), NetnsError> {
+    match umount2(path, MntFlags::MNT_DETACH) {
+        // EINVAL: the file is not a mount point, as after a crash between its creation and the mount.
+        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+        Err(errno) => return Err(io_error("unmount", path)(errno)),
+    }
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(NetnsError::Io { action: "remove", path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.

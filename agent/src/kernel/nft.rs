@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 pub(super) use apply::is_ruleset_key;
 pub(super) use codec::NFNLGRP_NFTABLES;
 pub(super) use conntrack::{ConntrackCleaner, NatMappings, StaleFilter};
-pub use eval::EvalResult;
+pub use eval::{EvalResult, PossibleTranslation};
 pub use monitor::{NftChange, NftMonitor};
 pub use registers::Translation;
 pub use snapshot::{RuleRef, RulesetSnapshot, legacy_tables};

@@ -2,6 +2,8 @@
 
 mod container;
 mod handle;
+mod isolated;
+mod isolated_cost;
 mod links;
 mod monitor;
 mod netns;

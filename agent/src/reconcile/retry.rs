@@ -66,6 +66,13 @@ impl RetryQueue {
         now + pause.mul_f64((1.0 + (self.random)()) / 2.0)
     }
 
+    /// Makes the retry of an entry due now, if it is pending.
+    pub(super) fn make_due(&mut self, key: &Key, now: Instant) {
+        if let Some(entry) = self.pending.get_mut(key) {
+            entry.due = now;
+        }
+    }
+
     /// Reschedules every due entry. Due entries that produced an op in this round are already rescheduled or no longer pending.
     pub(super) fn reschedule_due(&mut self, now: Instant) {
         for key in self.due_keys(now) {

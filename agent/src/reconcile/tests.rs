@@ -14,7 +14,7 @@ use crate::app::supervisor::Supervisor;
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason,
+    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily, RejectReason,
     RejectedLease, StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network};
@@ -49,8 +49,8 @@ impl Drop for Fixture {
     }
 }
 
-fn network() -> NetworkConfig {
-    NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap().config
+fn network() -> NetworkRecord {
+    NetworkRecord::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap()
 }
 
 fn subnet(number: u8) -> Subnet {
@@ -93,6 +93,7 @@ impl Fixture {
         let metrics = Arc::new(Metrics::new());
         let settings = network::Settings {
             name: NetworkName::default(),
+            isolated: false,
             node: Node { name: "h".to_owned(), id: "id".to_owned() },
             selection: UnderlaySelector::default(),
             masquerade: true,
@@ -102,7 +103,7 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+        let supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
         let state_store = FakeStateStore::default();
         let (network_state, network_metrics) = (state_store.clone(), Arc::clone(&metrics));
         let network =

@@ -172,6 +172,16 @@ pub enum StoreError {
         /// etcd's message.
         detail: String,
     },
+    /// The server cannot serve requests now, for example because it knows no leader.
+    #[error("etcd {endpoint} could not {what}: {detail}")]
+    Unavailable {
+        /// The endpoint.
+        endpoint: String,
+        /// The request.
+        what: &'static str,
+        /// etcd's message.
+        detail: String,
+    },
     /// None of the endpoints can be used.
     #[error("no usable etcd endpoint: {}", errors.join("; "))]
     AllFailed {
@@ -186,13 +196,19 @@ pub enum StoreError {
         /// The revision found; 0 for none.
         found: i64,
     },
+    /// There is no connection to etcd now.
+    #[error("not connected to etcd, retrying: {error}")]
+    NotConnected {
+        /// The last error of the connection.
+        error: String,
+    },
     /// The receiver of store events was dropped.
     #[error("the receiver of store events was dropped")]
     ReceiverClosed,
 }
 
 impl StoreError {
-    /// Whether the connection is unusable. `false` for error responses over a working connection.
+    /// Whether the connection is unusable, for all networks. `false` for error responses over a working connection.
     pub(super) fn ends_session(&self) -> bool {
         use StoreError as E;
         matches!(
@@ -249,6 +265,7 @@ impl Context {
             }
             E::TransportError(error) => self.map_transport_error(error_chain("", Some(&error))),
             E::IoError(error) => StoreError::Unreachable { endpoint, detail: error.to_string() },
+            E::WatchError(detail) => StoreError::Unreachable { endpoint, detail },
             E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is not a URL: {error}") },
             other => StoreError::RequestFailed { endpoint, what, detail: other.to_string() },
         }
@@ -278,9 +295,10 @@ impl Context {
                 StoreError::Permission { endpoint, who: self.user_description(), what, prefix: self.prefix.clone() }
             }
             NOT_FOUND if contains("lease not found") => StoreError::LeaseNotFound { lease: 0 },
-            UNAVAILABLE if !local => StoreError::RequestFailed { endpoint, what, detail },
+            UNAVAILABLE if !local => StoreError::Unavailable { endpoint, what, detail },
             UNAVAILABLE => self.map_transport_error(detail),
-            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::RequestFailed { endpoint, what, detail },
+            DEADLINE_EXCEEDED => StoreError::Unavailable { endpoint, what, detail },
+            RESOURCE_EXHAUSTED => StoreError::RequestFailed { endpoint, what, detail },
             _ if local => self.map_transport_error(detail),
             _ => StoreError::RequestFailed { endpoint, what, detail },
         }

@@ -88,6 +88,12 @@ pub enum CommandError {
         /// The missing object and how to list the existing ones.
         message: String,
     },
+    /// An object is in use.
+    #[error("{message}")]
+    InUse {
+        /// The object, what uses it, and the remedy.
+        message: String,
+    },
     /// The arguments are well-formed but conflict; exit code 2.
     #[error("{message}")]
     Usage {

@@ -57,6 +57,8 @@ fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
     command.args(["--node-name", host.name(), "--etcd-endpoints", &layout.etcd_endpoints().join(",")]);
     command.args(["--etcd-prefix", super::layout::ETCD_PREFIX]);
+    // All hosts of the lab share /run/netns. A variable, which an earlier version of the agent ignores.
+    command.env("OVERLAYD_NETNS_PREFIX", format!("{}.", layout.namespace(host.name())));
     command.args(&layout.agent_args).args(extra_args);
     command
 }

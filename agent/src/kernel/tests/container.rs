@@ -214,6 +214,40 @@ fn port_is_known_before_its_elements() {
     });
 }
 
+/// The reconciler learns of a detach later than the kernel, and may set the elements again while the link is removed.
+#[test]
+fn detach_removes_elements_that_were_set_meanwhile() {
+    let container = TestNetns::new("ctrmeanwhile");
+    on_host("plugmeanwhile", KernelOptions::default(), async |host| {
+        host.create_devices().await;
+        let table = source_filter();
+        host.apply(&vec![Op::Set(Key::Ruleset(table.table), Value::Ruleset(Box::new(table)))]).await;
+        let (spec, port_manager) = (port_spec(&container), host.kernel.port_manager());
+        for _ in 0..50 {
+            assert_eq!(port_manager.attach_port(&spec).await, Ok(SourceFilter::Applied));
+            let mut kernel = host.kernel.clone();
+            let again = spec.sources.iter().map(|e| Op::Set(Key::Element(e.clone()), Value::Element(None))).collect();
+            let setter = std::thread::spawn(move || {
+                while kernel.local().source_elements("ove1").next().is_some() {
+                    std::thread::sleep(std::time::Duration::from_micros(20));
+                }
+                let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+                assert!(runtime.block_on(kernel.apply(&again)).failed.is_empty());
+                kernel.local().link("ove1").is_some()
+            });
+            port_manager.detach_port("ove1").await.expect("detached");
+            let was_meanwhile = setter.join().expect("the other thread");
+            if was_meanwhile {
+                assert_eq!(host.kernel.local().source_elements("ove1").next(), None);
+                return;
+            }
+            // Set after the end of the detach: the next comparison finds no link and removes them.
+            port_manager.detach_port("ove1").await.expect("again");
+        }
+        panic!("the elements were never set during a detach");
+    });
+}
+
 #[test]
 fn failed_attach_leaves_nothing() {
     let container = TestNetns::new("ctrfail");

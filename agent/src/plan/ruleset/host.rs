@@ -4,17 +4,21 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
-use crate::model::device::BRIDGE_PREFIX;
+use crate::model::device::{BRIDGE_PREFIX, TRANSIT_PREFIX, VXLAN_PREFIXES};
 use crate::model::network::Pool;
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
+use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Role, Subnet, Vni, transfer_range};
+use crate::plan::isolation::{Isolation, Scope, Transit};
 
-/// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
+/// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST`, `NF_IP_PRI_FILTER` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
 const NF_IP_PRI_NAT_DST: i32 = -100;
+const NF_IP_PRI_FILTER: i32 = 0;
 const NF_IP_PRI_NAT_SRC: i32 = 100;
 
 /// The chain that defines the overlay's address ranges.
 pub const OVERLAY_CHAIN: &str = "overlay";
+/// The chain that drops packets between isolated networks and others, unless a published port translated them.
+const ISOLATION_CHAIN: &str = "isolation";
 /// The chain of the tunnel source filter.
 const TUNNEL_CHAIN: &str = "vxlan";
 
@@ -53,16 +57,51 @@ pub struct InetTableSpec {
     pub publishes: bool,
     /// Whether the names of its tunnel sets end with its VNI; those of the default network do not.
     pub numbered_sets: bool,
+    /// Which of the network's namespaces the table is in.
+    pub scope: Scope,
+    /// What an isolated network needs besides; `None` for a routed one.
+    pub isolation: Option<Isolation>,
 }
 
 impl InetTableSpec {
-    fn bridge_name(&self) -> String {
-        self.bridge.name()
+    /// Whether the table is the host's, whose namespace has one end of an isolated network's transit and none of its containers.
+    fn is_host_end(&self) -> bool {
+        self.scope == Scope::Host && self.isolation.is_some()
     }
 
-    /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none.
+    fn transit(&self) -> Option<Transit> {
+        self.isolation.as_ref()?.transit
+    }
+
+    fn transit_device(&self) -> Device {
+        Device::transit(self.bridge.vni)
+    }
+
+    /// The device that containers' packets come from: the bridge, or the transit of an isolated network.
+    fn inner_device(&self) -> Option<Device> {
+        if self.is_host_end() { self.transit().map(|_| self.transit_device()) } else { Some(self.bridge) }
+    }
+
+    /// The device from which replies to the host's loopback addresses come; `None` without published ports.
+    pub fn loopback_device(&self) -> Option<Device> {
+        self.inner_device().filter(|_| self.publishes && self.scope == Scope::Host)
+    }
+
+    /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none. The outer packets are in the
+    /// host's namespace.
     fn vni(&self) -> Option<Vni> {
-        self.tunnel?.vni
+        self.tunnel.filter(|_| self.scope == Scope::Host)?.vni
+    }
+
+    /// Its sets in the tunnel source filter, and those of its peer networks to which it adds elements.
+    fn all_tunnel_sets(&self) -> Vec<SetName> {
+        let own = self.network.families().flat_map(|family| self.tunnel_sets(family, 0)).map(|(set, _)| set);
+        let peers = self.isolation.iter().flat_map(|isolation| &isolation.peers);
+        let of_peers = peers.flat_map(|peer| {
+            let common = self.network.families().filter(|family| peer.ranges.get(*family).is_some());
+            common.map(|family| SetName::Ranges(family).of_network(Some(peer.vni)))
+        });
+        own.chain(of_peers).collect()
     }
 
     /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
@@ -92,25 +131,41 @@ impl InetTableSpec {
     }
 
     /// Drops packets that the network's containers send to a VXLAN port.
-    fn encapsulation_rule(&self) -> Rule {
-        rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])
+    fn encapsulation_rule(&self) -> Option<Rule> {
+        let from_container = Expr::InputInterface(self.inner_device()?.name());
+        Some(rule([from_container, Expr::Count(Counter::Encapsulation), Expr::Drop]))
     }
 
     fn postrouting_rules(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
-        if self.publishes {
-            let sources = self.network.families().flat_map(|family| [self.subnet.get(family), Some(loopback(family))]).flatten();
+        if let Some(inner) = self.loopback_device() {
+            let own = |family| match self.transit() {
+                Some(transit) => Some(Cidr::host(transit.network(family))),
+                None => self.subnet.get(family),
+            };
+            let sources = self.network.families().flat_map(|family| [own(family), Some(loopback(family))]).flatten();
             for cidr in sources {
                 let source = Expr::Source { cidr, negate: false };
-                rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, source, Expr::Masquerade]));
+                rules.push(rule([Expr::OutputInterface(inner.name()), Expr::Translated, source, Expr::Masquerade]));
             }
         }
-        if self.masquerade {
+        if self.isolation.is_some() {
+            if self.scope == Scope::Network && self.transit().is_some() {
+                rules.extend(self.network.pools.iter().map(|(family, pool)| {
+                    rule([
+                        in_leased_range(Field::Source(family), pool, false),
+                        Expr::OutputInterface(self.transit_device().name()),
+                        in_leased_range(Field::Destination(family), pool, true),
+                        Expr::Masquerade,
+                    ])
+                }));
+            }
+        } else if self.masquerade {
             for (family, pool) in self.network.pools.iter() {
                 let tunnel = self.devices.get(family).map(|device| device.name());
                 let mut leaving = vec![
                     in_leased_range(Field::Source(family), pool, false),
-                    interface_is_not(Field::OutputInterface, &self.bridge_name()),
+                    interface_is_not(Field::OutputInterface, &self.bridge.name()),
                 ];
                 leaving.extend(tunnel.iter().map(|tunnel| interface_is_not(Field::OutputInterface, tunnel)));
                 leaving.extend([
@@ -150,6 +205,16 @@ impl InetTableSpec {
 ///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
 ///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
 ///   longer leases.
+///
+/// An isolated network's containers are behind its transit. In the host's table its published ports lead to the transit's other
+/// end, what comes from a transit and leaves by another device gets the host's address, and there are two more chains:
+///
+/// - `forward`, `isolation`: a packet between a transit and another network of this host is dropped, unless a published port
+///   translated it. Nothing else enters a transit, except replies to its own connections, whose source was translated: otherwise a
+///   port that is bound to one address were open to a neighbour of the host who knows the transfer address.
+///
+/// The network's own table has neither the tunnel source filter nor `output`: `prerouting` passes on what comes by the transit,
+/// and `postrouting` masquerades what leaves by it.
 pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
@@ -160,12 +225,17 @@ pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
         ports.iter().map(|port| rule(to(port).into_iter().chain([statement.clone()]))).collect::<Vec<_>>()
     };
     let filter = |name, hook, rules| base_chain(name, hook, ChainKind::Filter, NF_IP_PRI_RAW, rules);
+    let in_host = specs.iter().all(|spec| spec.scope == Scope::Host);
+    let transits: Vec<&InetTableSpec> =
+        specs.iter().copied().filter(|spec| spec.is_host_end() && spec.transit().is_some()).collect();
     let mut incoming = to_tunnel_port(Expr::Jump("encapsulated".to_owned()));
     incoming.extend(loopback_rules(specs, &families));
     let mut chains = vec![filter("incoming", Hook::Prerouting, incoming), overlay_chain(specs)];
     if !ports.is_empty() {
-        chains.push(filter("outgoing", Hook::Output, to_tunnel_port(Expr::Untrack)));
         chains.push(encapsulated_chain(specs));
+        if in_host {
+            chains.push(filter("outgoing", Hook::Output, to_tunnel_port(Expr::Untrack)));
+        }
     }
     let with_vni: Vec<(&InetTableSpec, Vni)> = specs.iter().filter_map(|spec| Some((*spec, spec.vni()?))).collect();
     if !with_vni.is_empty() {
@@ -174,32 +244,45 @@ pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     }
     if publishes {
         let nat = |name, hook, rules| base_chain(name, hook, ChainKind::Nat, NF_IP_PRI_NAT_DST, rules);
-        chains.push(nat("prerouting", Hook::Prerouting, publish_rules(&families, true)));
-        chains.push(nat("output", Hook::Output, publish_rules(&families, false)));
+        if in_host {
+            chains.push(nat("prerouting", Hook::Prerouting, publish_rules(&families, true)));
+            chains.push(nat("output", Hook::Output, publish_rules(&families, false)));
+        } else {
+            chains.push(nat("prerouting", Hook::Prerouting, specs.iter().flat_map(|spec| transit_port_rules(spec)).collect()));
+        }
     }
-    let postrouting: Vec<Rule> = specs.iter().flat_map(|spec| spec.postrouting_rules()).collect();
+    if !transits.is_empty() {
+        chains.extend(isolation_chains());
+    }
+    let mut postrouting: Vec<Rule> = specs.iter().flat_map(|spec| spec.postrouting_rules()).collect();
+    postrouting.extend(transfer_rules(&transits));
     if !postrouting.is_empty() {
         chains.push(base_chain("postrouting", Hook::Postrouting, ChainKind::Nat, NF_IP_PRI_NAT_SRC, postrouting));
     }
     chains.sort_by(|a, b| a.name.cmp(&b.name));
     let mut sets: Vec<SetName> = Vec::new();
     for (spec, _) in &with_vni {
-        sets.extend(spec.network.families().flat_map(|family| spec.tunnel_sets(family, 0)).map(|(set, _)| set));
+        sets.extend(spec.all_tunnel_sets());
     }
     if publishes {
-        sets.extend(families.iter().flat_map(|family| [SetName::Bound(*family), SetName::Ports(*family)]));
+        sets.extend(families.iter().map(|family| SetName::Ports(*family)));
+        sets.extend(families.iter().filter(|_| in_host).map(|family| SetName::Bound(*family)));
     }
     sets.sort();
-    let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
-    if !families.contains(&Family::V4) {
-        counters.retain(|counter| *counter != Counter::Loopback);
-    }
+    sets.dedup();
+    let mut counters = vec![Counter::Encapsulation, Counter::Isolation, Counter::Loopback, Counter::Tunnel];
+    counters.retain(|counter| match counter {
+        Counter::Isolation => !transits.is_empty(),
+        Counter::Loopback => families.contains(&Family::V4),
+        Counter::Tunnel => in_host,
+        _ => true,
+    });
     Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
 }
 
 /// The tunnel source filter: one chain for a single network, or one that jumps to a chain for each VNI.
 fn tunnel_chains(specs: &[(&InetTableSpec, Vni)]) -> Vec<Chain> {
-    let mut rules: Vec<Rule> = specs.iter().map(|(spec, _)| spec.encapsulation_rule()).collect();
+    let mut rules: Vec<Rule> = specs.iter().filter_map(|(spec, _)| spec.encapsulation_rule()).collect();
     let mut chains = Vec::new();
     for (spec, vni) in specs {
         let [_, field @ ..] = vni.get().to_be_bytes();
@@ -221,18 +304,30 @@ fn loopback_rules(specs: &[&InetTableSpec], families: &[Family]) -> Vec<Rule> {
     if !families.contains(&Family::V4) {
         return Vec::new();
     }
-    let not_from_container = match specs {
-        [only] => interface_is_not(Field::InputInterface, &only.bridge_name()),
-        _ => is_not(Field::InputInterface, BRIDGE_PREFIX.as_bytes()),
-    };
     let cidr = loopback(Family::V4);
     let matches = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
-    let drops = matches.map(|expr| rule([expr, Expr::Count(Counter::Loopback), Expr::Drop]));
-    [rule([not_from_container, Expr::Accept])].into_iter().chain(drops).collect()
+    let drops = |from: Option<Expr>| {
+        let drop = move |expr: Expr| rule(from.iter().cloned().chain([expr, Expr::Count(Counter::Loopback), Expr::Drop]));
+        matches.clone().map(drop)
+    };
+    let comes_from = |role| specs.iter().filter_map(|spec| spec.inner_device()).any(|device| device.role == role);
+    let mut rules = Vec::new();
+    if comes_from(Role::Transit) {
+        rules.extend(drops(Some(is(Field::InputInterface, TRANSIT_PREFIX.as_bytes()))));
+    }
+    if comes_from(Role::Bridge) {
+        let not_from_bridge = match specs {
+            [only] => interface_is_not(Field::InputInterface, &only.bridge.name()),
+            _ => is_not(Field::InputInterface, BRIDGE_PREFIX.as_bytes()),
+        };
+        rules.push(rule([not_from_bridge, Expr::Accept]));
+        rules.extend(drops(None));
+    }
+    rules
 }
 
 fn encapsulated_chain(specs: &[&InetTableSpec]) -> Chain {
-    let mut rules: Vec<Rule> = specs.iter().map(|spec| spec.encapsulation_rule()).collect();
+    let mut rules: Vec<Rule> = specs.iter().filter_map(|spec| spec.encapsulation_rule()).collect();
     let mut local: Vec<IpAddr> = Vec::new();
     for spec in specs {
         let addresses = spec.network.families().filter_map(|family| spec.local.get(family).copied());
@@ -249,7 +344,7 @@ fn encapsulated_chain(specs: &[&InetTableSpec]) -> Chain {
 
 fn overlay_chain(specs: &[&InetTableSpec]) -> Chain {
     let fields = |family| [Field::Source(family), Field::Destination(family)];
-    let pools = specs.iter().flat_map(|spec| spec.network.pools.iter());
+    let pools = specs.iter().filter(|spec| !spec.is_host_end()).flat_map(|spec| spec.network.pools.iter());
     let exprs = pools.flat_map(|(family, pool)| fields(family).map(|field| in_leased_range(field, pool, false)));
     Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: exprs.map(|expr| rule([expr, Expr::Accept])).collect() }
 }
@@ -270,6 +365,45 @@ fn publish_rules(families: &[Family], from_outside: bool) -> Vec<Rule> {
         rules.push(rule([Expr::ToThisHost, Expr::Translate { fields: port.to_vec(), map: SetName::Ports(*family) }]));
     }
     rules
+}
+
+/// Ports that the host translated to the network's end of its transit.
+fn transit_port_rules(spec: &InetTableSpec) -> Vec<Rule> {
+    let fields = vec![Field::Layer4, Field::DestinationPort];
+    let translate = |family| Expr::Translate { fields: fields.clone(), map: SetName::Ports(family) };
+    let from_host = Expr::InputInterface(spec.transit_device().name());
+    spec.network.families().map(|family| rule([from_host.clone(), translate(family)])).collect()
+}
+
+/// The chains between transits and other devices of ours.
+fn isolation_chains() -> [Chain; 2] {
+    let jump = || Expr::Jump(ISOLATION_CHAIN.to_owned());
+    let from_transit = || is(Field::InputInterface, TRANSIT_PREFIX.as_bytes());
+    let leaves_by = |prefix: &str| is(Field::OutputInterface, prefix.as_bytes());
+    let other_networks = [BRIDGE_PREFIX].into_iter().chain(VXLAN_PREFIXES);
+    let mut rules: Vec<Rule> = other_networks.map(|prefix| rule([from_transit(), leaves_by(prefix), jump()])).collect();
+    rules.push(rule([leaves_by(TRANSIT_PREFIX), jump()]));
+    let isolation = vec![rule([Expr::AddressTranslated, Expr::Accept]), rule([Expr::Count(Counter::Isolation), Expr::Drop])];
+    [
+        base_chain("forward", Hook::Forward, ChainKind::Filter, NF_IP_PRI_FILTER, rules),
+        Chain { name: ISOLATION_CHAIN.to_owned(), base: None, rules: isolation },
+    ]
+}
+
+/// Masquerades transfer addresses, which nothing outside could answer. Between transits only published ports are translated.
+fn transfer_rules(transits: &[&InetTableSpec]) -> Vec<Rule> {
+    let has = |family: &Family| transits.iter().any(|spec| spec.network.families().any(|f| f == *family));
+    let masquerade = |family| {
+        let range = transfer_range(family);
+        let in_range = |field, negate| Expr::Range { field, first: range.base(), last: range.last(), negate };
+        rule([
+            in_range(Field::Source(family), false),
+            is_not(Field::OutputInterface, TRANSIT_PREFIX.as_bytes()),
+            in_range(Field::Destination(family), true),
+            Expr::Masquerade,
+        ])
+    };
+    Family::ALL.into_iter().filter(has).map(masquerade).collect()
 }
 
 fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {

@@ -11,9 +11,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
+use crate::model::{Device, Family, Mac, NetworkRecord, PerFamily, Role, Subnet};
 use crate::network::NetworkStateStore;
 use crate::plan::actual::LocalState;
+use crate::plan::isolation::Transit;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, State};
 use crate::reconcile::SysctlStore;
@@ -175,6 +176,10 @@ impl NetworkStateStore for FakeStateStore {
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         PerFamily::default()
     }
+    fn transit(&mut self) -> Option<Transit> {
+        Transit::new(5)
+    }
+    fn save_record(&mut self, _: &NetworkRecord) {}
 }
 
 impl SysctlStore for FakeStateStore {

@@ -15,6 +15,7 @@ use crate::model::{
 use crate::plan::Op;
 use crate::plan::backend;
 use crate::plan::desired::HostSpec;
+use crate::plan::isolation::Scope;
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
 use crate::plan::shared::{NamespaceFacts, shared_entries};
@@ -178,6 +179,7 @@ impl Setup {
             docker: false,
             ports: self.ports.iter().map(|i| self.endpoint(*i)).collect(),
             reserved: BTreeSet::new(),
+            isolation: None,
         }
     }
 
@@ -190,8 +192,8 @@ impl Setup {
             uplinks: vec!["eth0".to_owned()],
         };
         let host = self.host();
-        let mut state = host.entries();
-        state.extend(shared_entries(&[&host.shared()], &facts));
+        let mut state = host.entries(Scope::Host);
+        state.extend(shared_entries(&[&host.shared(Scope::Host)], &facts));
         state
     }
 
