@@ -33,6 +33,7 @@ pub mod prober;
 pub mod process_memory;
 pub mod programs;
 pub mod proxy;
+pub mod recorded_host;
 pub mod rules;
 pub mod shell;
 pub mod synthetic_leases;

@@ -154,7 +154,7 @@ impl Fixture {
                 }
             }
         });
-        let mut start_reconciler = |namespace: NamespaceName, kernel: &FakeKernel, channels| {
+        let start_reconciler = |namespace: NamespaceName, kernel: &FakeKernel, channels| {
             let settings = Settings { namespace: namespace.clone(), nexthop_objects: true, resync, probe_address: None };
             let (data_path, sysctls, metrics) = (kernel.clone(), state_store.clone(), Arc::clone(&metrics));
             let make = move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics));

@@ -219,7 +219,7 @@ async fn endpoint_is_applied_in_each_namespace_that_it_needs() {
 
 #[tokio::test]
 async fn withdrawn_network_leaves_neither_namespace_an_entry() {
-    let mut fixture = Fixture::isolated_ready([1]).await;
+    let fixture = Fixture::isolated_ready([1]).await;
     fixture.supervisor.stop_network(&"blue".into(), true).await;
     let is_ours = |key: &Key| !matches!(key, Key::Sysctl(_));
     tokio::time::timeout(TIMEOUT, async {
