@@ -24,7 +24,9 @@ fn main() -> ExitCode {
     let matches = command().get_matches();
     if matches.subcommand_name() == Some(SERVE_NETNS_NAME) {
         let client = std::io::stdin().as_fd().try_clone_to_owned();
-        return client.and_then(|client| serve_name_request(client.into())).map_or_else(|e| fail(&e, EXIT_ERROR), |()| ExitCode::SUCCESS);
+        return client
+            .and_then(|client| serve_name_request(client.into()))
+            .map_or_else(|e| fail(&e, EXIT_ERROR), |()| ExitCode::SUCCESS);
     }
     let raw = load_settings(&matches);
     let config = match HostConfig::validate(raw.clone()) {
@@ -57,9 +59,8 @@ fn main() -> ExitCode {
 /// Raises the limit of open files to what the system allows: each isolated network takes a dozen. Without effect if it is raised
 /// already, as by the packaged service.
 fn raise_file_limit() {
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
-    });
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
     if let Err(error) = raised {
         tracing::debug!(%error, "cannot raise the limit of open files");
     }

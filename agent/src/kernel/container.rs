@@ -50,12 +50,7 @@ pub struct PortManager {
 }
 
 impl PortManager {
-    pub(super) fn new(
-        netns: Netns,
-        host: Netns,
-        shared: Arc<Mutex<Shared>>,
-        connections: Arc<ConntrackCleaner>,
-    ) -> PortManager {
+    pub(super) fn new(netns: Netns, host: Netns, shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
         PortManager { netns, host, shared, connections }
     }
 
@@ -147,8 +142,8 @@ impl PortDriver for PortManager {
     }
 
     fn is_host_netns(&self, netns: &Path) -> bool {
-        let is_own = |netns: &Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
-        Netns::open(netns).is_ok_and(|netns| is_own(&netns) || netns.is_network())
+        let is_own = |netns: Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
+        Netns::open(netns).is_ok_and(is_own)
     }
 
     fn host_netns(&self) -> PathBuf {

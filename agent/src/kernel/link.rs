@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::panic::resume_unwind;
 
 use netlink_packet_route::link::{
-    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkAttribute, LinkMessage,
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkAttribute,
+    LinkMessage,
 };
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
@@ -185,10 +186,9 @@ impl Links<'_> {
                 libc::ENODEV,
                 format!("interface {name} does not exist yet: the network namespace of its other end creates the pair"),
             )),
-            LinkKind::Port | LinkKind::Foreign { .. } => Err(error(
-                libc::ENODEV,
-                format!("interface {name} is gone: attach its container again to create a new pair"),
-            )),
+            LinkKind::Port | LinkKind::Foreign { .. } => {
+                Err(error(libc::ENODEV, format!("interface {name} is gone: attach its container again to create a new pair")))
+            }
         }
     }
 
@@ -302,7 +302,11 @@ impl Links<'_> {
                 let conflict = links.unwrap_or_default().into_iter().find(|l| {
                     l.name != name && l.vxlan.as_ref().is_some_and(|v| v.id == wanted.vni.get() && v.port == wanted.port)
                 });
-                let conflict = conflict.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
+                let hidden = match self.host {
+                    None => "another device",
+                    Some(_) => "a device in another network namespace, or in one that was deleted a moment ago",
+                };
+                let conflict = conflict.map_or_else(|| hidden.to_owned(), |l| format!("interface {}", l.name));
                 format!(
                     "; VNI {} on UDP port {} is in use by {conflict}: stop the program that created it (flanneld creates flannel.{}) and delete it, or choose another VNI or port",
                     wanted.vni, wanted.port, wanted.vni

@@ -10,7 +10,6 @@ use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -67,14 +66,6 @@ impl Netns {
         self.bind_name()
     }
 
-    /// Whether it is an isolated network's: one of those that are named with [`NETWORK_PREFIX`].
-    pub fn is_network(&self) -> bool {
-        let Ok(identity) = self.device_and_inode() else { return false };
-        let names = Netns::list().unwrap_or_default().into_iter().filter(|name| name.starts_with(NETWORK_PREFIX));
-        let mut files = names.filter_map(|name| fs::metadata(Path::new(NETNS_RUN_DIR).join(name)).ok());
-        files.any(|file| (file.dev(), file.ino()) == identity)
-    }
-
     /// Creates its file and mounts it there.
     pub(super) fn bind_name(&self) -> Result<(), NetnsError> {
         // The helper learns the namespace from the connection.
@@ -93,11 +84,7 @@ const BIND: &str = "bind";
 const REMOVE: &str = "remove";
 
 /// The result, or the helper's if this process may not mount and there is a helper.
-fn or_by_helper(
-    result: Result<(), NetnsError>,
-    path: &Path,
-    ask: impl FnOnce() -> io::Result<String>,
-) -> Result<(), NetnsError> {
+fn or_by_helper(result: Result<(), NetnsError>, path: &Path, ask: impl FnOnce() -> io::Result<String>) -> Result<(), NetnsError> {
     let Err(NetnsError::Io { source, .. }) = &result else { return result };
     if !matches!(source.raw_os_error(), Some(libc::EPERM | libc::EACCES | libc::EROFS)) {
         return result;

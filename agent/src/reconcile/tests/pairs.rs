@@ -14,8 +14,12 @@ async fn arrival_of_pair_ends_the_wait_for_it() {
     };
     let address = Key::Address(device, "169.254.64.0/31".parse().expect("an address"));
     kernel.lock().failing_keys.insert(key.clone());
-    let settings =
-        Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync: Duration::from_secs(3600), probe_address: None };
+    let settings = Settings {
+        namespace: NamespaceName::Host,
+        nexthop_objects: true,
+        resync: Duration::from_secs(3600),
+        probe_address: None,
+    };
     let metrics = Arc::new(Metrics::new());
     let mut reconciler = Reconciler::new(settings, kernel.clone(), FakeStateStore::default(), metrics);
     let change = EntryChange::Replace(vec![(key.clone(), end(true)), (address.clone(), Value::Address)]);
