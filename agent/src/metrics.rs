@@ -430,7 +430,7 @@ mod tests {
             assert!(has(line), "{line} is not in\n{}", metrics.render());
         }
         metrics.remove_network(&two);
-        assert!(has(r#"overlayd_peers{network="one"} 3"#) && !metrics.render().contains("two"));
+        assert!(has(r#"overlayd_peers{network="one"} 3"#) && !metrics.render().contains("\"two\""));
     }
 
     #[test]
