@@ -96,9 +96,12 @@ async fn network_that_starts_or_stops_touches_no_other() {
         .await;
         assert_eq!(etcd.subnets_of("blue").await.0.len(), 2, "a stopped network keeps its lease");
     }
+    let messages = async || etcd.metric(&["grpc_server_msg_sent_total", "grpc_method=\"Watch\""]).await;
+    let sent = messages().await;
     let done = store.network(&"blue".into()).release("id-7").await.unwrap();
     assert_eq!((done.released.len(), etcd.subnets_of("blue").await.0.len()), (1, 1));
     default.assert_quiet(Duration::from_secs(1)).await;
+    assert_eq!(messages().await, sent, "nothing watches a network that this host is not in");
     assert_eq!(etcd.subnets().await.0, before);
     assert_eq!(etcd.leases().await, [held.etcd_lease.unwrap()]);
     assert_eq!(etcd.request_count("LeaseKeepAlive").await, renewals, "no renewal before its time");
@@ -126,6 +129,7 @@ async fn outage_ends_and_resumes_each_network() {
     }
     for name in names {
         etcd.client().await.put(key(name, "subnets/10.244.250.0-24"), VALUE, None).await.unwrap();
+        etcd.client().await.put(key(name, "config"), r#"{"Network":"10.244.0.0/15"}"#, None).await.unwrap();
     }
     let error = store.read_network(&"blue".into()).await.unwrap_err();
     assert!(matches!(error, NetworkError::Store(StoreError::NotConnected { .. })), "{error}");
@@ -137,6 +141,7 @@ async fn outage_ends_and_resumes_each_network() {
                 event => panic!("{event:?}"),
             })
             .await;
+        assert!(matches!(agent.next().await, StoreEvent::Config(Some(Ok(_)))), "what was missed");
         assert!(matches!(agent.next().await, StoreEvent::Upsert(e) if e.key == "10.244.250.0-24"), "what was missed");
         agent.assert_quiet(Duration::from_millis(500)).await;
     }
