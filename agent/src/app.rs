@@ -90,10 +90,8 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         None => None,
     };
     let netns = Netns::current()?;
-    let (kernel, kernel_events, kernel_monitor) = Kernel::open(
-        &netns,
-        &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() },
-    )?;
+    let (kernel, kernel_events, kernel_monitor) =
+        Kernel::open(&netns, &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(

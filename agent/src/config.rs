@@ -17,7 +17,7 @@ use std::time::Duration;
 use regex::Regex;
 
 pub use raw::{Origin, RawSettings, load_settings};
-pub use settings::{DEFAULT_CONFIG_FILE, SETTINGS, Setting, SettingKind, command};
+pub use settings::{DEFAULT_CONFIG_FILE, SERVE_NETNS_NAME, SETTINGS, Setting, SettingKind, command};
 
 use self::secret::SecretError;
 use self::settings::SECRET_FILES;

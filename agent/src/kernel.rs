@@ -146,8 +146,7 @@ impl Kernel {
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
         let receive_buffers =
             if options.host.is_none() { monitor::HOST_RECEIVE_BUFFERS } else { monitor::NETWORK_RECEIVE_BUFFERS };
-        let monitor =
-            Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender, receive_buffers)?;
+        let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender, receive_buffers)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));

@@ -121,8 +121,7 @@ pub fn verify(between: Option<(&str, &str)>) -> Result<Report, VerifyError> {
     let is_wanted = |from: &str, to: &str| between.is_none_or(|(a, b)| (from, to) == (a, b) || (from, to) == (b, a));
     let mut pairs = Vec::new();
     for (from, name) in networks.iter().enumerate() {
-        let targets: Vec<usize> =
-            (0..networks.len()).filter(|to| *to != from && is_wanted(name, &networks[*to])).collect();
+        let targets: Vec<usize> = (0..networks.len()).filter(|to| *to != from && is_wanted(name, &networks[*to])).collect();
         if !targets.is_empty() {
             pairs.extend(walk::pairs_from(&mut spaces, from, &targets)?);
         }

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
 use super::{ApiError, Backend, Directory, ErrorKind, watch};
+use crate::model::NetworkName;
 use crate::model::api::{
     AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Networks, Peers, Status,
 };

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
 use crate::kernel::netns::Netns;
-use crate::kernel::{Kernel, KernelOptions};
+use crate::kernel::{Kernel, KernelOptions, delete_network_netns};
 use crate::model::NetworkName;
 use crate::plan::actual::ActualState;
 use crate::plan::diff::diff;
@@ -86,7 +86,7 @@ async fn leave_networks(
             continue;
         }
         let before = failures.len();
-        if let Err(error) = Netns::delete_with_links(&format!("{}{name}", config.netns_prefix)) {
+        if let Err(error) = delete_network_netns(&format!("{}{name}", config.netns_prefix)) {
             failures.push(format!("the namespace of network {name} cannot be removed: {error}"));
         }
         release_lease(&store_config(&config.etcd).of_network(name)?, state, failures).await;

@@ -86,6 +86,11 @@ impl HostStateStore {
         Ok(HostStateStore { state_dir: state, host: Arc::new(Mutex::new(host)), named: None })
     }
 
+    /// Its directory.
+    pub(super) fn directory(&self) -> Arc<StateDir> {
+        Arc::clone(&self.state_dir)
+    }
+
     /// Whether the network runs as an isolated one, and its last record: what is known without the store.
     pub fn last_record(&self) -> Option<(bool, NetworkRecord)> {
         let host = self.lock();

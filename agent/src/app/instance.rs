@@ -16,7 +16,7 @@ use super::shared::{Host, OpenReconciler};
 use super::wiring::{self, NetworkEnds, ReconcilerEnds};
 use crate::endpoint::{EndpointNetwork, Endpoints};
 use crate::kernel::netns::Netns;
-use crate::kernel::{Kernel, KernelOptions, Monitor, PortManager};
+use crate::kernel::{Kernel, KernelOptions, Monitor, PortManager, delete_network_netns};
 use crate::model::{NamespaceName, NetworkName, NetworkRecord, PerFamily};
 use crate::network::{Network, Overlay};
 use crate::reconcile::{self, Reconciler};
@@ -59,8 +59,7 @@ impl Instance {
             false => None,
         };
         let port_manager = own.as_ref().map_or(&host.kernel, |own| &own.kernel).port_manager();
-        let endpoints =
-            Endpoints::restore(state.directory(), port_manager.clone(), name.clone(), host.claims.clone()).await?;
+        let endpoints = Endpoints::restore(state.directory(), port_manager.clone(), name.clone(), host.claims.clone()).await?;
         let inputs = wiring::NetworkInputs {
             endpoints: endpoints.ports(),
             applied_endpoints: endpoints.applied_endpoints(),
@@ -86,7 +85,8 @@ impl Instance {
         }
         let ports_lost = own.as_ref().map_or(&host.reconciler, |own| &own.reconciler).ports_lost.clone();
         let files = name.is_default().then(|| Conflist::from_config(&host.config, &host.socket));
-        let publisher = Publisher { host: Arc::clone(host), name: name.clone(), endpoints: endpoints.clone(), state: state.clone(), files };
+        let publisher =
+            Publisher { host: Arc::clone(host), name: name.clone(), endpoints: endpoints.clone(), state: state.clone(), files };
         tasks.spawn("overlay", publisher.run(overlay, record, ports_lost, stop.clone()));
         let backend = Arc::new(AgentBackend {
             host: Arc::clone(host),
@@ -136,7 +136,9 @@ impl Instance {
     pub(super) fn restore_namespace_name(&self) {
         let Some(netns) = self.namespace.as_ref().filter(|netns| !netns.is_named()) else { return };
         match netns.name_again() {
-            Ok(()) => tracing::warn!(network = %self.backend.name, netns = %netns.path().display(), "restored the namespace's name"),
+            Ok(()) => {
+                tracing::warn!(network = %self.backend.name, netns = %netns.path().display(), "restored the namespace's name")
+            }
             Err(error) => tracing::warn!(network = %self.backend.name, %error, "cannot restore the namespace's name"),
         }
     }
@@ -157,7 +159,7 @@ impl Stopped {
             let path = netns.path().to_owned();
             drop(netns);
             let file = path.file_name().and_then(|file| file.to_str()).unwrap_or_default().to_owned();
-            tokio::task::spawn_blocking(move || Netns::delete_with_links(&file)).await??;
+            tokio::task::spawn_blocking(move || delete_network_netns(&file)).await??;
         }
         store.release(&host.node.id).await.with_context(|| format!("the lease in network {name} is not released"))?;
         host.states.remove(&name)?;
@@ -187,8 +189,7 @@ impl OwnNamespace {
             ..KernelOptions::default()
         };
         let (kernel, events, monitor) = Kernel::open(&netns, &options)?;
-        let ReconcilerEnds { channels, link, queries, ports_lost, heartbeat } =
-            wiring::reconciler(events, host.changes.clone());
+        let ReconcilerEnds { channels, link, queries, ports_lost, heartbeat } = wiring::reconciler(events, host.changes.clone());
         let reconciler = OpenReconciler { link, queries, ports_lost, heartbeat };
         let settings = reconcile::Settings {
             namespace: NamespaceName::Network(name.clone()),

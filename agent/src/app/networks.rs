@@ -154,7 +154,9 @@ impl HostNetworks {
         self.host.set_record(name, None);
         match stopped.remove(&self.host).await {
             Ok(()) => tracing::info!(network = %name, "left network"),
-            Err(error) => tracing::warn!(network = %name, error = format!("{error:#}"), "left network, but something of it is left"),
+            Err(error) => {
+                tracing::warn!(network = %name, error = format!("{error:#}"), "left network, but something of it is left")
+            }
         }
     }
 
@@ -234,9 +236,8 @@ impl HostNetworks {
         let records = self.host.records.borrow();
         let named = networks.iter().filter_map(|name| Some((name, records.get(name)?)));
         let peers = named.flat_map(|(name, record)| record.peers.iter().map(move |peer| (peer, name)));
-        let mutual = |(peer, name): &(&NetworkName, &NetworkName)| {
-            records.get(*peer).is_none_or(|record| record.peers.contains(*name))
-        };
+        let mutual =
+            |(peer, name): &(&NetworkName, &NetworkName)| records.get(*peer).is_none_or(|record| record.peers.contains(*name));
         peers.filter(mutual).map(|(peer, name)| (peer.clone(), name.clone())).collect()
     }
 }

@@ -114,6 +114,9 @@ pub const SECRET_FILES: [&str; 2] = ["etcd-keyfile", "etcd-password-file"];
 /// The default path of the file, used without `--config`; this file may be missing.
 pub const DEFAULT_CONFIG_FILE: &str = "/etc/overlayd/overlayd.toml";
 
+/// The subcommand that names an isolated network's namespace for the agent, whose request is on standard input.
+pub const SERVE_NETNS_NAME: &str = "serve-netns-name";
+
 /// The command line of `overlayd`.
 pub fn command() -> Command {
     let mut command = Command::new("overlayd")
@@ -141,7 +144,9 @@ pub fn command() -> Command {
                         .action(ArgAction::Append)
                         .help("Leave only this named network; can be repeated"),
                 ),
-        );
+        )
+        // For the unit overlayd-netns@.service alone.
+        .subcommand(Command::new(SERVE_NETNS_NAME).hide(true));
     for setting in SETTINGS {
         let arg =
             Arg::new(setting.name).long(setting.name).env(env_variable(setting.name)).value_name(setting.value).global(true);

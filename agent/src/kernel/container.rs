@@ -50,12 +50,7 @@ pub struct PortManager {
 }
 
 impl PortManager {
-    pub(super) fn new(
-        netns: Netns,
-        host: Netns,
-        shared: Arc<Mutex<Shared>>,
-        connections: Arc<ConntrackCleaner>,
-    ) -> PortManager {
+    pub(super) fn new(netns: Netns, host: Netns, shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
         PortManager { netns, host, shared, connections }
     }
 

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::panic::resume_unwind;
 
 use netlink_packet_route::link::{
-    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkAttribute, LinkMessage,
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkAttribute,
+    LinkMessage,
 };
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
@@ -185,10 +186,9 @@ impl Links<'_> {
                 libc::ENODEV,
                 format!("interface {name} does not exist yet: the network namespace of its other end creates the pair"),
             )),
-            LinkKind::Port | LinkKind::Foreign { .. } => Err(error(
-                libc::ENODEV,
-                format!("interface {name} is gone: attach its container again to create a new pair"),
-            )),
+            LinkKind::Port | LinkKind::Foreign { .. } => {
+                Err(error(libc::ENODEV, format!("interface {name} is gone: attach its container again to create a new pair")))
+            }
         }
     }
 

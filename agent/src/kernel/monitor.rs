@@ -85,7 +85,8 @@ impl Monitor {
         receive_buffers: ReceiveBuffers,
     ) -> Result<Monitor, OpError> {
         let nft = NftMonitor::open(Some(nft_port), receive_buffers.nft)?;
-        let socket = open_socket(own_ports, receive_buffers.route).map_err(|e| KernelError::from(e).context("cannot subscribe to kernel events"))?;
+        let socket = open_socket(own_ports, receive_buffers.route)
+            .map_err(|e| KernelError::from(e).context("cannot subscribe to kernel events"))?;
         Ok(Monitor {
             socket,
             nft,

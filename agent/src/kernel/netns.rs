@@ -3,7 +3,11 @@
 //! Code that must run inside a namespace runs on a new thread. If that would cost more than the work, it runs on the calling
 //! thread, which returns before anything else can run on it ([`Netns::run_in_place`]).
 //!
+//! `names` gives namespaces their names.
+//!
 //! Everything also works inside a user namespace, if the caller owns a mount namespace and has a writable `/run/netns`.
+
+mod names;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,9 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::LinkUnspec;
+
+pub use names::{NETWORK_PREFIX, serve_name_request};
 
 use super::route_socket::RouteSocket;
 use crate::plan::OpError;
@@ -69,6 +74,14 @@ pub enum NetnsError {
         #[source]
         source: io::Error,
     },
+    /// The helper outside the agent's mount namespace refused.
+    #[error("cannot name network namespace {path}: {reason}")]
+    Helper {
+        /// Its path.
+        path: PathBuf,
+        /// The helper's answer.
+        reason: String,
+    },
     /// The loopback device of a new namespace did not come up.
     #[error("cannot bring up the loopback device of {path}: {source}")]
     Loopback {
@@ -113,50 +126,6 @@ impl Netns {
         Ok(netns)
     }
 
-    /// Opens the named namespace, or creates it.
-    pub fn ensure(name: &str) -> Result<Netns, NetnsError> {
-        match Netns::named(name) {
-            // A plain file: what a crash left between its creation and the mount, or an unmount by hand.
-            Err(NetnsError::NotNetns { .. }) => Netns::delete(name)?,
-            Err(NetnsError::NotFound { .. }) => {}
-            opened => return opened,
-        }
-        Netns::create(name)
-    }
-
-    /// Whether its file still names it.
-    pub fn is_named(&self) -> bool {
-        Netns::open(&self.path).and_then(|named| named.is_same(self)).unwrap_or(false)
-    }
-
-    /// Makes its file name it again, after `ip netns delete` by hand. The namespace lives as long as it is open, so no packet is
-    /// lost meanwhile. Fails if the name is another namespace's now.
-    pub fn name_again(&self) -> Result<(), NetnsError> {
-        match Netns::open(&self.path) {
-            Ok(named) if named.is_same(self)? => return Ok(()),
-            Err(NetnsError::NotNetns { .. }) => remove_name(&self.path)?,
-            _ => {}
-        }
-        self.bind_name()
-    }
-
-    /// Creates its file and mounts it there.
-    fn bind_name(&self) -> Result<(), NetnsError> {
-        let path = &self.path;
-        prepare_directory()?;
-        File::options().write(true).create_new(true).open(path).map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => NetnsError::AlreadyExists { path: path.clone() },
-            _ => NetnsError::Io { action: "create", path: path.clone(), source },
-        })?;
-        let open = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
-        mount(Some(open.as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(|errno| {
-            if let Err(second) = remove_name(path) {
-                tracing::warn!(error = %second, "cannot remove incomplete network namespace");
-            }
-            io_error("mount on", path)(errno)
-        })
-    }
-
     /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Refuses any other file.
     pub fn open(path: impl AsRef<Path>) -> Result<Netns, NetnsError> {
         let path = path.as_ref().to_owned();
@@ -188,12 +157,6 @@ impl Netns {
     /// The calling thread's namespace.
     pub fn current() -> Result<Netns, NetnsError> {
         Netns::open(CURRENT_NETNS)
-    }
-
-    /// Unmounts and removes a named namespace. The kernel frees it when its last process and open file are gone. Succeeds if the
-    /// name does not exist.
-    pub fn delete(name: &str) -> Result<(), NetnsError> {
-        remove_name(&named_path(name)?)
     }
 
     /// The names in `/run/netns`, sorted; empty if the directory does not exist.
@@ -302,35 +265,6 @@ pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
         return Err(NetnsError::InvalidName { name: name.chars().take(80).collect() });
     }
     Ok(Path::new(NETNS_RUN_DIR).join(name))
-}
-
-fn remove_name(path: &Path) -> Result<(), NetnsError> {
-    match umount2(path, MntFlags::MNT_DETACH) {
-        // EINVAL: the file is not a mount point, as after a crash between its creation and the mount.
-        Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-        Err(errno) => return Err(io_error("unmount", path)(errno)),
-    }
-    match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(NetnsError::Io { action: "remove", path: path.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.
-fn prepare_directory() -> Result<(), NetnsError> {
-    let path = Path::new(NETNS_RUN_DIR);
-    fs::create_dir_all(path).map_err(|source| NetnsError::Io { action: "create", path: path.to_owned(), source })?;
-    let share = || mount(None::<&str>, path, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
-    match share() {
-        Err(nix::Error::EINVAL) => {
-            mount(Some(path), path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-                .map_err(io_error("mount on itself", path))?;
-            share().map_err(io_error("share", path))
-        }
-        other => other.map_err(io_error("share", path)),
-    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> NetnsError {

@@ -190,32 +190,34 @@ impl RouteSocket {
         self.output.clear();
         request.write(&mut self.output, flags, self.sequence);
         self.socket.send(&self.output, 0)?;
-        receive_buffer::with(|input| loop {
-            input.clear();
-            let received = self.socket.recv(input, libc::MSG_TRUNC)?;
-            if received > input.len() {
-                return Err(KernelError {
-                    errno: libc::EMSGSIZE,
-                    detail: format!("a reply of {received} bytes exceeds the receive buffer"),
-                });
-            }
-            for (header, body) in messages(input) {
-                if header.sequence_number != self.sequence {
-                    continue;
+        receive_buffer::with(|input| {
+            loop {
+                input.clear();
+                let received = self.socket.recv(input, libc::MSG_TRUNC)?;
+                if received > input.len() {
+                    return Err(KernelError {
+                        errno: libc::EMSGSIZE,
+                        detail: format!("a reply of {received} bytes exceeds the receive buffer"),
+                    });
                 }
-                match header.message_type {
-                    NLMSG_ERROR => return parse_ack(body),
-                    NLMSG_DONE => {
-                        each(header, &[]);
-                        // A dump that fails midway reports the error in its last message.
-                        let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
-                        return if code < 0 {
-                            Err(KernelError { errno: code.saturating_neg(), detail: String::new() })
-                        } else {
-                            Ok(())
-                        };
+                for (header, body) in messages(input) {
+                    if header.sequence_number != self.sequence {
+                        continue;
                     }
-                    _ => each(header, body),
+                    match header.message_type {
+                        NLMSG_ERROR => return parse_ack(body),
+                        NLMSG_DONE => {
+                            each(header, &[]);
+                            // A dump that fails midway reports the error in its last message.
+                            let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
+                            return if code < 0 {
+                                Err(KernelError { errno: code.saturating_neg(), detail: String::new() })
+                            } else {
+                                Ok(())
+                            };
+                        }
+                        _ => each(header, body),
+                    }
                 }
             }
         })

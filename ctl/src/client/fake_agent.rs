@@ -83,5 +83,6 @@ fn read_request(stream: &UnixStream) -> Option<(String, String)> {
     }
     let mut body = vec![0; length];
     lines.read_exact(&mut body).ok()?;
-    Some((first.trim_end().trim_end_matches(" HTTP/1.1").to_owned(), String::from_utf8(body).ok()?))
+    let (request, _version) = first.rsplit_once(' ')?;
+    Some((request.to_owned(), String::from_utf8(body).ok()?))
 }

@@ -1,6 +1,7 @@
 //! `overlayctl network`: the networks in etcd.
 
 mod options;
+mod verify;
 mod views;
 
 use std::time::Duration;
@@ -69,9 +70,17 @@ pub enum Args {
         #[command(flatten)]
         etcd: EtcdArgs,
     },
+    /// Prove from the kernel's state that this host's isolated networks do not reach each other
+    #[command(after_help = "Run it as root on the host; it needs neither etcd nor the agent, and changes nothing.\n\
+                            Exit codes: 0 isolated, or reachable by design only; 1 a way exists that is not by design; 3 unknown.")]
+    Verify {
+        /// Two networks; without them all
+        #[arg(value_name = "NETWORK", num_args = 2)]
+        names: Vec<NetworkName>,
+    },
 }
 
-/// Creates, lists, shows, removes or changes networks.
+/// Creates, lists, shows, removes, changes or verifies networks.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     match args {
         Args::Create { name, options, etcd } => write(context, etcd, name, WriteKind::Create, options).await,
@@ -85,6 +94,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
             context.printer.print(&RemovedView { name: name.to_string(), deleted_leases })?;
             Ok(Outcome::Ok)
         }
+        Args::Verify { names } => verify::run(context, names).await,
     }
 }
 

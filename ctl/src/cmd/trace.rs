@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::{Family, NetworkName};
 use serde::Serialize;
 
@@ -59,7 +60,11 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
             if let TraceEnd::Container(endpoint) = inventory.resolve(&TargetArg::parse(&from)?.name)? {
                 watch.netns = Some(endpoint.netns);
             }
-            trace.live = Some(live::watch(&trace, &watch)?);
+            let watched = match &trace.netns {
+                Some(netns) => Netns::open(netns)?.run(|| live::watch(&trace, &watch))?,
+                None => live::watch(&trace, &watch),
+            };
+            trace.live = Some(watched?);
         }
         Ok(trace)
     };

@@ -137,14 +137,24 @@ impl Tracer<'_> {
             return Err(self.log.stop(&self.view.place, "port", fault, remedy));
         }
         if port.master != Some(bridge.index) {
-            return Err(self.log.stop(&self.view.place, "port", format!("{host_interface} is not a port of {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is not a port of {}", bridge.name),
+                remedy,
+            ));
         }
         if let Some(fault) = link_fault(&bridge) {
             return Err(self.log.stop(&self.view.place, "bridge", fault, format!("ip link set {} up", bridge.name)));
         }
         let state = port.port_state.as_deref().unwrap_or("unknown");
         if !matches!(state, "forwarding" | "unknown") {
-            return Err(self.log.stop(&self.view.place, "port", format!("{host_interface} is {state} on {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is {state} on {}", bridge.name),
+                remedy,
+            ));
         }
         self.log.ok(&self.view.place, "port", format!("{host_interface} is {state} on {}", bridge.name));
         Ok(bridge)
@@ -164,7 +174,7 @@ impl Tracer<'_> {
 
     /// Delivers the packet to a container of this host.
     pub(super) fn deliver_to_container(&mut self, destination: IpAddr, bridge: &Link) -> Step<String> {
-        let Some(endpoint) = self.inventory.container_with_address(destination).cloned() else {
+        let Some(endpoint) = self.container_here(destination).cloned() else {
             let neighbour = self.view.kernel.neighbour(bridge.index, destination);
             let message = match neighbour {
                 Some(found) if found.is_usable() => {

@@ -60,17 +60,19 @@ impl NamespaceView {
             let links = kernel.links()?;
             let host_id = kernel.netns_id(host)?;
             let is_bridge = |link: &&Link| link.device().is_some_and(|device| device.role == Role::Bridge);
-            let Some((bridge, device)) = links.iter().find(is_bridge).and_then(|link| Some((link, link.device()?))) else { continue };
-            // A lab's host, or a network of another host: its tunnel and transit do not lead here.
-            let leads_out = |link: &&Link| {
-                link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit))
+            let Some((bridge, device)) = links.iter().find(is_bridge).and_then(|link| Some((link, link.device()?))) else {
+                continue;
             };
+            // A lab's host, or a network of another host: its tunnel and transit do not lead here.
+            let leads_out =
+                |link: &&Link| link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit));
             let outer: Vec<Option<u32>> = links.iter().filter(leads_out).map(|link| link.peer_netns).collect();
             if outer.iter().any(|id| id.is_none() || *id != host_id) || (outer.is_empty() && !bridge.is_marked()) {
                 continue;
             }
             let network = place.strip_prefix(NETWORK_PREFIX).unwrap_or_default().to_owned();
-            found.push(NetworkNamespace { network, place, netns, vni: device.vni });
+            let vni = device.vni;
+            found.push(NetworkNamespace { network, place, netns, vni, links });
         }
         Ok(found)
     }
@@ -132,6 +134,8 @@ pub struct NetworkNamespace {
     pub netns: Netns,
     /// The network's VNI.
     pub vni: Vni,
+    /// Its links.
+    pub links: Vec<Link>,
 }
 
 /// Describes why an interface cannot send; `None` if it can.

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP};
 use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation};
 use overlay_agent::model::Family;
@@ -10,7 +11,7 @@ use overlay_agent::plan::ruleset::Hook;
 use overlay_agent::plan::sysctls;
 
 use super::hop_log::{HopLog, Step, Stop};
-use super::namespace_view::NamespaceView;
+use super::namespace_view::{HOST, NamespaceView, NetworkNamespace};
 use super::targets::{Inventory, TargetArg, TraceEnd};
 use super::{EndView, Trace, TraceError, TraceOutcome};
 
@@ -18,6 +19,10 @@ use super::{EndView, Trace, TraceError, TraceOutcome};
 pub(super) struct Tracer<'a> {
     /// The namespace in which the packet is.
     pub(super) view: NamespaceView,
+    /// The host's namespace.
+    pub(super) host: Netns,
+    /// The namespaces of isolated networks.
+    pub(super) networks: Vec<NetworkNamespace>,
     pub(super) inventory: &'a Inventory,
     pub(super) log: HopLog,
     /// Forms of source and destination so far.
@@ -32,6 +37,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     let (source, target) = (TargetArg::parse(from)?, TargetArg::parse(to)?);
     let (start, goal) = (inventory.resolve(&source.name)?, inventory.resolve(&target.name)?);
     let host = NamespaceView::host()?;
+    let networks = NamespaceView::of_networks(&host.netns)?;
     let common = |f: &Family| start.families().contains(f) && goal.families().contains(f) && family.is_none_or(|only| only == *f);
     let family = Family::ALL
         .into_iter()
@@ -45,9 +51,14 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
         Some((port, transport)) => (transport.number(), port),
     };
     let tunnel_port = host.tunnel(family).and_then(|link| link.vxlan.as_ref()).map_or(8472, |vxlan| vxlan.port);
-    let from_view = describe(&start, inventory, &host);
+    let from_view = EndView { what: describe(&start, inventory, &host), address: destination };
     let to_view = EndView { what: describe_address(&goal, destination, inventory, &host), address: destination };
-    let mut tracer = Tracer { view: host, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let netns = host.netns.clone();
+    let mut tracer =
+        Tracer { view: host, host: netns, networks, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let (from_view, to_view) = (tracer.with_network(&start, from_view), tracer.with_network(&goal, to_view));
+    let live_netns = tracer.enter_network_of(&start)?;
+    tracer.note_isolation(&start, &goal);
     let mut origin = start.address(family).unwrap_or_else(|| family.unspecified());
     let outcome = tracer.start_at_source(&start, destination, protocol, port, &mut origin);
     let end = match outcome {
@@ -76,7 +87,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     }
     let HopLog { hops, notes } = tracer.log;
     Ok(Trace {
-        from: EndView { what: from_view, address: origin },
+        from: EndView { address: origin, ..from_view },
         to: to_view,
         protocol: protocol_name(protocol),
         port: (port != 0).then_some(port),
@@ -87,6 +98,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
         live: None,
         addresses_seen: tracer.addresses_seen,
         tunnel_port,
+        netns: live_netns,
     })
 }
 
@@ -190,7 +202,7 @@ impl Tracer<'_> {
         }
     }
 
-    /// Follows the packet through the host: rules before routing, the route, rules after it, and out.
+    /// Follows the packet through the namespace where it is: rules before routing, the route, rules after it, and out.
     pub(super) fn through_host(&mut self, mut flow: Flow, input: Option<Link>) -> Step<String> {
         if !self.addresses_seen.contains(&(flow.source, flow.destination)) {
             self.addresses_seen.push((flow.source, flow.destination));
@@ -210,7 +222,11 @@ impl Tracer<'_> {
         let untracked = result.untracked;
         if let Some((Translation::Destination { address, port }, rule_ref)) = &result.translation {
             let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
-            self.log.ok(&self.view.place, "translation", format!("destination becomes {}, by {rule_ref}", socket_text(address, port)));
+            self.log.ok(
+                &self.view.place,
+                "translation",
+                format!("destination becomes {}, by {rule_ref}", socket_text(address, port)),
+            );
             flow.destination = address;
             flow.port = port;
             translated = true;
@@ -232,7 +248,8 @@ impl Tracer<'_> {
                 let result = self.view.ruleset.evaluate(Hook::Input, false, &packet);
                 self.log.record_rules(&self.view.place, "rules input", &result)?;
             }
-            return Ok(format!("arrives at this host: {}", socket_text(flow.destination, flow.port)));
+            let place = if self.view.place == HOST { "this host" } else { &self.view.place };
+            return Ok(format!("arrives at {place}: {}", socket_text(flow.destination, flow.port)));
         }
         if self.view.in_overlay(flow.destination) && !self.routes_into_overlay(&route) {
             return Err(self.no_peer_route(&flow, &route));
@@ -249,6 +266,9 @@ impl Tracer<'_> {
         let Some(link) = self.view.link(exit).cloned() else {
             return Err(self.log.stop(&self.view.place, "interface", "the route has no interface", "ip route get"));
         };
+        if let Some(input) = self.cross(&link)? {
+            return self.through_host(flow, Some(input));
+        }
         if link.is_tunnel(flow.family()) {
             return self.through_tunnel(&flow, &route, &link);
         }

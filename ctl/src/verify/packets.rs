@@ -35,8 +35,7 @@ pub(super) fn starts(spaces: &Spaces, segments: &Segments, from: usize, targets:
         let mut sources: Vec<IpAddr> = senders.chain(network.local.iter().chain(&network.remote).filter_map(sample)).collect();
         sources.retain(|ip| Family::of(*ip) == family);
         let forged = forged_sources(spaces, from).into_iter().filter(|ip| Family::of(*ip) == family && !sources.contains(ip));
-        let sources: Vec<(IpAddr, bool)> =
-            sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
+        let sources: Vec<(IpAddr, bool)> = sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
         for (source, forged) in sources {
             for destination in &destinations {
                 let echo = Flow::echo_request(source, *destination);
@@ -84,12 +83,7 @@ fn receivers(spaces: &Spaces, segments: &Segments, to: usize) -> BTreeSet<IpAddr
 }
 
 /// The destinations of a namespace's routes that lead to a network: into its segments, or to its namespace.
-fn routes_to<'s>(
-    spaces: &'s Spaces,
-    segments: &'s Segments,
-    from: usize,
-    to: usize,
-) -> impl Iterator<Item = Cidr> + 's {
+fn routes_to<'s>(spaces: &'s Spaces, segments: &'s Segments, from: usize, to: usize) -> impl Iterator<Item = Cidr> + 's {
     let routes = spaces.all[from].forwarding_routes().filter(|route| route.destination.length() > 0);
     let leads = move |interface: &u32| leads_to(spaces, segments, from, *interface, to);
     routes.filter(move |route| route.interfaces.iter().any(leads)).map(|route| route.destination)

@@ -41,7 +41,11 @@ impl Segments {
                 }
                 let hop = |what: String| WayHop { namespace: place.clone(), device: Some(link.name.clone()), what };
                 if let Some(bridge) = switch_of(&space.view.links, link) {
-                    segments.join(node, Node::Device(number, bridge.index), hop(format!("{} is a port of {}", link.name, bridge.name)));
+                    segments.join(
+                        node,
+                        Node::Device(number, bridge.index),
+                        hop(format!("{} is a port of {}", link.name, bridge.name)),
+                    );
                 }
                 if let Some((other, end)) = spaces.other_end(number, link).filter(|(_, end)| end.up && is_stacked(link)) {
                     let what = format!("{} ({}) leads to {} in {}", link.name, link.kind, end.name, spaces.all[other].view.place);
@@ -106,7 +110,9 @@ impl Segments {
             let Node::Device(space, index) = node else { continue };
             let links = &spaces.all[*space].view.links;
             let link = links.iter().find(|link| link.index == *index);
-            found.extend(link.filter(|link| *number == segment && link.up && switch_of(links, link).is_none()).map(|link| (*space, link)));
+            found.extend(
+                link.filter(|link| *number == segment && link.up && switch_of(links, link).is_none()).map(|link| (*space, link)),
+            );
         }
         found
     }
@@ -121,7 +127,8 @@ impl Segments {
     pub(super) fn path(&self, spaces: &Spaces, network: usize, to: Node) -> Option<Vec<WayHop>> {
         let Network { space, vni, .. } = &spaces.networks[network];
         let bridges = spaces.all[*space].view.links.iter();
-        let bridges = bridges.filter(|link| link.device().is_some_and(|device| device.role == Role::Bridge && device.vni == *vni));
+        let bridges =
+            bridges.filter(|link| link.device().is_some_and(|device| device.role == Role::Bridge && device.vni == *vni));
         let starts = bridges.map(|link| Node::Device(*space, link.index)).chain([Node::Vni(vni.get())]);
         let mut reached: BTreeMap<Node, Vec<WayHop>> = BTreeMap::new();
         let mut queue: VecDeque<(Node, Vec<WayHop>)> = starts.map(|node| (node, Vec::new())).collect();
@@ -144,7 +151,8 @@ impl Segments {
     pub(super) fn joined(&self, spaces: &Spaces, from: usize, to: usize) -> Option<Vec<WayHop>> {
         let shared = self.of_network(from).find(|segment| self.networks[to].contains(&Some(*segment)))?;
         let Network { space, vni, .. } = &spaces.networks[to];
-        let bridge = spaces.all[*space].view.links.iter().find(|link| link.name == overlay_agent::model::Device::bridge(*vni).name());
+        let bridge =
+            spaces.all[*space].view.links.iter().find(|link| link.name == overlay_agent::model::Device::bridge(*vni).name());
         let ends = bridge.map(|link| Node::Device(*space, link.index)).into_iter().chain([Node::Vni(vni.get())]);
         ends.filter(|end| self.of(*end) == Some(shared)).find_map(|end| self.path(spaces, from, end))
     }

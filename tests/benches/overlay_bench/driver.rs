@@ -134,6 +134,7 @@ impl Agent {
         let settings = network::Settings {
             name: NetworkName::default(),
             isolated: false,
+            netns_prefix: "ov-".to_owned(),
             node: Node { name: "bench".to_owned(), id: "bench".to_owned() },
             selection: UnderlaySelector { interfaces: vec![UNDERLAY.to_owned()], ..UnderlaySelector::default() },
             masquerade: true,

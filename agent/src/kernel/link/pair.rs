@@ -69,10 +69,8 @@ impl Links<'_> {
         let (netns, name) = match target {
             PairTarget::Host => (self.host.unwrap_or(self.netns).clone(), name.to_owned()),
             PairTarget::Namespace(netns, device) => {
-                let netns = Netns::named(netns).map_err(|e| OpError {
-                    message: format!("cannot create veth pair {name}: {e}"),
-                    ..OpError::from(&e)
-                })?;
+                let netns = Netns::named(netns)
+                    .map_err(|e| OpError { message: format!("cannot create veth pair {name}: {e}"), ..OpError::from(&e) })?;
                 (netns, device.name())
             }
         };

@@ -75,13 +75,7 @@ impl NfnlSocket {
             Ok((socket, address))
         };
         let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
-        Ok(NfnlSocket {
-            socket,
-            subsystem,
-            port_id: address.port_number(),
-            sequence: 0,
-            commits: 0,
-        })
+        Ok(NfnlSocket { socket, subsystem, port_id: address.port_number(), sequence: 0, commits: 0 })
     }
 
     /// The port id that events of this socket's changes carry.
@@ -158,21 +152,23 @@ impl NfnlSocket {
         end_batch(&mut writer, begin.wrapping_add(1));
         self.send(&writer)?;
         // The kernel only answers errors, and the answer is ready when `send` returns.
-        receive_buffer::with(|buffer| loop {
-            buffer.clear();
-            match self.socket.recv(buffer, libc::MSG_DONTWAIT) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
-            }
-            for received in codec::messages(buffer) {
-                match received.payload {
-                    Payload::Ack { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
-                    Payload::Ack { errno, text } if received.sequence == begin && errno != 0 => {
-                        return Err(kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text));
+        receive_buffer::with(|buffer| {
+            loop {
+                buffer.clear();
+                match self.socket.recv(buffer, libc::MSG_DONTWAIT) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                    Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+                }
+                for received in codec::messages(buffer) {
+                    match received.payload {
+                        Payload::Ack { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
+                        Payload::Ack { errno, text } if received.sequence == begin && errno != 0 => {
+                            return Err(kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text));
+                        }
+                        _ => {}
                     }
-                    _ => {}
                 }
             }
         })
@@ -305,23 +301,25 @@ impl NfnlSocket {
 
     /// Passes received messages to `handle` until it returns `Stop`. The rest of that datagram is passed on too.
     fn receive(&mut self, mut handle: impl FnMut(codec::ReceivedMessage<'_>) -> ReadControl) -> Result<(), OpError> {
-        receive_buffer::with(|buffer| loop {
-            buffer.clear();
-            match self.socket.recv(buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let message = format!("no answer from nf_tables within {} s", ANSWER_TIMEOUT.as_secs());
-                    return Err(OpError { errno: libc::ETIMEDOUT, message });
+        receive_buffer::with(|buffer| {
+            loop {
+                buffer.clear();
+                match self.socket.recv(buffer, 0) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        let message = format!("no answer from nf_tables within {} s", ANSWER_TIMEOUT.as_secs());
+                        return Err(OpError { errno: libc::ETIMEDOUT, message });
+                    }
+                    Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
                 }
-                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
-            }
-            let mut stopped = false;
-            for received in codec::messages(buffer) {
-                stopped |= matches!(handle(received), ReadControl::Stop);
-            }
-            if stopped {
-                return Ok(());
+                let mut stopped = false;
+                for received in codec::messages(buffer) {
+                    stopped |= matches!(handle(received), ReadControl::Stop);
+                }
+                if stopped {
+                    return Ok(());
+                }
             }
         })
     }

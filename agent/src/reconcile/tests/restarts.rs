@@ -139,7 +139,7 @@ async fn aborted_store_restarts_network() {
 #[tokio::test]
 async fn stopped_network_leaves_its_entries_unless_withdrawn() {
     for withdraw in [false, true] {
-        let mut fixture = Fixture::ready([1, 2]).await;
+        let fixture = Fixture::ready([1, 2]).await;
         let state = fixture.kernel.lock().state.clone();
         fixture.supervisor.stop_network(&NetworkName::default(), withdraw).await;
         let is_ours = |key: &Key| !matches!(key, Key::Sysctl(_));
