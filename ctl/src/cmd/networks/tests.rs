@@ -168,6 +168,8 @@ fn status(servers: &[&str]) -> String {
         refused: Vec::new(),
     };
     let status = Status {
+        name: NetworkName::default().to_string(),
+        kind: NetworkKind::Routed,
         version: String::new(),
         node: String::new(),
         node_id: String::new(),
