@@ -1,6 +1,6 @@
 //! Commands about several networks against a fake agent.
 
-use overlay_agent::model::api::{AttachRequest, DataPathStatus, Health, Status, StoreStatus};
+use overlay_agent::model::api::{AttachRequest, DataPathStatus, Health, NetworkKind, Status, StoreStatus};
 use serde_json::json;
 
 use super::*;
