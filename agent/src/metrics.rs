@@ -379,7 +379,7 @@ mod tests {
         let rejected = RejectReason::NAMES
             .iter()
             .map(|name| format!("overlayd_refused_values_total{{network=\"default\",reason=\"{name}\"}}"));
-        let dropped = ["encapsulation", "loopback", "tunnel", "dhcp", "router", "source"]
+        let dropped = ["encapsulation", "isolation", "loopback", "tunnel", "dhcp", "router", "source"]
             .map(|name| format!("overlayd_dropped_packets_total{{reason=\"{name}\"}}"));
         let peers = ["ok", "lossy", "underlay-silent", "overlay-down", "unreachable", "unknown"]
             .map(|name| format!("overlayd_mesh_peers{{state=\"{name}\"}}"));
@@ -430,7 +430,7 @@ mod tests {
             assert!(has(line), "{line} is not in\n{}", metrics.render());
         }
         metrics.remove_network(&two);
-        assert!(has(r#"overlayd_peers{network="one"} 3"#) && !metrics.render().contains("two"));
+        assert!(has(r#"overlayd_peers{network="one"} 3"#) && !metrics.render().contains("\"two\""));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use overlay_agent::model::{Family, PerFamily};
-use overlay_tests::calls::Protocol::{self, Tcp, Udp};
+use overlay_tests::calls::Protocol::{Tcp, Udp};
 use overlay_tests::calls::{self, Connection, observe_source, observe_source_within};
 use overlay_tests::networks::{self, address, attach, attach_to_each, create, publishing};
 use overlay_tests::prober::Prober;
@@ -263,8 +263,11 @@ async fn peer_networks_reach_each_other_and_no_other() {
 }
 
 async fn wait_reachable(lab: &TestLab, from: &str, to: IpAddr) {
-    let call = |protocol: Protocol| observe_source_within(&lab.open_netns(from), SocketAddr::new(to, PORT), protocol, NO_ANSWER_TIMEOUT);
-    eventually_async(&format!("{from} reaches {to}"), PEERS_TIMEOUT, || async { call(Udp).await.map(|_| ()) }).await;
+    let (netns, at) = (lab.open_netns(from), SocketAddr::new(to, PORT));
+    eventually_async(&format!("{from} reaches {to}"), PEERS_TIMEOUT, || async {
+        observe_source_within(&netns, at, Udp, NO_ANSWER_TIMEOUT).await.map(|_| ())
+    })
+    .await;
 }
 
 /// A host that joins a network joins its peers, so that its containers reach those of the peer on other hosts.

@@ -17,7 +17,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 /// The protocol of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
+    /// A connection.
     Tcp,
+    /// A datagram.
     Udp,
 }
 

@@ -16,10 +16,9 @@ use std::time::{Duration, Instant};
 
 use overlay_agent::model::{Family, NetworkName};
 use overlayctl::lab::crossing::{self, Crossing, Party};
-use overlayctl::lab::layout::container_in;
 use overlayctl::lab::{Host, container};
 
-use crate::packet_builder::{self, BROADCAST, ICMPV6, Mac, PacketSocket};
+use crate::packet_builder::{self, BROADCAST, Mac, PacketSocket};
 use crate::{ExpectContext, TestLab, kernel};
 
 /// Pause between two rounds.

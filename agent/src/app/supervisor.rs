@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
@@ -131,21 +132,24 @@ impl Supervisor {
         let links = std::iter::once(&channels.host).chain(&channels.own);
         let contributes_to = links.map(|link| link.input.clone()).collect();
         let channels = Arc::new(Mutex::new(channels));
+        let span = log_span(&name);
         self.start(Unit::Network(name), contributes_to, move |delay, stop| {
             let (sender, events) = mpsc::channel(STORE_EVENT_CAPACITY);
             let (network, channels, stop_network) = (make(), Arc::clone(&channels), stop.clone());
             let store = follow_store(sender, stop.clone());
             let mut tasks = Tasks::new();
-            tasks.spawn_infallible("network", async move {
+            let network = async move {
                 let mut channels = channels.lock().await;
                 network.run(events, &mut channels, delay, stop_network).await;
-            });
-            tasks.spawn("store", async move {
+            };
+            tasks.spawn_infallible("network", network.instrument(span.clone()));
+            let store = async move {
                 match stop.run_until_cancelled(tokio::time::sleep(delay)).await {
                     Some(()) => store.await,
                     None => Ok(()),
                 }
-            });
+            };
+            tasks.spawn("store", store.instrument(span.clone()));
             tasks
         });
     }
@@ -161,13 +165,18 @@ impl Supervisor {
         S: SysctlStore + 'static,
     {
         let channels = Arc::new(Mutex::new(channels));
+        let span = match &namespace {
+            NamespaceName::Host => Span::none(),
+            NamespaceName::Network(network) => log_span(network),
+        };
         self.start(Unit::Reconciler(namespace), Vec::new(), move |delay, stop| {
             let (reconciler, channels) = (make(), Arc::clone(&channels));
             let mut tasks = Tasks::new();
-            tasks.spawn_infallible("reconcile", async move {
+            let reconcile = async move {
                 let mut channels = channels.lock().await;
                 reconciler.run(&mut channels, delay, stop).await;
-            });
+            };
+            tasks.spawn_infallible("reconcile", reconcile.instrument(span.clone()));
             tasks
         });
     }
@@ -235,6 +244,12 @@ impl Supervisor {
         }
         Ok(())
     }
+}
+
+/// Names the network in the log lines of its tasks, unless it is the default one.
+fn log_span(network: &NetworkName) -> Span {
+    // At this level the span is there whatever the log's level is.
+    if network.is_default() { Span::none() } else { tracing::error_span!("unit", %network) }
 }
 
 /// Runs a unit until `stop`. `start` starts its tasks, after the given delay, until its token is cancelled.

@@ -144,8 +144,8 @@ impl PortDriver for PortManager {
     }
 
     fn is_host_netns(&self, netns: &Path) -> bool {
-        let own = |netns: &Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
-        Netns::open(netns).is_ok_and(|netns| own(&netns))
+        let is_own = |netns: Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
+        Netns::open(netns).is_ok_and(is_own)
     }
 
     fn host_netns(&self) -> PathBuf {

@@ -302,7 +302,11 @@ impl Links<'_> {
                 let conflict = links.unwrap_or_default().into_iter().find(|l| {
                     l.name != name && l.vxlan.as_ref().is_some_and(|v| v.id == wanted.vni.get() && v.port == wanted.port)
                 });
-                let conflict = conflict.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
+                let hidden = match self.host {
+                    None => "another device",
+                    Some(_) => "a device in another network namespace, or in one that was deleted a moment ago",
+                };
+                let conflict = conflict.map_or_else(|| hidden.to_owned(), |l| format!("interface {}", l.name));
                 format!(
                     "; VNI {} on UDP port {} is in use by {conflict}: stop the program that created it (flanneld creates flannel.{}) and delete it, or choose another VNI or port",
                     wanted.vni, wanted.port, wanted.vni

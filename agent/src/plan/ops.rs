@@ -211,7 +211,7 @@ pub trait PortDriver: Send + Sync {
     /// ids.
     fn netns_id(&self, netns: &std::path::Path) -> Option<String>;
 
-    /// Whether the path is that of the host's own namespace.
+    /// Whether the path is that of the host's own namespace, or of the ports' isolated network.
     fn is_host_netns(&self, netns: &std::path::Path) -> bool;
 
     /// A path of the host's own namespace, valid while the agent runs.

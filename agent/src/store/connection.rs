@@ -1,8 +1,8 @@
 //! The connection to etcd that all networks share.
 //!
 //! [`Store::run_connection`] is one task. It connects to one server, and then runs the watch stream (`watch_stream`) and the
-//! renewal of this host's etcd lease (`host_lease`). If either fails, or a network finds the connection unusable, the session ends
-//! for all networks, and the task connects again after a jittered delay. Each network follows the [`Link`].
+//! renewal of this host's etcd lease (`host_lease`). If either fails, or a network finds the connection unusable, the session
+//! ends for all networks, and the task connects again after a jittered delay. Each network follows the [`Link`].
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -96,6 +96,15 @@ impl Shared {
         self.link.send_modify(|link| link.state = state);
     }
 
+    /// Tells the networks that the connection is down, once per reason.
+    fn report_down(&self, new: &str) {
+        self.link.send_if_modified(|link| {
+            let is_new = !matches!(&link.state, LinkState::Down { error } if error == new);
+            link.state = LinkState::Down { error: new.to_owned() };
+            is_new
+        });
+    }
+
     /// The session, for a single request. Waits while the first attempt to connect is under way.
     pub(super) async fn session(&self) -> Result<Arc<SharedSession>, StoreError> {
         let mut link = self.link();
@@ -148,7 +157,7 @@ impl Shared {
             } else {
                 warn!(error, "etcd unavailable; retrying, data path unchanged");
             }
-            self.set_state(LinkState::Down { error: error.clone() });
+            self.report_down(&error);
             last_logged = Some(error);
             tokio::time::sleep(backoff.next_delay(&mut random)).await;
         }

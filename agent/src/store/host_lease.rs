@@ -1,8 +1,8 @@
 //! The etcd lease that the subnets of all networks of this host are bound to.
 //!
 //! All entries that this process writes are bound to one etcd lease: the first that a network uses. An entry that was written
-//! with another one, by an earlier agent, keeps it until its value changes. [`HostLease::renew`] renews all that are in use; it is
-//! part of the shared task.
+//! with another one, by an earlier agent, keeps it until its value changes. [`HostLease::renew`] renews all that are in use; it
+//! is part of the shared task.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;

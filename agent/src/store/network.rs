@@ -35,7 +35,8 @@ impl NetworkStore {
     /// Sends the network's events and keeps the requested lease until the token is cancelled. An unreachable etcd is not an
     /// error: it is reported as [`Connection::Down`] and retried, whatever its answer was.
     ///
-    /// The lease is kept on return: the data path continues, and the next start reuses the lease. [`Self::release`] gives it back.
+    /// The lease is kept on return: the data path continues, and the next start reuses the lease. [`Self::release`] gives it
+    /// back.
     ///
     /// # Errors
     /// Invalid settings, which no retry can fix (see [`StoreConfig::validate`](super::StoreConfig::validate)), or

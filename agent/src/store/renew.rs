@@ -48,8 +48,8 @@ pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Dura
 impl Session {
     /// Sends one renewal and awaits the response.
     ///
-    /// Each renewal opens a new stream because of `etcd grpc-proxy`. On a long-lived stream the proxy answers the first renewal at
-    /// once, and later ones only after a third of the TTL, which is eight hours (`keepAliveLoop` in etcd's
+    /// Each renewal opens a new stream because of `etcd grpc-proxy`. On a long-lived stream the proxy answers the first renewal
+    /// at once, and later ones only after a third of the TTL, which is eight hours (`keepAliveLoop` in etcd's
     /// `proxy/grpcproxy/lease.go`).
     pub(super) async fn renew(&self, id: i64) -> Result<(), StoreError> {
         let mut client = self.client.lease_client();

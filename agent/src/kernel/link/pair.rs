@@ -16,9 +16,10 @@ use crate::kernel::rtnl::veth;
 use crate::plan::OpError;
 use crate::plan::state::{LinkState, PairTarget};
 
-/// The other end of a pair: its namespace, a socket there, and its name.
+/// The other end of a pair: its namespace, how messages name that, a socket there, and its name.
 struct OtherEnd {
     netns: Netns,
+    place: String,
     socket: RouteSocket,
     name: String,
 }
@@ -35,7 +36,7 @@ impl OtherEnd {
 
     /// Names the namespace in an error.
     fn error(&self, error: OpError) -> OpError {
-        OpError { message: format!("in network namespace {}: {}", self.netns.path().display(), error.message), ..error }
+        OpError { message: format!("in {}: {}", self.place, error.message), ..error }
     }
 }
 
@@ -53,10 +54,7 @@ impl Links<'_> {
         }
         let end = LinkUnspec::new_with_name(&other.name).setns_by_fd(other.netns.as_fd().as_raw_fd()).link_group(LINK_GROUP);
         let created = self.socket.add_link(build_with_defaults(veth(name, end.build()), wanted));
-        created.map_err(|e| {
-            let netns = other.netns.path().display();
-            e.context(format!("cannot create veth pair {name} with {} in {netns}", other.name))
-        })
+        created.map_err(|e| e.context(format!("cannot create veth pair {name} with {} in {}", other.name, other.place)))
     }
 
     /// Whether a link's other end is there.
@@ -66,15 +64,17 @@ impl Links<'_> {
     }
 
     fn other_end(&self, name: &str, target: &PairTarget) -> Result<OtherEnd, OpError> {
-        let (netns, name) = match target {
-            PairTarget::Host => (self.host.unwrap_or(self.netns).clone(), name.to_owned()),
-            PairTarget::Namespace(netns, device) => {
-                let netns = Netns::named(netns)
+        let (netns, place, name) = match target {
+            PairTarget::Host => {
+                (self.host.unwrap_or(self.netns).clone(), "the host's network namespace".to_owned(), name.to_owned())
+            }
+            PairTarget::Namespace(other, device) => {
+                let netns = Netns::named(other)
                     .map_err(|e| OpError { message: format!("cannot create veth pair {name}: {e}"), ..OpError::from(&e) })?;
-                (netns, device.name())
+                (netns, format!("network namespace {other}"), device.name())
             }
         };
         let socket = netns.route_socket()?;
-        Ok(OtherEnd { netns, socket, name })
+        Ok(OtherEnd { netns, place, socket, name })
     }
 }

@@ -158,6 +158,11 @@ impl RulesetSnapshot {
         self
     }
 
+    /// Whether a table has chains; `family` is the `nft` keyword.
+    pub fn has_table(&self, family: &str, table: &str) -> bool {
+        self.chains.iter().any(|chain| chain.table == table && family_name(chain.family) == family)
+    }
+
     /// The names of all chains.
     pub fn chain_names(&self) -> impl Iterator<Item = &str> {
         self.chains.iter().map(|chain| chain.name.as_str())

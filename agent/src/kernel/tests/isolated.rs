@@ -158,7 +158,10 @@ fn vni_conflict_names_the_hosts_interface() {
         assert_eq!(error.errno, libc::EEXIST);
         assert!(error.message.contains("VNI 5 on UDP port 8472 is in use by interface flannel.1"), "{error}");
         run("ip link delete flannel.1");
-        kernel.apply(&vec![set]).await;
+        kernel.apply(&vec![set.clone()]).await;
+        let other = TestNetns::new("isoother");
+        let error = refused(&mut open_network(&other.netns, host.underlay).await, set).await;
+        assert!(error.message.contains("is in use by a device in another network namespace"), "{error}");
     });
 }
 
@@ -222,7 +225,8 @@ fn transit_is_created_by_the_network_and_shared_with_the_host() {
         run("ip link add ovt.5 type bridge");
         let error = refused(&mut inner, create).await;
         assert_eq!(error.errno, libc::EEXIST);
-        assert!(error.message.contains("ovt.5 exists and is not managed by overlayd (kind bridge"), "{error}");
+        let wanted = "in the host's network namespace: interface ovt.5 exists and is not managed by overlayd (kind bridge";
+        assert!(error.message.starts_with(wanted), "{error}");
     });
 }
 
@@ -273,6 +277,22 @@ fn ports_of_a_network_are_checked_against_the_host() {
         assert!(is_refused(Path::new("/proc/thread-self/ns/net")));
         assert!(is_refused(network.netns.path()), "its own");
         assert!(!is_refused(container.netns.path()));
+    });
+}
+
+/// Socket buffers count only while messages wait. But a host may be in hundreds of networks.
+#[test]
+fn event_queues_of_a_network_are_small() {
+    let network = TestNetns::new("isoqueue");
+    on_host("isohost", KernelOptions::default(), async |host| {
+        let _kernel = open_network(&network.netns, host.underlay).await;
+        // As `skmem:(r0,rb67108864,...)`; the kernel doubles the size for its own use.
+        let largest = || {
+            let sockets = run("ss -Hf netlink -m");
+            sockets.split("rb").filter_map(|text| text.split(',').next()?.parse::<u32>().ok()).max().expect("sockets")
+        };
+        assert_eq!(largest(), 64 << 20);
+        assert_eq!(network.netns.run(largest).expect("inside"), 8 << 20, "that of requests to nf_tables");
     });
 }
 

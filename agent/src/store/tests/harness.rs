@@ -10,12 +10,12 @@ use etcd_client::{Client, GetOptions, PutOptions};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::{BackendData, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
 use crate::store::lease::HeldLease;
-use crate::store::{Keys, Store, StoreConfig, StoreError};
+use crate::store::{Store, StoreConfig, StoreError};
 
 /// Timeout of every wait in a test.
 pub(super) const TEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -57,6 +57,16 @@ impl Etcd {
             }
         }
         panic!("etcd found no free ports in ten tries");
+    }
+
+    /// Starts a server with these networks, which all have the same range.
+    pub(super) async fn with_networks(names: &[&str]) -> Etcd {
+        let etcd = Etcd::start().await;
+        let mut client = etcd.client().await;
+        for name in names {
+            client.put(key(name, "config"), NETWORK, None).await.unwrap();
+        }
+        etcd
     }
 
     /// Starts a cluster of three members.
@@ -202,7 +212,7 @@ impl Etcd {
 
     /// All entries of a network, and the revision.
     pub(super) async fn subnets_of(&self, network: &str) -> (Vec<(String, String, i64)>, i64) {
-        let prefix = Keys::new(PREFIX).unwrap().network(&network.into()).subnet("");
+        let prefix = key(network, "subnets/");
         let answer = self.client().await.get(prefix.as_str(), Some(GetOptions::new().with_prefix())).await.unwrap();
         let entries = answer.kvs().iter().map(|kv| {
             (kv.key_str().unwrap().strip_prefix(&prefix).unwrap().to_owned(), kv.value_str().unwrap().to_owned(), kv.lease())
@@ -258,6 +268,19 @@ pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
         network,
         preferred: None,
     }
+}
+
+/// A key of a network.
+pub(super) fn key(network: &str, rest: &str) -> String {
+    if network == "default" { format!("{PREFIX}/{rest}") } else { format!("{PREFIX}/networks/{network}/{rest}") }
+}
+
+/// A store whose connection is kept until the guard is dropped.
+pub(super) fn start_store(config: StoreConfig) -> (Store, DropGuard) {
+    let (store, shutdown) = (Store::new(config), CancellationToken::new());
+    let (connection, token) = (store.clone(), shutdown.clone());
+    tokio::spawn(async move { connection.run_connection(token).await });
+    (store, shutdown.drop_guard())
 }
 
 /// The store of one agent, or a network's part of it.
@@ -355,6 +378,19 @@ impl Drop for Agent {
         if let Some(task) = &self.task {
             task.abort();
         }
+    }
+}
+
+/// A network's part of the store of host 7.
+pub(super) fn start(store: &Store, network: &str) -> Agent {
+    Agent::in_network(store, network, Some(lease_request(NETWORK, 7)))
+}
+
+/// Skips the events of the next half second.
+pub(super) async fn settle(agents: &mut [Agent]) {
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for agent in agents {
+        while tokio::time::timeout(Duration::from_millis(10), agent.events.recv()).await.is_ok() {}
     }
 }
 

@@ -1,5 +1,5 @@
-//! TCP proxy from one agent to the members of a cluster. It can be paused; data sent meanwhile arrives after it resumes. It can be
-//! closed; all connections end then, and new ones are refused.
+//! TCP proxy from one agent to the members of a cluster. It can be paused; data sent meanwhile arrives after it resumes. It can
+//! be closed; all connections end then, and new ones are refused.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;

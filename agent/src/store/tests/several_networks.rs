@@ -1,58 +1,19 @@
 //! Tests of several networks over one store: one connection, one watch stream, one etcd lease, and no effect on each other.
 
-use std::process::Command;
 use std::slice;
 use std::time::{Duration, Instant};
 
-use etcd_client::{Client, CompactionOptions, ConnectOptions, Permission, PutOptions};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use etcd_client::{CompactionOptions, PutOptions};
 
 use super::harness::*;
 use super::proxy::PausableProxy;
-use super::security::{enable_auth, write_secret};
 use crate::model::event::{Connection, LeaseOrigin, OwnLease, StoreEvent};
-use crate::model::{ExpiryId, NetworkChange, NetworkName};
+use crate::model::{ExpiryId, NetworkName};
 use crate::store::codec;
 use crate::store::lease::{HeldLease, lease_value};
-use crate::store::{NetworkError, Store, StoreConfig, StoreError, WriteKind, release, write_network};
+use crate::store::{NetworkError, StoreConfig, StoreError, release};
 
 const VALUE: &str = r#"{"PublicIP":"10.99.1.1","BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:de:38:28:a5:6b"}}"#;
-
-/// Starts an etcd with these networks, which all have the same range.
-async fn start_etcd(names: &[&str]) -> Etcd {
-    let etcd = Etcd::start().await;
-    let mut client = etcd.client().await;
-    for name in names {
-        client.put(key(name, "config"), NETWORK, None).await.unwrap();
-    }
-    etcd
-}
-
-/// A key of a network.
-fn key(network: &str, rest: &str) -> String {
-    if network == "default" { format!("{PREFIX}/{rest}") } else { format!("{PREFIX}/networks/{network}/{rest}") }
-}
-
-/// A store whose connection is kept until the guard is dropped.
-fn start_store(config: StoreConfig) -> (Store, DropGuard) {
-    let (store, shutdown) = (Store::new(config), CancellationToken::new());
-    let (connection, token) = (store.clone(), shutdown.clone());
-    tokio::spawn(async move { connection.run_connection(token).await });
-    (store, shutdown.drop_guard())
-}
-
-/// A network's part of the store of host 7.
-fn start(store: &Store, network: &str) -> Agent {
-    Agent::in_network(store, network, Some(lease_request(NETWORK, 7)))
-}
-
-/// Skips the events of the next half second.
-async fn settle(agents: &mut [Agent]) {
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    for agent in agents {
-        while tokio::time::timeout(Duration::from_millis(10), agent.events.recv()).await.is_ok() {}
-    }
-}
 
 /// Takes a lease in each network, and stops.
 async fn take_leases(config: &StoreConfig, names: &[&str]) -> Vec<HeldLease> {
@@ -80,7 +41,7 @@ async fn eventually(what: &str, mut condition: impl AsyncFnMut() -> bool) {
 async fn hundred_networks_share_connection_stream_and_etcd_lease() {
     let names: Vec<String> = (0..100).map(|n| if n == 0 { "default".to_owned() } else { format!("net{n}") }).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let etcd = start_etcd(&names).await;
+    let etcd = Etcd::with_networks(&names).await;
     let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
     let config = StoreConfig { endpoints: vec![proxy.endpoint()], keep_alive: Duration::from_secs(1), ..etcd.config() };
     let (store, _guard) = start_store(config);
@@ -115,7 +76,7 @@ async fn hundred_networks_share_connection_stream_and_etcd_lease() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn network_that_starts_or_stops_touches_no_other() {
-    let etcd = start_etcd(&["default", "blue"]).await;
+    let etcd = Etcd::with_networks(&["default", "blue"]).await;
     let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
     let (store, _guard) = start_store(StoreConfig { endpoints: vec![proxy.endpoint()], ..etcd.config() });
     let mut default = start(&store, "default");
@@ -135,9 +96,12 @@ async fn network_that_starts_or_stops_touches_no_other() {
         .await;
         assert_eq!(etcd.subnets_of("blue").await.0.len(), 2, "a stopped network keeps its lease");
     }
+    let messages = async || etcd.metric(&["grpc_server_msg_sent_total", "grpc_method=\"Watch\""]).await;
+    let sent = messages().await;
     let done = store.network(&"blue".into()).release("id-7").await.unwrap();
     assert_eq!((done.released.len(), etcd.subnets_of("blue").await.0.len()), (1, 1));
     default.assert_quiet(Duration::from_secs(1)).await;
+    assert_eq!(messages().await, sent, "nothing watches a network that this host is not in");
     assert_eq!(etcd.subnets().await.0, before);
     assert_eq!(etcd.leases().await, [held.etcd_lease.unwrap()]);
     assert_eq!(etcd.request_count("LeaseKeepAlive").await, renewals, "no renewal before its time");
@@ -151,7 +115,7 @@ async fn network_that_starts_or_stops_touches_no_other() {
 #[tokio::test(flavor = "multi_thread")]
 async fn outage_ends_and_resumes_each_network() {
     let names = ["default", "blue", "green"];
-    let etcd = start_etcd(&names).await;
+    let etcd = Etcd::with_networks(&names).await;
     let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
     let (store, _guard) = start_store(StoreConfig { endpoints: vec![proxy.endpoint()], ..etcd.config() });
     let mut agents = names.map(|name| start(&store, name));
@@ -165,6 +129,7 @@ async fn outage_ends_and_resumes_each_network() {
     }
     for name in names {
         etcd.client().await.put(key(name, "subnets/10.244.250.0-24"), VALUE, None).await.unwrap();
+        etcd.client().await.put(key(name, "config"), r#"{"Network":"10.244.0.0/15"}"#, None).await.unwrap();
     }
     let error = store.read_network(&"blue".into()).await.unwrap_err();
     assert!(matches!(error, NetworkError::Store(StoreError::NotConnected { .. })), "{error}");
@@ -176,6 +141,7 @@ async fn outage_ends_and_resumes_each_network() {
                 event => panic!("{event:?}"),
             })
             .await;
+        assert!(matches!(agent.next().await, StoreEvent::Config(Some(Ok(_)))), "what was missed");
         assert!(matches!(agent.next().await, StoreEvent::Upsert(e) if e.key == "10.244.250.0-24"), "what was missed");
         agent.assert_quiet(Duration::from_millis(500)).await;
     }
@@ -185,7 +151,7 @@ async fn outage_ends_and_resumes_each_network() {
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_during_outage_rereads_each_network() {
     let names = ["default", "blue"];
-    let etcd = start_etcd(&names).await;
+    let etcd = Etcd::with_networks(&names).await;
     let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
     let (store, _guard) = start_store(StoreConfig { endpoints: vec![proxy.endpoint()], ..etcd.config() });
     let mut agents = names.map(|name| start(&store, name));
@@ -218,11 +184,37 @@ async fn compaction_during_outage_rereads_each_network() {
     }
 }
 
+/// The responses of the shared stream have a size limit, and which network exceeds it is unknown.
+#[tokio::test(flavor = "multi_thread")]
+async fn too_large_response_rereads_each_network() {
+    let names = ["default", "blue"];
+    let etcd = Etcd::with_networks(&names).await;
+    let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
+    let (store, _guard) = start_store(StoreConfig { endpoints: vec![proxy.endpoint()], ..etcd.config() });
+    let mut agents = names.map(|name| start(&store, name));
+    for agent in &mut agents {
+        agent.next_held().await;
+    }
+    settle(&mut agents).await;
+    proxy.set_closed(true);
+    let large = "x".repeat(1_400_000);
+    for n in 0..30 {
+        // One key, so that a snapshot is small.
+        etcd.put("networks/blue/subnets/10.244.250.0-24", &large[n..], None).await;
+    }
+    proxy.set_closed(false);
+    for agent in &mut agents {
+        agent.find(|event| matches!(event, StoreEvent::Snapshot(_)).then_some(())).await;
+    }
+    etcd.put_subnet("10.244.250.0-24", VALUE, None).await;
+    agents[0].find(|event| matches!(event, StoreEvent::Upsert(_)).then_some(())).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn revoked_etcd_lease_is_replaced_by_one_for_all_networks() {
     let names: Vec<String> = (0..20).map(|n| format!("net{n}")).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let etcd = start_etcd(&names).await;
+    let etcd = Etcd::with_networks(&names).await;
     // Not even the default network's record is needed.
     let (store, _guard) = start_store(etcd.config());
     let mut agents: Vec<Agent> = names.iter().map(|name| start(&store, name)).collect();
@@ -255,7 +247,7 @@ async fn put_earlier_entry(etcd: &Etcd, network: &str, subnet: &str) -> i64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn earlier_etcd_leases_are_renewed_until_the_entry_changes() {
-    let etcd = start_etcd(&["default", "blue", "green"]).await;
+    let etcd = Etcd::with_networks(&["default", "blue", "green"]).await;
     let (store, _guard) = start_store(etcd.config());
     let first = put_earlier_entry(&etcd, "default", "10.244.7.0-24").await;
     let mut default = start(&store, "default");
@@ -291,7 +283,7 @@ async fn earlier_etcd_leases_are_renewed_until_the_entry_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn restart_with_another_address_keeps_each_lease() {
     let names = ["default", "blue"];
-    let etcd = start_etcd(&names).await;
+    let etcd = Etcd::with_networks(&names).await;
     let config = StoreConfig { keep_alive: Duration::from_secs(1), ..etcd.config() };
     let before = take_leases(&config, &names).await;
     let (store, _guard) = start_store(config);
@@ -309,7 +301,7 @@ async fn restart_with_another_address_keeps_each_lease() {
 /// An etcd lease that another network's entry is bound to must not be revoked, even if that network does not run.
 #[tokio::test(flavor = "multi_thread")]
 async fn release_keeps_etcd_lease_of_other_networks() {
-    let etcd = start_etcd(&["default", "blue"]).await;
+    let etcd = Etcd::with_networks(&["default", "blue"]).await;
     take_leases(&etcd.config(), &["default", "blue"]).await;
     let (blue, etcd_leases) = (etcd.subnets_of("blue").await.0, etcd.leases().await);
     assert_eq!((blue.len(), etcd_leases.len()), (1, 1));
@@ -334,7 +326,7 @@ async fn release_keeps_etcd_lease_of_other_networks() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn network_that_handles_no_events_delays_no_other() {
-    let etcd = start_etcd(&["default", "blue"]).await;
+    let etcd = Etcd::with_networks(&["default", "blue"]).await;
     let (store, _guard) = start_store(etcd.config());
     let mut blue = start(&store, "blue");
     let mut default = start(&store, "default");
@@ -367,7 +359,7 @@ async fn network_that_handles_no_events_delays_no_other() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn record_is_read_or_named_as_missing() {
-    let etcd = start_etcd(&["default", "blue", "green"]).await;
+    let etcd = Etcd::with_networks(&["default", "blue", "green"]).await;
     let (store, _guard) = start_store(etcd.config());
     etcd.put("networks/blue/config", r#"{"Network":"10.0.0.0/16","Isolated":true}"#, None).await;
     etcd.put("networks/green/config", "{", None).await;
@@ -382,91 +374,4 @@ async fn record_is_read_or_named_as_missing() {
         let error = store.read_network(&name.into()).await.unwrap_err().to_string();
         assert!(error.starts_with(wanted), "{error}");
     }
-}
-
-/// A user without permission to read one network.
-#[tokio::test(flavor = "multi_thread")]
-async fn missing_permission_of_one_network_leaves_others() {
-    let etcd = start_etcd(&["default", "blue", "green"]).await;
-    let mut client = etcd.client().await;
-    client.user_add("limited", "s3cret of all", None).await.unwrap();
-    client.role_add("limited").await.unwrap();
-    client.user_grant_role("limited", "limited").await.unwrap();
-    let permissions = |network: &str| {
-        let leases = Permission::read_write(key(network, "subnets/")).with_range_end(key(network, "subnets0"));
-        [Permission::read(key(network, "config")), leases]
-    };
-    for permission in permissions("default").into_iter().chain(permissions("blue")) {
-        client.role_grant_permission("limited", permission).await.unwrap();
-    }
-    let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("password");
-    write_secret(&file, "s3cret of all");
-    enable_auth(&etcd).await;
-    let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
-    let config = StoreConfig {
-        endpoints: vec![proxy.endpoint()],
-        username: Some("limited".to_owned()),
-        password_file: Some(file),
-        ..StoreConfig::default()
-    };
-    let (store, _guard) = start_store(config);
-    let mut others = ["default", "blue"].map(|name| start(&store, name));
-    for agent in &mut others {
-        agent.next_held().await;
-    }
-    settle(&mut others).await;
-    let mut green = start(&store, "green");
-    let StoreEvent::Connection(Connection::Down { error }) = green.next().await else { panic!("down") };
-    assert!(error.contains("user `limited` may not read") && error.contains("--prefix /coreos.com/network/networks/green/"), "{error}");
-    others[0].assert_quiet(Duration::from_secs(1)).await;
-    others[1].assert_quiet(Duration::from_millis(100)).await;
-    // Granted, it works without another connection.
-    let options = ConnectOptions::new().with_user("root", "s3cret of all");
-    let mut root = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
-    for permission in permissions("green") {
-        root.role_grant_permission("limited", permission).await.unwrap();
-    }
-    green.next_held().await;
-    assert_eq!(proxy.connection_count(), 1);
-}
-
-/// The roles of `deploy/etcd/access.sh`: an agent takes leases in the networks that it is granted, and writes no record.
-#[tokio::test(flavor = "multi_thread")]
-async fn agent_role_holds_leases_and_writes_no_records() {
-    let etcd = start_etcd(&["default", "blue", "green"]).await;
-    let directory = tempfile::tempdir().unwrap();
-    let access = |networks: &[&str]| {
-        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/etcd/access.sh"));
-        command.arg(directory.path()).arg(PREFIX).args(networks).env("ETCDCTL_ENDPOINTS", etcd.endpoint());
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    };
-    access(&["blue"]);
-    let user = |name: &str| StoreConfig {
-        username: Some(name.to_owned()),
-        password_file: Some(directory.path().join(name)),
-        ..etcd.config()
-    };
-    let (store, _guard) = start_store(user("overlay-agent"));
-    let mut blue = start(&store, "blue");
-    let mut green = start(&store, "green");
-    let held = blue.next_held().await;
-    let reason = green.next_not_held().await;
-    assert!(reason.contains("may not write this host's lease") && reason.contains("/networks/green/"), "{reason}");
-    let change = NetworkChange { isolated: Some(true), ..NetworkChange::default() };
-    for name in ["default", "blue"] {
-        let error = write_network(&user("overlay-agent"), &name.into(), WriteKind::Change, &change).await.unwrap_err();
-        assert!(matches!(error, NetworkError::Role { .. } | NetworkError::Invalid { .. }), "{error}");
-    }
-    // It may also see which entries an etcd lease has, and so revokes none that is in use.
-    access(&["green"]);
-    assert_eq!(green.next_held().await.etcd_lease, held.etcd_lease);
-    green.stop().await;
-    store.network(&"green".into()).release("id-7").await.unwrap();
-    blue.stop().await;
-    store.network(&"blue".into()).release("id-7").await.unwrap();
-    let options = ConnectOptions::new().with_user("root", std::fs::read_to_string(directory.path().join("root")).unwrap().trim());
-    let mut root = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
-    assert!(root.leases().await.unwrap().leases().is_empty());
 }

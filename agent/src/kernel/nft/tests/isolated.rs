@@ -7,15 +7,17 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use super::*;
-use crate::model::Vni;
+use crate::model::{Transport, Vni};
 use crate::plan::isolation::{Isolation, PeerNetwork, Transit};
-use crate::plan::ruleset::Counter;
+use crate::plan::ruleset::{Counter, Element};
 
 /// Port of the containers' server, and the host's port that is published for it.
 const SERVER: u16 = 8080;
 const PUBLISHED: u16 = 80;
 /// A client outside, and this host.
 const WORLD: [&str; 2] = ["192.0.2.9", "2001:db8::9"];
+/// The container of each isolated network.
+const CONTAINER: [&str; 2] = ["10.9.1.2", "fd00:9:0:8::2"];
 const HOST: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 
 /// The isolated network with this VNI. All have one range.
@@ -62,6 +64,8 @@ fn tables_of_isolated_networks_round_trip() {
             tables.apply(&[set_table(rules.clone())]);
             assert_eq!(run_command("nft", &["-s", "-t", "list", "table", "inet", "overlayd"], ""), rules.to_string());
             assert_eq!(tables.ruleset(), Some(rules));
+            // Chains are listed in the order in which they were created.
+            tables.delete();
         }
     });
 }
@@ -195,9 +199,7 @@ fn isolated_namespace(vni: u32) -> [File; 2] {
         for family in Family::ALL {
             ip(&format!("-{} route add default via {}", if family == Family::V4 { 4 } else { 6 }, transit(&spec).host(family)));
         }
-        nft(&inet_table(&[&spec]).to_string());
-        nft(&format!("add element inet overlayd ports4 {{ tcp . {PUBLISHED} : 10.9.1.2 . {SERVER} }}"));
-        nft(&format!("add element inet overlayd ports6 {{ tcp . {PUBLISHED} : fd00:9:0:8::2 . {SERVER} }}"));
+        publish(inet_table(&[&spec]), CONTAINER.map(|address| address.parse().expect(address)), SERVER);
     });
     inside(&container, || {
         ip("-4 route add default via 10.9.1.1");
@@ -205,6 +207,15 @@ fn isolated_namespace(vni: u32) -> [File; 2] {
         serve(SERVER);
     });
     [own, container]
+}
+
+/// Loads a table, whose published port leads to these addresses.
+fn publish(rules: Ruleset, targets: [IpAddr; 2], port: u16) {
+    let element = |target: IpAddr| {
+        let key = Key::Element(Element::Port(Family::of(target), Transport::Tcp, PUBLISHED));
+        Op::Set(key, Value::Element(Some(Box::new(SocketAddr::new(target, port)))))
+    };
+    Tables::open().apply(&[&[set_table(rules)], targets.map(element).as_slice()].concat());
 }
 
 /// Answers each connection with the client's address.
@@ -256,8 +267,8 @@ fn packets_pass_a_transit_only_as_published_ports_and_replies() {
             serve(SERVER);
         });
         let specs = [spec(&dual(), true, true), isolated(7, Scope::Host, true), isolated(8, Scope::Host, false)];
-        nft(&inet_table(&[&specs[0], &specs[1], &specs[2]]).to_string());
         let transits = [transit(&specs[1]), transit(&specs[2])];
+        publish(inet_table(&specs.each_ref()), Family::ALL.map(|family| transits[0].network(family)), PUBLISHED);
         inside(&world, || {
             // A neighbour of the host that knows how transfer addresses are chosen.
             ip(&format!("-4 route add 169.254.64.0/18 via {}", HOST[0]));
@@ -268,12 +279,7 @@ fn packets_pass_a_transit_only_as_published_ports_and_replies() {
         for (n, family) in Family::ALL.into_iter().enumerate() {
             let [blue_end, host_end] = [transits[0].network(family), transits[0].host(family)].map(|address| address.to_string());
             let red_end = transits[1].network(family).to_string();
-            nft(&format!(
-                "add element inet overlayd ports{} {{ tcp . {PUBLISHED} : {blue_end} . {PUBLISHED} }}",
-                if n == 0 { 4 } else { 6 }
-            ));
             let client = |netns: &File, address: &str, port| inside(netns, || client_at(address, port));
-            let own_address = ["10.9.1.2", "fd00:9:0:8::2"][n];
 
             assert_eq!(client(&blue, WORLD[n], SERVER).as_deref(), Some(HOST[n]), "to the world, masqueraded");
             assert_eq!(
@@ -282,11 +288,11 @@ fn packets_pass_a_transit_only_as_published_ports_and_replies() {
                 "a published port keeps the client's address"
             );
             assert_eq!(client_at(HOST[n], PUBLISHED).as_deref(), Some(HOST[n]), "from the host itself");
-            assert_eq!(client(&blue, HOST[n], PUBLISHED), Some(host_end), "from the container to itself, by the host");
+            assert_eq!(client(&blue, HOST[n], PUBLISHED), Some(host_end.clone()), "from the container to itself, by the host");
             assert_eq!(client(&red, HOST[n], PUBLISHED), Some(red_end), "from another isolated network, as from the world");
             let from_routed = client(&routed, HOST[n], PUBLISHED);
-            assert_eq!(from_routed.as_deref(), Some(["10.244.3.2", "fd00:10:244:3::2"][n]), "from a routed network");
-            assert_eq!(client(&own, own_address, SERVER).as_deref(), Some(["10.9.1.1", "fd00:9:0:8::1"][n]));
+            assert_eq!(from_routed, Some(host_end.clone()), "from a routed network, as all that leaves it");
+            assert_eq!(client(&own, CONTAINER[n], SERVER).as_deref(), Some(["10.9.1.1", "fd00:9:0:8::1"][n]));
 
             let mut drops = isolation_drops();
             let routed_address = ["10.244.3.2", "fd00:10:244:3::2"][n];

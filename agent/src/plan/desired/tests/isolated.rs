@@ -137,7 +137,7 @@ fn host_has_only_the_transit_of_an_isolated_network() {
         "link ovt.7 veth mtu 1500 up",
         "address 169.254.64.2/31 dev ovt.7 present",
         "address fd6f:7665:726c:6179::2/127 dev ovt.7 present",
-        "table inet overlayd 12 chains",
+        "table inet overlayd 11 chains",
         "table bridge overlayd 4 chains",
         "element of ports4: udp . 53 to 169.254.64.3:53",
         "element of ports6: udp . 53 to [fd6f:7665:726c:6179::3]:53",
