@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Args;
+use overlay_agent::model::api::Status;
 use overlayctl::lab::Host;
 
+use super::process_stats::agent_json;
 use super::report::Report;
 
 /// Options of the measurement.
@@ -67,4 +69,9 @@ pub fn run_overlayctl(host: &Host<'_>, arguments: &[&str]) -> anyhow::Result<()>
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "overlayctl {}: {}", arguments.join(" "), stderr.trim());
     Ok(())
+}
+
+/// Reads the status of one of a host's networks.
+pub fn network_status(host: &Host<'_>, network: &str) -> anyhow::Result<Status> {
+    Ok(serde_json::from_value(agent_json(&host.socket(), &format!("/v1/networks/{network}/status"))?)?)
 }

@@ -13,8 +13,7 @@ use overlayctl::lab::process::ProcessId;
 use overlayctl::lab::{Families, Lab, LabGuard, LabName, LabOptions, LabsDir, Progress, container};
 
 use super::super::netns_guard::{NetnsGuard, UNDERLAY};
-use super::super::networks::run_overlayctl;
-use super::super::process_stats::agent_json;
+use super::super::networks::{network_status, run_overlayctl};
 use super::path::TrafficPath;
 
 /// Time limit for an agent to program the other host.
@@ -70,11 +69,9 @@ impl OverlayHosts {
         }
         for host in hosts.lab.hosts() {
             let end = Instant::now() + READY_TIMEOUT;
-            let status = || -> anyhow::Result<Status> {
-                Ok(serde_json::from_value(agent_json(&host.socket(), &format!("/v1/networks/{network}/status"))?)?)
-            };
-            while !status().is_ok_and(|status| status.ready && status.data_path.peers == 1) {
-                ensure!(Instant::now() < end, "{} has no peer in {network}: {:?}", host.name(), status());
+            let is_complete = |status: Status| status.ready && status.data_path.peers == 1;
+            while !network_status(&host, network).is_ok_and(is_complete) {
+                ensure!(Instant::now() < end, "{} has no peer in {network}", host.name());
                 tokio::time::sleep(POLL_INTERVAL).await;
             }
         }

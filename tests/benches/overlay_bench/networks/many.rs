@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use overlay_agent::model::Vni;
-use overlay_agent::model::api::Status;
 use overlayctl::lab::Host;
 use overlayctl::lab::layout::ETCD_PREFIX;
 use serde_json::json;
@@ -14,12 +13,12 @@ use tokio::runtime::Runtime;
 
 use super::super::bench_lab::{BenchLab, FAMILY};
 use super::super::memory::{proc_field_mib, read_proc_file};
-use super::super::process_stats::{Usage, UsageDelta, agent_json};
+use super::super::process_stats::{Usage, UsageDelta};
 use super::super::progress;
 use super::super::report::{Report, Row};
 use super::super::stats::milliseconds;
 use super::super::synthetic_peer::{SUBNET_LENGTH, SyntheticPeer, network_cidr, synthetic_peers};
-use super::NetworksArguments;
+use super::{NetworksArguments, network_status};
 
 /// Goal of the resident memory of one more network at rest, in KiB.
 const MAX_NETWORK_KIB: f64 = 200.0;
@@ -107,14 +106,9 @@ async fn measure_agent(networks: u16, peers: &[SyntheticPeer], with_minute: bool
     flags.extend(names.iter().flat_map(|name| ["--networks", name.as_str()]));
     let begun = Instant::now();
     let agent = host.agent_start(&flags)?.pid;
-    wait_in_place(&host, &names).await?;
+    wait_in_place(&host, &names, peers.len()).await?;
     let start = milliseconds(begun.elapsed());
     let processor = milliseconds(Usage::now(agent)?.total_cpu_time());
-    for name in &names {
-        let status: Status = serde_json::from_value(agent_json(&host.socket(), &format!("/v1/networks/{name}/status"))?)?;
-        let path = &status.data_path;
-        ensure!(path.peers == peers.len() && path.failed.is_empty(), "{name} has {} peers: {:?}", path.peers, path.failed);
-    }
     tokio::time::sleep(SETTLE_BEFORE_READ).await;
     let resident = proc_field_mib(&read_proc_file(agent, "status")?, "VmRSS:")? * 1024.0;
     let mut minute = None;
@@ -146,21 +140,25 @@ fn put_networks(bench: &BenchLab, names: &[String], peers: &[SyntheticPeer]) -> 
     bench.with_etcd_gateway(|mut gateway| gateway.put_all(&pairs))
 }
 
-/// Waits until the agent is ready in each of these networks.
-async fn wait_in_place(host: &Host<'_>, names: &[String]) -> anyhow::Result<()> {
+/// Waits until the agent is ready in each of these networks and has all peers there. Asks about one network at a time, so that
+/// polling costs almost nothing.
+async fn wait_in_place(host: &Host<'_>, names: &[String], peers: usize) -> anyhow::Result<()> {
     let end = Instant::now() + READY_TIMEOUT;
-    loop {
-        // The socket appears some milliseconds after the process.
-        let listed = agent_json(&host.socket(), "/v1/networks").ok();
-        let networks = listed.as_ref().and_then(|list| list["networks"].as_array());
-        let is_ready = |name: &String| {
-            networks.is_some_and(|all| all.iter().any(|network| network["name"] == name.as_str() && network["ready"] == true))
-        };
-        if names.iter().all(is_ready) {
-            return Ok(());
+    for name in names {
+        loop {
+            // The socket appears some milliseconds after the process, and a network when it is joined.
+            let status = network_status(host, name);
+            if let Ok(status) = &status
+                && status.ready
+                && status.data_path.peers == peers
+            {
+                ensure!(status.data_path.failed.is_empty(), "{name}: {:?}", status.data_path.failed);
+                break;
+            }
+            host.agent().with_context(|| format!("overlayd of {} has ended: see {}", host.name(), host.log().display()))?;
+            ensure!(Instant::now() < end, "{name} is not in place with {peers} peers: {status:?}");
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
-        host.agent().with_context(|| format!("overlayd of {} has ended: see {}", host.name(), host.log().display()))?;
-        ensure!(Instant::now() < end, "not all of {} networks are in place: {listed:?}", names.len());
-        tokio::time::sleep(POLL_INTERVAL).await;
     }
+    Ok(())
 }
