@@ -379,7 +379,7 @@ mod tests {
         let names = page.lines().filter(|line| !line.starts_with('#')).filter_map(sample).map(|(name, _)| name);
         let ops: Vec<&str> = names.filter(|name| name.contains("reason=") || name.starts_with("overlayd_mesh_p")).collect();
         let rejected = RejectReason::NAMES.iter().map(|name| format!("overlayd_refused_values_total{{network=\"default\",reason=\"{name}\"}}"));
-        let dropped = ["encapsulation", "loopback", "tunnel", "dhcp", "router", "source"]
+        let dropped = ["encapsulation", "isolation", "loopback", "tunnel", "dhcp", "router", "source"]
             .map(|name| format!("overlayd_dropped_packets_total{{reason=\"{name}\"}}"));
         let peers = ["ok", "lossy", "underlay-silent", "overlay-down", "unreachable", "unknown"]
             .map(|name| format!("overlayd_mesh_peers{{state=\"{name}\"}}"));

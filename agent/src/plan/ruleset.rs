@@ -7,6 +7,7 @@
 mod host;
 mod set;
 mod source_filter;
+mod spec;
 mod text;
 
 use std::net::IpAddr;
@@ -15,9 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Cidr, Family};
 
-pub use host::{InetTableSpec, OVERLAY_CHAIN, Tunnel, inet_table};
+pub use host::{OVERLAY_CHAIN, inet_table};
 pub use set::{Element, PeerPair, SetFieldType, SetName, SetValue};
 pub use source_filter::source_filter;
+pub use spec::{InetTableSpec, Tunnel};
 
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";

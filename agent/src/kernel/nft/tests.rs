@@ -3,6 +3,7 @@
 mod elements;
 mod eval;
 mod forward;
+mod isolated;
 mod monitor;
 mod networks;
 mod table;

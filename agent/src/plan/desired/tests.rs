@@ -1,5 +1,7 @@
 //! Tests of desired state, entry by entry.
 
+mod isolated;
+
 use std::collections::BTreeSet;
 
 use super::*;

@@ -3,11 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::spec::InetTableSpec;
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
 use crate::model::device::{BRIDGE_PREFIX, TRANSIT_PREFIX, VXLAN_PREFIXES};
 use crate::model::network::Pool;
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Role, Subnet, Vni, transfer_range};
-use crate::plan::isolation::{Isolation, Scope, Transit};
+use crate::model::{Cidr, Family, Role, Vni, transfer_range};
+use crate::plan::isolation::Scope;
 
 /// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST`, `NF_IP_PRI_FILTER` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
@@ -17,7 +18,7 @@ const NF_IP_PRI_NAT_SRC: i32 = 100;
 
 /// The chain that defines the overlay's address ranges.
 pub const OVERLAY_CHAIN: &str = "overlay";
-/// The chain that drops packets between isolated networks and others, unless a published port translated them.
+/// The chain that drops packets between isolated networks and others.
 const ISOLATION_CHAIN: &str = "isolation";
 /// The chain of the tunnel source filter.
 const TUNNEL_CHAIN: &str = "vxlan";
@@ -27,91 +28,7 @@ const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
-/// The UDP packets between hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tunnel {
-    /// Their destination port.
-    pub port: u16,
-    /// The VNI of VXLAN packets, whose inner source address the rules check.
-    pub vni: Option<Vni>,
-}
-
-/// A network's input of the rules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InetTableSpec {
-    /// The network.
-    pub network: NetworkConfig,
-    /// The bridge of this host's containers.
-    pub bridge: Device,
-    /// This host's devices towards the peers of each family; none if packets take the external interface.
-    pub devices: PerFamily<Device>,
-    /// The UDP packets between hosts; `None` if packets are not encapsulated in UDP.
-    pub tunnel: Option<Tunnel>,
-    /// This host's subnet.
-    pub subnet: Subnet,
-    /// The source addresses of its VXLAN devices, per family.
-    pub local: PerFamily<IpAddr>,
-    /// Whether traffic that leaves the overlay gets the host's address.
-    pub masquerade: bool,
-    /// Whether ports are published. Without them, their chains are left out, so that no connection pays for them.
-    pub publishes: bool,
-    /// Whether the names of its tunnel sets end with its VNI; those of the default network do not.
-    pub numbered_sets: bool,
-    /// Which of the network's namespaces the table is in.
-    pub scope: Scope,
-    /// What an isolated network needs besides; `None` for a routed one.
-    pub isolation: Option<Isolation>,
-}
-
 impl InetTableSpec {
-    /// Whether the table is the host's, whose namespace has one end of an isolated network's transit and none of its containers.
-    fn is_host_end(&self) -> bool {
-        self.scope == Scope::Host && self.isolation.is_some()
-    }
-
-    fn transit(&self) -> Option<Transit> {
-        self.isolation.as_ref()?.transit
-    }
-
-    fn transit_device(&self) -> Device {
-        Device::transit(self.bridge.vni)
-    }
-
-    /// The device that containers' packets come from: the bridge, or the transit of an isolated network.
-    fn inner_device(&self) -> Option<Device> {
-        if self.is_host_end() { self.transit().map(|_| self.transit_device()) } else { Some(self.bridge) }
-    }
-
-    /// The device from which replies to the host's loopback addresses come; `None` without published ports.
-    pub fn loopback_device(&self) -> Option<Device> {
-        self.inner_device().filter(|_| self.publishes && self.scope == Scope::Host)
-    }
-
-    /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none. The outer packets are in the
-    /// host's namespace.
-    fn vni(&self) -> Option<Vni> {
-        self.tunnel.filter(|_| self.scope == Scope::Host)?.vni
-    }
-
-    /// Its sets in the tunnel source filter, and those of its peer networks to which it adds elements.
-    fn all_tunnel_sets(&self) -> Vec<SetName> {
-        let own = self.network.families().flat_map(|family| self.tunnel_sets(family, 0)).map(|(set, _)| set);
-        let peers = self.isolation.iter().flat_map(|isolation| &isolation.peers);
-        let of_peers = peers.flat_map(|peer| {
-            let common = self.network.families().filter(|family| peer.ranges.get(*family).is_some());
-            common.map(|family| SetName::Ranges(family).of_network(Some(peer.vni)))
-        });
-        own.chain(of_peers).collect()
-    }
-
-    /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
-    fn tunnel_sets(&self, family: Family, subnet_length: u8) -> impl Iterator<Item = (SetName, u8)> {
-        let (vni, bits) = (self.vni().filter(|_| self.numbered_sets), family.bits());
-        let hosts = (!self.masquerade).then_some((SetName::Hosts(family), bits));
-        let sets = [Some((SetName::Peers(family), subnet_length)), hosts, Some((SetName::Ranges(family), bits))];
-        sets.into_iter().flatten().map(move |(set, length)| (set.of_network(vni), length))
-    }
-
     /// Accepts packets with the network's VNI from its peers, and drops all others.
     fn tunnel_rules(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
@@ -149,18 +66,17 @@ impl InetTableSpec {
                 rules.push(rule([Expr::OutputInterface(inner.name()), Expr::Translated, source, Expr::Masquerade]));
             }
         }
-        if self.isolation.is_some() {
-            if self.scope == Scope::Network && self.transit().is_some() {
-                rules.extend(self.network.pools.iter().map(|(family, pool)| {
-                    rule([
-                        in_leased_range(Field::Source(family), pool, false),
-                        Expr::OutputInterface(self.transit_device().name()),
-                        in_leased_range(Field::Destination(family), pool, true),
-                        Expr::Masquerade,
-                    ])
-                }));
-            }
-        } else if self.masquerade {
+        if self.scope == Scope::Network && self.transit().is_some() {
+            rules.extend(self.network.pools.iter().map(|(family, pool)| {
+                rule([
+                    in_leased_range(Field::Source(family), pool, false),
+                    Expr::OutputInterface(self.transit_device().name()),
+                    in_leased_range(Field::Destination(family), pool, true),
+                    Expr::Masquerade,
+                ])
+            }));
+        }
+        if self.masquerade && self.isolation.is_none() {
             for (family, pool) in self.network.pools.iter() {
                 let tunnel = self.devices.get(family).map(|device| device.name());
                 let mut leaving = vec![
@@ -210,11 +126,11 @@ impl InetTableSpec {
 /// end, what comes from a transit and leaves by another device gets the host's address, and there are two more chains:
 ///
 /// - `forward`, `isolation`: a packet between a transit and another network of this host is dropped, unless a published port
-///   translated it. Nothing else enters a transit, except replies to its own connections, whose source was translated: otherwise a
-///   port that is bound to one address were open to a neighbour of the host who knows the transfer address.
+///   translated it. Nothing else enters a transit, except replies to connections from it, whose source was translated: otherwise
+///   a neighbour of the host who knows the transfer address would reach a port that is bound to another address of the host.
 ///
-/// The network's own table has neither the tunnel source filter nor `output`: `prerouting` passes on what comes by the transit,
-/// and `postrouting` masquerades what leaves by it.
+/// The network's own table has no tunnel source filter and no `output`. Its `prerouting` translates what comes by the transit, and
+/// its `postrouting` masquerades what leaves by it.
 pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
