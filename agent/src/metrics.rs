@@ -93,11 +93,9 @@ impl Metrics {
         page.register("process_start_time_seconds", "Start of the process, in seconds since the epoch", started);
         let networks = Networks::new();
         let mut network = |name, help, value| networks.gauge(page, name, help, value);
-        network(
-            "overlayd_ready",
-            "1 if a snapshot was received, the lease is held and no failed entry is pending",
-            |values| values.gauges.ready.into(),
-        );
+        network("overlayd_ready", "1 if a snapshot was received, the lease is held and no failed entry is pending", |values| {
+            values.gauges.ready.into()
+        });
         network("overlayd_lease_held", "1 while this host holds its lease, as far as it knows", |values| {
             values.gauges.lease_held.into()
         });
@@ -378,7 +376,9 @@ mod tests {
         let page = Metrics::new().render();
         let names = page.lines().filter(|line| !line.starts_with('#')).filter_map(sample).map(|(name, _)| name);
         let ops: Vec<&str> = names.filter(|name| name.contains("reason=") || name.starts_with("overlayd_mesh_p")).collect();
-        let rejected = RejectReason::NAMES.iter().map(|name| format!("overlayd_refused_values_total{{network=\"default\",reason=\"{name}\"}}"));
+        let rejected = RejectReason::NAMES
+            .iter()
+            .map(|name| format!("overlayd_refused_values_total{{network=\"default\",reason=\"{name}\"}}"));
         let dropped = ["encapsulation", "isolation", "loopback", "tunnel", "dhcp", "router", "source"]
             .map(|name| format!("overlayd_dropped_packets_total{{reason=\"{name}\"}}"));
         let peers = ["ok", "lossy", "underlay-silent", "overlay-down", "unreachable", "unknown"]
@@ -386,7 +386,9 @@ mod tests {
         let probing = ["overlayd_mesh_probing".to_owned()];
         let wanted: Vec<String> = rejected.chain(dropped).chain(probing).chain(peers).collect();
         assert_eq!(ops, wanted);
-        assert!(page.contains("# HELP overlayd_peers Peers in the data path.\n# TYPE overlayd_peers gauge\noverlayd_peers{network=\"default\"} 0\n"));
+        assert!(page.contains(
+            "# HELP overlayd_peers Peers in the data path.\n# TYPE overlayd_peers gauge\noverlayd_peers{network=\"default\"} 0\n"
+        ));
     }
 
     #[test]

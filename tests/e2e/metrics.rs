@@ -72,7 +72,10 @@ async fn metrics_pass_promtool() {
     etcd::kill(&lab);
     eventually("the loss of etcd is noticed", DETECT_TIMEOUT, || {
         let page = page();
-        match (sample(&page, "overlayd_store_connected{network=\"default\"}"), sample(&page, "overlayd_store_request_failures_total")) {
+        match (
+            sample(&page, "overlayd_store_connected{network=\"default\"}"),
+            sample(&page, "overlayd_store_request_failures_total"),
+        ) {
             (Some(0.0), Some(failures)) if failures >= 1.0 => Ok(()),
             other => Err(format!("{other:?}")),
         }

@@ -106,17 +106,8 @@ pub fn reconciler(kernel: mpsc::Receiver<KernelEvent>, changes: watch::Sender<u6
     let (progress, progress_reports) = watch::channel(Progress::default());
     let (ports_lost, losses) = watch::channel(0);
     let (heartbeat, heartbeats) = watch::channel(0);
-    let channels = reconcile::Channels {
-        networks,
-        kernel,
-        queries: queries_out,
-        host,
-        progress,
-        changes,
-        ports_lost,
-        heartbeat,
-        run: 0,
-    };
+    let channels =
+        reconcile::Channels { networks, kernel, queries: queries_out, host, progress, changes, ports_lost, heartbeat, run: 0 };
     let link = ReconcilerLink { input, view, progress: progress_reports };
     ReconcilerEnds { channels, link, queries, ports_lost: losses, heartbeat: heartbeats }
 }
@@ -168,12 +159,7 @@ pub fn connect(inputs: Inputs) -> (network::Channels, reconcile::Channels, Outpu
     };
     let network = network(network_inputs, reconciler.link, None);
     let outputs = Outputs {
-        queries: Queries {
-            network: network.queries,
-            host: reconciler.queries,
-            own: None,
-            failures: Failures::default(),
-        },
+        queries: Queries { network: network.queries, host: reconciler.queries, own: None, failures: Failures::default() },
         lease_request: network.lease_request,
         overlay: network.overlay,
         progress,

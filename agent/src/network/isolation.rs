@@ -53,7 +53,8 @@ fn peers(
     for peer in record.peers.iter().filter(|peer| *peer != name) {
         let remedy = format!("`overlayctl network set {name} --remove-peer {peer}` ends this");
         let Some(other) = others.get(peer) else {
-            problems.push(format!("its peer {peer} is not on this host, perhaps since it has no valid record: create it; {remedy}"));
+            problems
+                .push(format!("its peer {peer} is not on this host, perhaps since it has no valid record: create it; {remedy}"));
             continue;
         };
         let overlap = peers.iter().find_map(|(second, other_peer)| Some((Some(second), other.overlap(other_peer)?)));
@@ -67,7 +68,8 @@ fn peers(
             ));
         } else if let Some((second, (range, other_range))) = overlap {
             let holder = second.map_or_else(|| "its own".to_owned(), |second| format!("that of its peer {second}"));
-            problems.push(format!("the range {range} of its peer {peer} overlaps {holder} {other_range}: choose another; {remedy}"));
+            problems
+                .push(format!("the range {range} of its peer {peer} overlaps {holder} {other_range}: choose another; {remedy}"));
         } else {
             peers.push((peer, other));
         }

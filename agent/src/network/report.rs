@@ -22,7 +22,10 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     fn status(&self) -> NetworkStatus {
-        NetworkStatus { status: self.own_status(), rejected_problem: self.rejected_problem().map(|problem| of_network(&self.settings.name, problem)) }
+        NetworkStatus {
+            status: self.own_status(),
+            rejected_problem: self.rejected_problem().map(|problem| of_network(&self.settings.name, problem)),
+        }
     }
 
     fn own_status(&self) -> Status {

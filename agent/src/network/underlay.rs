@@ -48,8 +48,7 @@ impl<M: NetworkStateStore> Network<M> {
         let in_use = self.current_underlay(&record.config, devices);
         // The host has no route into an isolated network, so that any address of the host may be in its range.
         let leasable = if self.settings.isolated { PerFamily::default() } else { pools };
-        let choice =
-            self.settings.selection.choose(&view.inventory, pools.families(), &leasable, view.probe_route, &in_use);
+        let choice = self.settings.selection.choose(&view.inventory, pools.families(), &leasable, view.probe_route, &in_use);
         let problems = match choice {
             _ if view.error.is_some() => view.error.iter().cloned().collect(),
             Ok(mut choice) => {

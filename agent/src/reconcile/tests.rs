@@ -16,8 +16,8 @@ use crate::app::supervisor::{Failures, Supervisor};
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily, RejectReason,
-    RejectedLease, StorePosition, Subnet, Vni, api,
+    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily,
+    RejectReason, RejectedLease, StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network};
 use crate::plan::state::{LinkState, device_of};
@@ -109,13 +109,9 @@ impl Fixture {
             (kernel, events, wiring::reconciler(kernel_events, changes.clone()))
         });
         let own_link = own_ends.as_ref().map(|(_, _, ends)| ends.link.clone());
-        let progress = [Some(&host_ends.link), own_link.as_ref()].into_iter().flatten().map(|link| link.progress.clone()).collect();
-        let inputs = wiring::NetworkInputs {
-            endpoints: endpoints_out,
-            applied_endpoints: applied,
-            others: others_out,
-            changes,
-        };
+        let progress =
+            [Some(&host_ends.link), own_link.as_ref()].into_iter().flatten().map(|link| link.progress.clone()).collect();
+        let inputs = wiring::NetworkInputs { endpoints: endpoints_out, applied_endpoints: applied, others: others_out, changes };
         let network_ends = wiring::network(inputs, host_ends.link, own_link);
         let queries = Queries {
             network: network_ends.queries,

@@ -6,8 +6,8 @@ use tokio::sync::watch as channel;
 
 use super::*;
 use crate::model::api::{
-    AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkView, Peers, Status,
-    NetworkKind, StoreStatus, SubnetEntry, Subnets,
+    AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkKind, NetworkView, Peers,
+    Status, StoreStatus, SubnetEntry, Subnets,
 };
 use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mac, PerFamily, Port};

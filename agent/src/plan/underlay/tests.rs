@@ -59,7 +59,8 @@ fn inventory() -> HostInventory {
 }
 
 fn choose(selection: &UnderlaySelector, families: &[Family], reachable_link: Option<u32>) -> Result<Underlay, String> {
-    let choice = selection.choose(&inventory(), families.iter().copied(), &pools(families), reachable_link, &CurrentUnderlay::default());
+    let choice =
+        selection.choose(&inventory(), families.iter().copied(), &pools(families), reachable_link, &CurrentUnderlay::default());
     choice.map(|choice| choice.underlay).map_err(|e| e.to_string())
 }
 
