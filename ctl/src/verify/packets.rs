@@ -34,6 +34,9 @@ pub(super) fn starts(spaces: &Spaces, segments: &Segments, from: usize, targets:
         let network = &spaces.networks[from];
         let mut sources: Vec<IpAddr> = senders.chain(network.local.iter().chain(&network.remote).filter_map(sample)).collect();
         sources.retain(|ip| Family::of(*ip) == family);
+        if sources.is_empty() {
+            sources.push(elsewhere(family));
+        }
         let forged = forged_sources(spaces, from).into_iter().filter(|ip| Family::of(*ip) == family && !sources.contains(ip));
         let sources: Vec<(IpAddr, bool)> =
             sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
@@ -64,7 +67,7 @@ fn sample(range: &Cidr) -> Option<IpAddr> {
 /// Addresses of a network's containers on this host.
 fn containers(spaces: &Spaces, segments: &Segments, network: usize) -> BTreeSet<IpAddr> {
     let Network { space, local, .. } = &spaces.networks[network];
-    let devices = segments.of_network(network).flat_map(|segment| segments.routed_devices(spaces, segment));
+    let devices = segments.of_network(network).flat_map(|segment| segments.routed_devices(segment));
     let others: BTreeSet<usize> = devices.map(|(number, _)| number).filter(|number| number != space).collect();
     let addresses = others.into_iter().flat_map(|number| spaces.all[number].view.addresses.iter().copied());
     addresses.filter(|address| local.iter().any(|range| range.contains(*address))).collect()
@@ -100,7 +103,7 @@ pub(super) fn leads_to(spaces: &Spaces, segments: &Segments, from: usize, interf
     let Some(segment) = segments.of(Node::Device(from, interface)) else { return false };
     let target = spaces.networks[to].space;
     segments.networks_of(segment).any(|network| network == to)
-        || (from != target && segments.routed_devices(spaces, segment).iter().any(|(space, _)| *space == target))
+        || (from != target && segments.routed_devices(segment).any(|(space, _)| space == target))
 }
 
 /// An address of each range that policy rules of the network's namespace and of the host's name as source.
