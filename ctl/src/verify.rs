@@ -124,8 +124,7 @@ pub fn verify(between: Option<(&str, &str)>) -> Result<Report, VerifyError> {
     let segments = Segments::find(&spaces, &fdb_vnis);
     let mut pairs = Vec::new();
     for (from, name) in networks.iter().enumerate() {
-        let targets: Vec<usize> =
-            (0..networks.len()).filter(|to| *to != from && is_wanted(name, &networks[*to])).collect();
+        let targets: Vec<usize> = (0..networks.len()).filter(|to| *to != from && is_wanted(name, &networks[*to])).collect();
         if !targets.is_empty() {
             pairs.extend(walk::pairs_from(&mut spaces, &segments, from, &targets)?);
         }

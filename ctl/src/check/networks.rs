@@ -45,7 +45,11 @@ fn devices(network: &NetworkNamespace, view: &NamespaceView, host: &NamespaceVie
     let other_end = host.links.iter().filter(|link| link.name == transit);
     for (link, place) in own.map(|link| (link, place.as_str())).chain(other_end.map(|link| (link, "the host"))) {
         if let Some(fault) = link_fault(link) {
-            findings.error(format!("a device of network {name} carries no packets"), vec![format!("{place}: {fault}")], REPAIR_HINT);
+            findings.error(
+                format!("a device of network {name} carries no packets"),
+                vec![format!("{place}: {fault}")],
+                REPAIR_HINT,
+            );
         }
     }
     if !view.links.iter().any(|link| is_tunnel(&link)) {
@@ -90,7 +94,9 @@ fn settings(network: &NetworkNamespace, view: &NamespaceView, findings: &mut Fin
             continue;
         }
         let mut wanted: Vec<(String, &str)> = vec![(sysctls::forwarding(family).to_owned(), "1")];
-        wanted.extend(devices.iter().filter(|device| device.carries(family)).flat_map(|device| sysctls::device_settings(*device, family)));
+        wanted.extend(
+            devices.iter().filter(|device| device.carries(family)).flat_map(|device| sysctls::device_settings(*device, family)),
+        );
         let differs = |(path, value): (String, &str)| {
             let found = view.sysctl(&path).filter(|found| found != value)?;
             Some(format!("{place}: net.{path} = {found}, not {value}"))
@@ -181,8 +187,16 @@ mod tests {
             ("bridge", "ip -n ov-$A link set ovb.11 down", "carries no packets: ov-"),
             ("VXLAN device", "ip -n ov-$A link del ovx.11", "reach only their own host: ov-"),
             ("rules", "ip netns exec ov-$A nft delete table bridge overlayd", "has no table bridge overlayd"),
-            ("forwarding", "ip netns exec ov-$A sysctl -qw net.ipv6.conf.all.forwarding=0", "net.ipv6/conf/all/forwarding = 0, not 1"),
-            ("way", "nft flush ruleset; ip route add 10.2.0.0/16 via 169.254.64.5", "is isolated: route 10.2.0.0/16 via 169.254.64.5"),
+            (
+                "forwarding",
+                "ip netns exec ov-$A sysctl -qw net.ipv6.conf.all.forwarding=0",
+                "net.ipv6/conf/all/forwarding = 0, not 1",
+            ),
+            (
+                "way",
+                "nft flush ruleset; ip route add 10.2.0.0/16 via 169.254.64.5",
+                "is isolated: route 10.2.0.0/16 via 169.254.64.5",
+            ),
         ] {
             let networks = TwoNetworks::build();
             let has = |findings: &[String]| findings.iter().any(|text| text.contains(wanted));

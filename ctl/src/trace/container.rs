@@ -137,14 +137,24 @@ impl Tracer<'_> {
             return Err(self.log.stop(&self.view.place, "port", fault, remedy));
         }
         if port.master != Some(bridge.index) {
-            return Err(self.log.stop(&self.view.place, "port", format!("{host_interface} is not a port of {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is not a port of {}", bridge.name),
+                remedy,
+            ));
         }
         if let Some(fault) = link_fault(&bridge) {
             return Err(self.log.stop(&self.view.place, "bridge", fault, format!("ip link set {} up", bridge.name)));
         }
         let state = port.port_state.as_deref().unwrap_or("unknown");
         if !matches!(state, "forwarding" | "unknown") {
-            return Err(self.log.stop(&self.view.place, "port", format!("{host_interface} is {state} on {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is {state} on {}", bridge.name),
+                remedy,
+            ));
         }
         self.log.ok(&self.view.place, "port", format!("{host_interface} is {state} on {}", bridge.name));
         Ok(bridge)

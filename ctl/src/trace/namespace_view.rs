@@ -60,11 +60,12 @@ impl NamespaceView {
             let links = kernel.links()?;
             let host_id = kernel.netns_id(host)?;
             let is_bridge = |link: &&Link| link.device().is_some_and(|device| device.role == Role::Bridge);
-            let Some((bridge, device)) = links.iter().find(is_bridge).and_then(|link| Some((link, link.device()?))) else { continue };
-            // Left out are a lab's hosts, and networks of another host: neither tunnel nor transit leads here.
-            let leads_out = |link: &&Link| {
-                link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit))
+            let Some((bridge, device)) = links.iter().find(is_bridge).and_then(|link| Some((link, link.device()?))) else {
+                continue;
             };
+            // Left out are a lab's hosts, and networks of another host: neither tunnel nor transit leads here.
+            let leads_out =
+                |link: &&Link| link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit));
             let outer: Vec<Option<u32>> = links.iter().filter(leads_out).map(|link| link.peer_netns).collect();
             let is_of_host = outer.iter().any(|id| id.is_some() && *id == host_id) || (outer.is_empty() && bridge.is_marked());
             if !is_of_host {

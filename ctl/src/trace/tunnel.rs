@@ -78,7 +78,12 @@ impl Tracer<'_> {
             return Err(self.log.stop(&self.view.place, "tunnel", format!("{} is not a VXLAN device", device.name), REPAIR_HINT));
         };
         if let Some(fault) = link_fault(device) {
-            return Err(self.log.stop(&self.view.place, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
+            return Err(self.log.stop(
+                &self.view.place,
+                "tunnel",
+                fault,
+                format!("ip link set {} up; {REPAIR_HINT}", device.name),
+            ));
         }
         let local = vxlan.local.map_or("-".to_owned(), |local| local.to_string());
         let remote = self.resolve_remote(flow.destination, route, device)?;
@@ -88,7 +93,12 @@ impl Tracer<'_> {
             format!("{}: VNI {}, UDP {}, MTU {}, from {local}", device.name, vxlan.vni, vxlan.port, device.mtu),
         );
         let Some(source) = vxlan.local else {
-            return Err(self.log.stop(&self.view.place, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
+            return Err(self.log.stop(
+                &self.view.place,
+                "tunnel",
+                format!("{} has no address of its own", device.name),
+                REPAIR_HINT,
+            ));
         };
         let from_overlay = self.view.in_overlay(flow.source) || flow.source == source;
         self.enter_host()?;
@@ -212,7 +222,12 @@ impl Tracer<'_> {
     /// Follows the packet out of an underlay interface.
     pub(super) fn leave_host(&mut self, destination: IpAddr, route: &Route, link: &Link, prefix: &str) -> Step<()> {
         if let Some(fault) = link_fault(link) {
-            return Err(self.log.stop(&self.view.place, &format!("{prefix}interface"), fault, format!("ip link set {} up", link.name)));
+            return Err(self.log.stop(
+                &self.view.place,
+                &format!("{prefix}interface"),
+                fault,
+                format!("ip link set {} up", link.name),
+            ));
         }
         let next = route.gateway.unwrap_or(destination);
         let step = format!("{prefix}neighbour");
@@ -290,7 +305,12 @@ impl Tracer<'_> {
         self.log.ok(&self.view.place, "way back", format!("the route to {} uses {}", flow.source, device.name));
         let remote = self.resolve_remote(flow.source, return_route, &device)?;
         let Some(mut packet) = self.encapsulated_packet(&flow, remote.public, &vxlan) else {
-            return Err(self.log.stop(&self.view.place, "tunnel", format!("{} has no address of its own", device.name), REPAIR_HINT));
+            return Err(self.log.stop(
+                &self.view.place,
+                "tunnel",
+                format!("{} has no address of its own", device.name),
+                REPAIR_HINT,
+            ));
         };
         let result = self.view.ruleset.evaluate(Hook::Prerouting, false, &packet);
         self.log.record_rules(&self.view.place, "outer rules prerouting", &result)?;
@@ -298,9 +318,18 @@ impl Tracer<'_> {
         let result = self.view.ruleset.evaluate(Hook::Input, false, &packet);
         self.log.record_rules(&self.view.place, "outer rules input", &result)?;
         if let Some(fault) = link_fault(&device) {
-            return Err(self.log.stop(&self.view.place, "tunnel", fault, format!("ip link set {} up; {REPAIR_HINT}", device.name)));
+            return Err(self.log.stop(
+                &self.view.place,
+                "tunnel",
+                fault,
+                format!("ip link set {} up; {REPAIR_HINT}", device.name),
+            ));
         }
-        self.log.ok(&self.view.place, "tunnel", format!("{} decapsulates it, from {} ({})", device.name, remote.gateway, remote.mac));
+        self.log.ok(
+            &self.view.place,
+            "tunnel",
+            format!("{} decapsulates it, from {} ({})", device.name, remote.gateway, remote.mac),
+        );
         self.through_host(flow, Some(device))
     }
 }

@@ -26,10 +26,10 @@ pub(super) struct Start {
 pub(super) fn starts(spaces: &Spaces, segments: &Segments, from: usize, targets: &[usize]) -> Vec<Start> {
     let mut starts = Vec::new();
     for family in Family::ALL {
-        let mut destinations: BTreeSet<IpAddr> = BTreeSet::from([elsewhere(family)]);
-        for to in targets {
-            destinations.extend(receivers(spaces, segments, *to).into_iter().filter(|ip| Family::of(*ip) == family));
-        }
+        let mut seen = BTreeSet::new();
+        let mut destinations: Vec<IpAddr> = targets.iter().flat_map(|to| receivers(spaces, segments, *to)).collect();
+        destinations.push(elsewhere(family));
+        destinations.retain(|ip| Family::of(*ip) == family && seen.insert(*ip));
         let senders = containers(spaces, segments, from).into_iter().take(MAX_SENDERS);
         let network = &spaces.networks[from];
         let mut sources: Vec<IpAddr> = senders.chain(network.local.iter().chain(&network.remote).filter_map(sample)).collect();
@@ -38,8 +38,7 @@ pub(super) fn starts(spaces: &Spaces, segments: &Segments, from: usize, targets:
             sources.push(elsewhere(family));
         }
         let forged = forged_sources(spaces, from).into_iter().filter(|ip| Family::of(*ip) == family && !sources.contains(ip));
-        let sources: Vec<(IpAddr, bool)> =
-            sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
+        let sources: Vec<(IpAddr, bool)> = sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
         for (source, forged) in sources {
             for destination in &destinations {
                 let echo = Flow::echo_request(source, *destination);
@@ -73,26 +72,21 @@ fn containers(spaces: &Spaces, segments: &Segments, network: usize) -> BTreeSet<
     addresses.filter(|address| local.iter().any(|range| range.contains(*address))).collect()
 }
 
-/// Destinations that reveal a way to a network: its containers, gateways and transfer addresses, and an address of each route that
-/// leads there.
-fn receivers(spaces: &Spaces, segments: &Segments, to: usize) -> BTreeSet<IpAddr> {
+/// Destinations that reveal a way to a network: its containers, an address of each route that leads there, gateways and transfer
+/// addresses.
+fn receivers(spaces: &Spaces, segments: &Segments, to: usize) -> Vec<IpAddr> {
     let network = &spaces.networks[to];
-    let mut found = containers(spaces, segments, to);
-    found.extend(network.gateways.iter().chain(&network.transfer));
+    let mut found: Vec<IpAddr> = containers(spaces, segments, to).into_iter().collect();
     found.extend(network.local.iter().chain(&network.remote).filter_map(sample));
     for number in (0..spaces.all.len()).filter(|number| *number != network.space) {
         found.extend(routes_to(spaces, segments, number, to).filter_map(|route| sample(&route)));
     }
+    found.extend(network.gateways.iter().chain(&network.transfer));
     found
 }
 
 /// The destinations of a namespace's routes that lead to a network: into its segments, or to its namespace.
-fn routes_to<'s>(
-    spaces: &'s Spaces,
-    segments: &'s Segments,
-    from: usize,
-    to: usize,
-) -> impl Iterator<Item = Cidr> + 's {
+fn routes_to<'s>(spaces: &'s Spaces, segments: &'s Segments, from: usize, to: usize) -> impl Iterator<Item = Cidr> + 's {
     let routes = spaces.all[from].forwarding_routes().filter(|route| route.destination.length() > 0);
     let leads = move |interface: &u32| leads_to(spaces, segments, from, *interface, to);
     routes.filter(move |route| route.interfaces.iter().any(leads)).map(|route| route.destination)

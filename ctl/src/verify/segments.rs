@@ -32,7 +32,8 @@ pub(super) struct Segments {
 impl Segments {
     /// Finds the segments. A link that is down carries no frames.
     pub(super) fn find(spaces: &Spaces, fdb_vnis: &BTreeMap<(usize, u32), Vec<u32>>) -> Segments {
-        let mut segments = Segments { edges: BTreeMap::new(), numbers: BTreeMap::new(), routed: BTreeMap::new(), networks: Vec::new() };
+        let mut segments =
+            Segments { edges: BTreeMap::new(), numbers: BTreeMap::new(), routed: BTreeMap::new(), networks: Vec::new() };
         for (number, space) in spaces.all.iter().enumerate() {
             let place = &space.view.place;
             for link in &space.view.links {
@@ -43,7 +44,11 @@ impl Segments {
                 }
                 let hop = |what: String| WayHop { namespace: place.clone(), device: Some(link.name.clone()), what };
                 if let Some(bridge) = switch_of(&space.view.links, link) {
-                    segments.join(node, Node::Device(number, bridge.index), hop(format!("{} is a port of {}", link.name, bridge.name)));
+                    segments.join(
+                        node,
+                        Node::Device(number, bridge.index),
+                        hop(format!("{} is a port of {}", link.name, bridge.name)),
+                    );
                 }
                 if let Some((other, end)) = spaces.other_end(number, link).filter(|(_, end)| end.up && is_stacked(link)) {
                     let what = format!("{} ({}) leads to {} in {}", link.name, link.kind, end.name, spaces.all[other].view.place);

@@ -105,7 +105,8 @@ impl Spaces {
             let unresolved = self.all[from].unresolved();
             let space = &mut self.all[from];
             let unseen = space.view.links.iter().filter(|link| link.peer_netns.is_some_and(|id| unresolved.contains(&id)));
-            space.unseen = unseen.map(|link| format!("the namespace behind {} of {} is not visible", link.name, space.view.place)).collect();
+            space.unseen =
+                unseen.map(|link| format!("the namespace behind {} of {} is not visible", link.name, space.view.place)).collect();
         }
         let numbered_from = (0..self.all.len()).filter(|from| *from == HOST || *from >= known);
         for from in numbered_from {
@@ -167,7 +168,9 @@ impl Space {
 fn is_link_local(range: Cidr) -> bool {
     match range.base() {
         IpAddr::V4(base) => base.is_multicast() && range.length() >= 4,
-        IpAddr::V6(base) => (base.is_multicast() && range.length() >= 8) || (base.is_unicast_link_local() && range.length() >= 10),
+        IpAddr::V6(base) => {
+            (base.is_multicast() && range.length() >= 8) || (base.is_unicast_link_local() && range.length() >= 10)
+        }
     }
 }
 
@@ -186,7 +189,10 @@ impl Network {
             let links = view.links.iter().filter(move |link| link.device().is_some_and(|device| wanted(device.role)));
             let indices: Vec<u32> = links.map(|link| link.index).collect();
             let routes = all[space].forwarding_routes();
-            routes.filter(|route| route.interfaces.iter().any(|index| indices.contains(index))).map(|route| route.destination).collect::<Vec<_>>()
+            routes
+                .filter(|route| route.interfaces.iter().any(|index| indices.contains(index)))
+                .map(|route| route.destination)
+                .collect::<Vec<_>>()
         };
         let mut remote = to(|role| matches!(role, Role::Vxlan(_)));
         let mut families = BTreeSet::new();
@@ -204,7 +210,11 @@ fn namespace_files() -> Vec<PathBuf> {
     // proc_pid_mountinfo(5): the mount point is the fifth field, the type the first after a dash.
     let is_namespace = |line: &&str| line.split(" - ").nth(1).is_some_and(|rest| rest.starts_with("nsfs "));
     paths.extend(mounts.lines().filter(is_namespace).filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from));
-    paths.extend(entries("/proc").filter(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes()[0].is_ascii_digit())).map(|path| path.join("ns/net")));
+    paths.extend(
+        entries("/proc")
+            .filter(|path| path.file_name().is_some_and(|name| name.as_encoded_bytes()[0].is_ascii_digit()))
+            .map(|path| path.join("ns/net")),
+    );
     let mut seen = BTreeSet::new();
     paths.retain(|path| std::fs::metadata(path).is_ok_and(|file| seen.insert((file.dev(), file.ino()))));
     paths

@@ -59,7 +59,9 @@ pub(super) fn unpredictable_routes(spaces: &Spaces, segments: &Segments, from: u
         if route.unpredictable {
             found.push(format!("{place}: the route {destination} of table {table} has several paths"));
         } else if conditional.contains(&(destination.family(), table)) {
-            found.push(format!("{place}: a policy rule with conditions leads to the route {destination} of table {table} (ip rule show)"));
+            found.push(format!(
+                "{place}: a policy rule with conditions leads to the route {destination} of table {table} (ip rule show)"
+            ));
         }
     }
     found

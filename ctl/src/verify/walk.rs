@@ -236,6 +236,8 @@ impl Walk<'_> {
             if let Some(to) = network
                 && (has_foreign_translation || self.spaces.networks[to].gateways.contains(&destination))
             {
+                let what = format!("{destination} is an address of the namespace");
+                state.hops.push(WayHop { namespace: self.place_of(to), device: None, what });
                 self.arrive(to, &state);
             }
             return Ok(());
@@ -281,7 +283,11 @@ impl Walk<'_> {
         let Some(exit) = route.interface else { return Ok(()) };
         let view = &self.spaces.all[space].view;
         let Some(link) = view.link(Some(exit)).filter(|link| link.up).cloned() else { return Ok(()) };
-        state.hops.push(WayHop { namespace: view.place.clone(), device: Some(link.name.clone()), what: route_text(route, &link) });
+        state.hops.push(WayHop {
+            namespace: view.place.clone(),
+            device: Some(link.name.clone()),
+            what: route_text(route, &link),
+        });
         let end = self.spaces.other_end(space, &link);
         state.by_peer_link |= self.is_peer_link(space, &link);
         if let Some((other, end)) = end
@@ -395,7 +401,14 @@ impl State {
     }
 
     /// Applies a translation of the destination.
-    fn translated(&mut self, place: &str, rule: RuleRef, published: Option<(u8, u16)>, address: Option<IpAddr>, port: Option<u16>) {
+    fn translated(
+        &mut self,
+        place: &str,
+        rule: RuleRef,
+        published: Option<(u8, u16)>,
+        address: Option<IpAddr>,
+        port: Option<u16>,
+    ) {
         self.flow.destination = address.unwrap_or(self.flow.destination);
         self.flow.port = port.unwrap_or(self.flow.port);
         let what = format!("destination becomes {}, by {rule}", flow_destination(&self.flow));
@@ -409,7 +422,9 @@ fn forwards(view: &crate::trace::namespace_view::NamespaceView, family: Family, 
     // For IPv4 the kernel's lookup respects the setting.
     let name = view.name(Some(input));
     let is_on = |path: &str| view.sysctl(path).is_some_and(|value| value != "0");
-    family == Family::V4 || is_on(sysctls::forwarding(family)) || is_on(&sysctls::interface_path(&name, family, "force_forwarding"))
+    family == Family::V4
+        || is_on(sysctls::forwarding(family))
+        || is_on(&sysctls::interface_path(&name, family, "force_forwarding"))
 }
 
 fn route_text(route: &Route, link: &Link) -> String {
@@ -425,7 +440,8 @@ fn crossing(hops: &[WayHop], place: &str) -> String {
 }
 
 fn protocol_name(protocol: u8) -> String {
-    let transport = [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|transport| transport.number() == protocol);
+    let transport =
+        [Transport::Tcp, Transport::Udp, Transport::Sctp].into_iter().find(|transport| transport.number() == protocol);
     transport.map_or_else(|| "icmp".to_owned(), |transport| transport.name().to_owned())
 }
 
