@@ -378,7 +378,7 @@ fn addresses_that_the_host_depends_on_matter_to_routed_networks_only() {
 fn networks_of_all_kinds_share_no_key_in_the_host() {
     let red = {
         let config = r#"{"Network":"10.20.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:20::/48","Backend":{"VNI":9}}"#;
-        let isolation = Isolation { namespace: "ov-red".to_owned(), transit: Transit::new(2), peers: Vec::new() };
+        let isolation = Isolation { transit: Transit::new(2), peers: Vec::new() };
         HostSpec { isolation: Some(isolation), numbered_sets: true, ..host(config, "10.20.1.0-24&fd00:20:0:1::-64") }
     };
     let hosts = [host(DUAL, DUAL_KEY), second_network(), blue(BLUE, BLUE_KEY, &["80:80"]), red];
