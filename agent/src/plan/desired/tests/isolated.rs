@@ -381,7 +381,9 @@ fn networks_of_all_kinds_share_no_key_in_the_host() {
         let isolation = Isolation { transit: Transit::new(2), peers: Vec::new() };
         HostSpec { isolation: Some(isolation), numbered_sets: true, ..host(config, "10.20.1.0-24&fd00:20:0:1::-64") }
     };
-    let hosts = [host(DUAL, DUAL_KEY), second_network(), blue(BLUE, BLUE_KEY, &["80:80"]), red];
+    let routed = host(r#"{"Network":"10.99.0.0/16","Backend":{"VNI":5}}"#, "10.99.7.0-24");
+    let routed = HostSpec { numbered_sets: true, ..routed };
+    let hosts = [host(DUAL, DUAL_KEY), routed, blue(BLUE, BLUE_KEY, &["80:80"]), red];
     let shared = shared_entries(&hosts.each_ref().map(|host| host.shared(Scope::Host)).each_ref(), &NamespaceFacts::default());
     let parts = hosts.map(|host| {
         let mut state = host.entries(Scope::Host);
