@@ -233,8 +233,8 @@ pub struct UnderlayChoice {
 
 impl UnderlaySelector {
     /// Selects the external interface and one of its addresses for each family. Addresses in the leasable ranges are not usable.
-    /// `reachable_link` is the interface of the kernel's route to [`UnderlaySelector::can_reach`]; `None` without a route. If an interface or address in use is not
-    /// found, it stays in use and is reported as a problem.
+    /// `reachable_link` is the interface of the kernel's route to [`UnderlaySelector::can_reach`]; `None` without a route. If an
+    /// interface or address in use is not found, it stays in use and is reported as a problem.
     pub fn choose(
         &self,
         inventory: &HostInventory,
