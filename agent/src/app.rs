@@ -34,11 +34,12 @@ mod supervision;
 pub mod supervisor;
 pub mod wiring;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::admin::{self, AdminSocket, Directory};
 use crate::config::{EtcdConfig, HostConfig};
@@ -46,7 +47,9 @@ use crate::endpoint::HostClaims;
 use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions};
 use crate::metrics::Metrics;
-use crate::model::{NamespaceName, Node};
+use crate::model::{NamespaceName, NetworkName, Node};
+use crate::network::NetworkStateStore;
+use crate::plan::contribution::NetworkProgress;
 use crate::reconcile::{self, Reconciler};
 use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
 use crate::state::{DirLock, StateDir};
@@ -112,6 +115,9 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     let supervisor = Supervisor::new(failures.clone(), Arc::clone(&metrics), stop_token());
     let (changes, changed) = watch::channel(0);
     let ReconcilerEnds { channels, link, queries, ports_lost, heartbeat } = wiring::reconciler(kernel_events, changes.clone());
+    let (states, stored) = NetworkStates::load(state)?;
+    // Entries in the host's namespace may be those of a network that has not contributed yet.
+    channels.progress.send_modify(|progress| progress.networks.extend(contributors(&host_state, &stored)));
     {
         let settings = reconcile::Settings {
             namespace: NamespaceName::Host,
@@ -126,7 +132,6 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
     }
     let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
     let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let (states, stored) = NetworkStates::load(state)?;
     let host = Arc::new(Host {
         node,
         socket: config.run_dir.join(SOCKET_NAME),
@@ -145,6 +150,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         failures,
         changes,
         records: watch::Sender::default(),
+        attached: Notify::new(),
         stop: stop_token(),
         config,
     });
@@ -181,6 +187,20 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         tasks.spawn_infallible("metrics", admin::serve_metrics(listener, backend, stop_token()));
     }
     supervise(tasks, shutdown).await
+}
+
+/// The networks whose entries an earlier run of the agent may have left in the host's namespace, if there are named ones.
+fn contributors(
+    default: &HostStateStore,
+    named: &BTreeMap<NetworkName, HostStateStore>,
+) -> BTreeMap<NetworkName, NetworkProgress> {
+    let name = NetworkName::default();
+    let all = named.iter().chain([(&name, default)].into_iter().filter(|_| !named.is_empty()));
+    // A network without a subnet has no entries yet, and it may never have any.
+    let held = all.filter(|(name, state)| {
+        state.preferred_subnet().is_some() && (name.is_default() || state.last_record().is_some())
+    });
+    held.map(|(name, _)| (name.clone(), NetworkProgress::default())).collect()
 }
 
 /// Waits for a signal or for an unexpected end of a task, then stops all tasks.

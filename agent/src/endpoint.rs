@@ -11,6 +11,7 @@
 
 mod claims;
 mod error;
+mod id;
 pub mod ipam;
 mod persist;
 mod record;
@@ -35,8 +36,9 @@ use crate::model::{Endpoint, Mode, NetworkName};
 use crate::plan::PortDriver;
 use crate::state::{FileError, StateDir, StateError};
 
-pub use claims::{EndpointId, HostClaims};
+pub use claims::{HostClaims, MAX_CONCURRENT};
 pub use error::{EndpointError, ErrorClass};
+pub use id::EndpointId;
 pub use persist::{StoredEndpoint, read_stored};
 pub use spec::EndpointNetwork;
 
@@ -45,9 +47,6 @@ use persist::{EndpointStore, lock};
 use record::Phase;
 use spec::AttachSpec;
 use table::EndpointTable;
-
-/// Maximum number of concurrent attaches and detaches of all networks: far above what two cores can use, far below what would overload a host.
-pub const MAX_CONCURRENT: usize = 64;
 
 /// Interval of the audits of the namespaces.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(30);

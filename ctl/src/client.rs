@@ -358,6 +358,4 @@ impl SubnetsStream {
 }
 
 #[cfg(test)]
-pub mod fake_agent;
-#[cfg(test)]
-mod tests;
+pub mod tests;

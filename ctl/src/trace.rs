@@ -10,6 +10,8 @@ pub mod live;
 pub mod namespace_view;
 mod networks;
 pub mod targets;
+#[cfg(test)]
+pub(crate) mod tests;
 pub mod tracer;
 mod tunnel;
 

@@ -16,6 +16,7 @@ mod walk;
 use serde::{Deserialize, Serialize};
 
 use crate::trace::TraceError;
+use segments::Segments;
 use spaces::Spaces;
 
 /// Result for an ordered pair of networks.
@@ -119,11 +120,13 @@ pub fn verify(between: Option<(&str, &str)>) -> Result<Report, VerifyError> {
         return Err(VerifyError::NoNamespace { name: name.to_owned(), networks });
     }
     let is_wanted = |from: &str, to: &str| between.is_none_or(|(a, b)| (from, to) == (a, b) || (from, to) == (b, a));
+    let fdb_vnis = taints::fdb_vnis(&mut spaces)?;
+    let segments = Segments::find(&spaces, &fdb_vnis);
     let mut pairs = Vec::new();
     for (from, name) in networks.iter().enumerate() {
         let targets: Vec<usize> = (0..networks.len()).filter(|to| *to != from && is_wanted(name, &networks[*to])).collect();
         if !targets.is_empty() {
-            pairs.extend(walk::pairs_from(&mut spaces, from, &targets)?);
+            pairs.extend(walk::pairs_from(&mut spaces, &segments, from, &targets)?);
         }
     }
     Ok(Report { networks, pairs })

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use overlay_agent::model::{Family, PerFamily};
+use overlay_agent::model::{Cidr, Family, PerFamily};
 use overlay_tests::calls::Protocol::{Tcp, Udp};
 use overlay_tests::calls::{self, Connection, observe_source, observe_source_within};
 use overlay_tests::networks::{self, address, attach, attach_to_each, create, publishing};
@@ -43,6 +43,12 @@ async fn assert_seen(lab: &TestLab, from: &str, to: IpAddr, expected: IpAddr, wh
         let seen = observe_source(&lab.open_netns(from), SocketAddr::new(to, PORT), protocol).await;
         assert_eq!(seen, Ok(expected), "{why}: {from} calls {to} ({protocol:?})");
     }
+}
+
+/// Checks that a call to the world is answered, and the host's address seen. (A datagram would be answered by another address.)
+async fn assert_world_sees_host(lab: &TestLab, from: &str, host: &str, family: Family) {
+    let seen = observe_source(&lab.open_netns(from), SocketAddr::new(layout::outside_address(family), PORT), Tcp).await;
+    assert_eq!(seen, Ok(underlay_address(lab, host, family)), "{from} calls the world ({family})");
 }
 
 /// Checks that a call is not answered.
@@ -112,9 +118,8 @@ async fn isolated_network_has_only_its_families() {
         assert_eq!(attached[0].endpoint.addresses().get(other), None, "{network} has no {other}");
         let _servers = serve(&lab, &format!("h2-{network}-c1"));
         assert_seen(&lab, &format!("h1-{network}-c1"), far, near, network).await;
-        let world = layout::outside_address(family);
         let _world = serve(&lab, "world");
-        assert_seen(&lab, &format!("h1-{network}-c1"), world, underlay_address(&lab, "h1", family), "the world").await;
+        assert_world_sees_host(&lab, &format!("h1-{network}-c1"), "h1", family).await;
         let link = if family == Family::V4 { "ovx6" } else { "ovx" };
         let vni = networks::vni(&lab, network);
         assert!(kernel::link(&lab, &format!("h1.{network}"), &format!("{link}.{vni}")).is_none(), "{network} has no {link}");
@@ -170,7 +175,7 @@ async fn equal_addresses_are_masqueraded_apart() {
             }
         }
         for target in ["h1-blue-c1", "h1-green-c1"] {
-            assert_seen(&lab, target, world.ip(), host, "the world").await;
+            assert_world_sees_host(&lab, target, "h1", family).await;
         }
     }
 }
@@ -197,15 +202,25 @@ async fn routed_network_works_beside_default_one() {
         let default = |host: usize| *default[host].get(family).expect_ok("an address");
         assert_seen(&lab, "h1-flat-c1", of(1), of(0), "across hosts").await;
         assert_seen(&lab, "h2-flat-c1", of(0), of(1), "across hosts, back").await;
-        assert_seen(&lab, "h1-c1", of(0), default(0), "from the default network, same host").await;
-        assert_seen(&lab, "h1-flat-c1", default(0), of(0), "to the default network, same host").await;
-        assert_seen(&lab, "h1-c1", of(1), default(0), "from the default network, across hosts").await;
-        assert_seen(&lab, "h1-flat-c1", default(1), of(0), "to the default network, across hosts").await;
+        // Packets that leave a network get the host's address, here that in the network that they enter.
+        for (from, to, entered) in [
+            ("h1-c1", of(0), of(0)),
+            ("h1-flat-c1", default(0), default(0)),
+            ("h1-c1", of(1), of(0)),
+            ("h1-flat-c1", default(1), default(0)),
+        ] {
+            let seen = observe_source(&lab.open_netns(from), SocketAddr::new(to, PORT), Tcp).await.expect_ok(from);
+            assert!(subnet_of(entered).contains(seen), "{from} calls {to} and is seen as {seen}");
+        }
         let gateway = *flat[0].gateway.get(family).expect_ok("a gateway");
         assert_seen(&lab, "h1", of(0), gateway, "from the host").await;
-        let world = layout::outside_address(family);
-        assert_seen(&lab, "h1-flat-c1", world, underlay_address(&lab, "h1", family), "the world").await;
+        assert_world_sees_host(&lab, "h1-flat-c1", "h1", family).await;
     }
+}
+
+/// The host's subnet that an address is in.
+fn subnet_of(address: IpAddr) -> Cidr {
+    Cidr::containing(address, if address.is_ipv4() { 24 } else { 64 }).expect_ok("a subnet")
 }
 
 /// The addresses of the hosts' first container in the default network.
@@ -310,8 +325,7 @@ async fn container_in_two_networks_has_one_default_route() {
         let own = |interface: &str| own_address(&lab, "h1-both", interface, family);
         assert_seen(&lab, "h1-both", address(&blue, family), own("eth0"), "the first network").await;
         assert_seen(&lab, "h1-both", address(&green, family), own("eth1"), "the second network").await;
-        let world = layout::outside_address(family);
-        assert_seen(&lab, "h1-both", world, underlay_address(&lab, "h1", family), "the world").await;
+        assert_world_sees_host(&lab, "h1-both", "h1", family).await;
     }
     lab.ctl("h1", &["detach", "both"]).assert_code(0);
     for network in ["blue", "green"] {

@@ -1,12 +1,14 @@
 //! Joining, leaving and deleting a network touches no other one: not one kernel notification, not one packet.
 
-use std::time::Duration;
-
 use overlay_agent::model::Family;
 use overlay_tests::networks::{self, attach_to_each};
 use overlay_tests::notify::{Notifications, OBSERVATION_PERIOD};
+use overlay_tests::ping::PingFlow;
 use overlay_tests::prober::Prober;
 use overlay_tests::{ExpectContext, TestLab, kernel};
+
+/// The hosts of the networks.
+const HOSTS: [&str; 2] = ["h1", "h2"];
 
 /// The notifications of a host's namespace that concern other networks than the named one: all but those of the transit, whose
 /// interface index is given, and of the rules.
@@ -16,47 +18,79 @@ fn foreign(notifications: &Notifications, transits: &[u64]) -> Vec<String> {
     notifications.drain().into_iter().filter(|line| !of_transit(line) && !of_rules_or_kernel(line)).collect()
 }
 
+/// Three hosts; the first two are in blue, and ping each other there.
+struct Fixture {
+    lab: TestLab,
+    flow: PingFlow,
+    /// In these nothing may change at all: the namespaces of blue, and a host that is in neither network.
+    untouched: Vec<(String, Notifications)>,
+    host: Notifications,
+}
+
+impl Fixture {
+    async fn new() -> Fixture {
+        let lab = TestLab::up(|options| options.containers = 1).await;
+        networks::create_all(&lab, &["blue", "green"]);
+        let blue = attach_to_each(&lab, "blue", &HOSTS).await;
+        let flow = networks::ping(&lab, "h1-blue-c1", "h2-blue-c1", &blue[1], Family::V4).await;
+        let subscribe = |target: &str| Notifications::subscribe(&lab.open_netns(target));
+        let untouched = ["h1.blue", "h2.blue", "h3"].map(|target| (target.to_owned(), subscribe(target)));
+        let host = subscribe("h1");
+        for (_, notifications) in &untouched {
+            notifications.wait_quiet().await;
+        }
+        host.wait_quiet().await;
+        Fixture { lab, flow, untouched: untouched.into(), host }
+    }
+
+    /// Checks that nothing else changed than the rules of the hosts and the transit with these interface indexes.
+    async fn assert_untouched(&self, transits: &[u64], context: &str) {
+        tokio::time::sleep(OBSERVATION_PERIOD).await;
+        networks::assert_quiet(&self.untouched, context);
+        let changes = foreign(&self.host, transits);
+        assert!(changes.is_empty(), "{context}: entries of other networks changed: {changes:#?}");
+    }
+
+    fn transit_index(&self) -> u64 {
+        let name = format!("ovt.{}", networks::vni(&self.lab, "green"));
+        kernel::number(&kernel::link(&self.lab, "h1", &name).expect_ok(&name), "ifindex")
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn join_leave_and_removal_touch_no_other_network() {
-    let lab = TestLab::up(|options| options.containers = 1).await;
-    networks::create_all(&lab, &["blue", "green"]);
-    let hosts = ["h1", "h2"];
-    let blue = attach_to_each(&lab, "blue", &hosts).await;
-    let prober = Prober::start(&lab).await;
-    let flow = networks::ping(&lab, "h1-blue-c1", "h2-blue-c1", &blue[1], Family::V4).await;
-    let default = lab.start_ping("h1-c1", "h3-c1", Family::V4).await;
-    let subscribe = |target: &str| Notifications::subscribe(&lab.open_netns(target));
-    // In these nothing may change at all: the other network, and a host that is in neither.
-    let untouched = ["h1.blue", "h2.blue", "h3"].map(|target| (target.to_owned(), subscribe(target)));
-    let host = subscribe("h1");
-    for (_, notifications) in &untouched {
-        notifications.wait_quiet().await;
-    }
-    host.wait_quiet().await;
-    let transit_index = || kernel::link(&lab, "h1", &format!("ovt.{}", networks::vni(&lab, "green"))).map(|l| kernel::number(&l, "ifindex"));
-
-    attach_to_each(&lab, "green", &hosts).await;
-    tokio::time::sleep(OBSERVATION_PERIOD).await;
-    networks::assert_quiet(&untouched, "two hosts joined another network");
-    let transits = vec![transit_index().expect_ok("the transit of green")];
-    let changes = foreign(&host, &transits);
-    assert!(changes.is_empty(), "the join changed entries of other networks: {changes:#?}");
-
-    // More containers there, and fewer.
-    networks::attach(&lab, "h1", "green", "green-c2").await;
+async fn join_touches_no_other_network() {
+    let fixture = Fixture::new().await;
+    let default = fixture.lab.start_ping("h1-c1", "h3-c1", Family::V4).await;
+    let prober = Prober::start(&fixture.lab).await;
+    attach_to_each(&fixture.lab, "green", &HOSTS).await;
+    let transits = [fixture.transit_index()];
+    fixture.assert_untouched(&transits, "two hosts joined another network").await;
+    networks::attach(&fixture.lab, "h1", "green", "green-c2").await;
     for container in ["green-c2", "green-c1"] {
-        networks::detach(&lab, "h1", "green", container).await;
+        networks::detach(&fixture.lab, "h1", "green", container).await;
     }
-    networks::detach(&lab, "h2", "green", "green-c1").await;
-    for host in hosts {
-        networks::wait_left(&lab, host, "green").await;
-    }
-    networks::network_command(&lab, &["rm", "green"]).assert_code(0);
-    tokio::time::sleep(OBSERVATION_PERIOD + Duration::from_millis(300)).await;
-    networks::assert_quiet(&untouched, "two hosts left another network, which was removed");
-    let changes = foreign(&host, &transits);
-    assert!(changes.is_empty(), "the end of a network changed entries of other networks: {changes:#?}");
-    prober.stop("joined, left and removed").await;
-    flow.stop().await.assert_no_loss("the other isolated network");
+    fixture.assert_untouched(&transits, "containers came and went there").await;
+    prober.stop("a join").await;
+    fixture.flow.stop().await.assert_no_loss("the other isolated network");
     default.stop().await.assert_no_loss("the default network");
+}
+
+/// Some minutes after its last container. The network's record can then be removed.
+#[tokio::test(flavor = "multi_thread")]
+async fn leave_and_removal_touch_no_other_network() {
+    let fixture = Fixture::new().await;
+    let lab = &fixture.lab;
+    attach_to_each(lab, "green", &HOSTS).await;
+    let transits = [fixture.transit_index()];
+    for host in HOSTS {
+        networks::detach(lab, host, "green", "green-c1").await;
+    }
+    networks::network_command(lab, &["rm", "green"]).assert_code(1).assert_stderr_contains(&["in use by h1", "h2"]);
+    for host in HOSTS {
+        networks::wait_left(lab, host, "green").await;
+    }
+    fixture.assert_untouched(&transits, "two hosts left another network").await;
+    networks::network_command(lab, &["rm", "green"]).assert_code(0);
+    fixture.assert_untouched(&transits, "it was removed").await;
+    fixture.flow.stop().await.assert_no_loss("the other isolated network");
 }

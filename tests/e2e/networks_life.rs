@@ -20,6 +20,9 @@ use overlayctl::lab::{Lab, LabOptions, underlay};
 const HOSTS: [&str; 2] = ["h1", "h2"];
 const NETWORKS: [&str; 2] = ["blue", "green"];
 
+/// Time limit for the name of a namespace to return.
+const NAME_TIMEOUT: Duration = Duration::from_secs(90);
+
 /// Pings that may be lost while a repair takes milliseconds, at 100 per second.
 const REPAIR_LOSS: usize = 30;
 
@@ -132,6 +135,29 @@ async fn start_flow(lab: &TestLab, network: &str, to: &AttachResponse) -> PingFl
     networks::ping(lab, &format!("h1-{network}-c1"), &format!("h2-{network}-c1"), to, Family::V4).await
 }
 
+/// The prober detects a way between two networks that was opened by hand.
+#[tokio::test(flavor = "multi_thread")]
+async fn prober_detects_opened_ways() {
+    let story = Story::begin().await;
+    let Story { lab, prober, .. } = &story;
+    let green = networks::namespace_name(lab, "h1", "green");
+    let [blue_bridge, green_bridge] = NETWORKS.map(|network| format!("ovb.{}", networks::vni(lab, network)));
+    kernel::shell(
+        lab,
+        "h1.blue",
+        &format!(
+            "ip link add way type veth peer name way netns {green}; ip link set way master {blue_bridge}; ip link set way up
+             ip netns exec {green} ip link set way master {green_bridge}; ip netns exec {green} ip link set way up"
+        ),
+    );
+    eventually("a link between the bridges is a way", CONVERGE_TIMEOUT, || {
+        let found = prober.crossings();
+        let is_found = |from: &str, to: &str| found.iter().any(|crossing| crossing.from_network == from && crossing.to_network == to);
+        if is_found("blue", "green") && is_found("green", "blue") { Ok(()) } else { Err(format!("{found:?}")) }
+    })
+    .await;
+}
+
 /// Killed, stopped, and replaced by another binary: nothing is written and no packet is lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn agent_restart_and_upgrade_write_nothing() {
@@ -192,7 +218,8 @@ async fn deleted_namespace_name_returns() {
     let kernels = story.subscribe().await;
     let before = story.lab.open_netns("h1.blue").id().expect_ok("its id");
     Netns::delete(&networks::namespace_name(&story.lab, "h1", "blue")).expect_ok("delete the name");
-    eventually_true("the name is back", CONVERGE_TIMEOUT, || networks::has_namespace(&story.lab, "h1", "blue")).await;
+    // The agent looks for it once a minute.
+    eventually_true("the name is back", NAME_TIMEOUT, || networks::has_namespace(&story.lab, "h1", "blue")).await;
     assert_eq!(story.lab.open_netns("h1.blue").id().expect_ok("its id"), before, "it is the same namespace");
     story.run_for_replies().await;
     networks::assert_quiet(&kernels, "after the name was deleted");

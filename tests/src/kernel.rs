@@ -290,10 +290,12 @@ fn link_line(link: &Value) -> Option<String> {
     Some(match link["linkinfo"]["info_kind"].as_str() {
         Some("vxlan") => {
             let local = data["local"].as_str().or(data["local6"].as_str()).unwrap_or_default();
+            // The index of an interface in another namespace has no name here, or that of a device of ours.
+            let is_elsewhere = link["link_netnsid"].is_u64() || link["link_netns"].is_string();
+            let lower = if is_elsewhere { "of another namespace".to_owned() } else { text(data, "link") };
             format!(
-                "link {name} vxlan {} local {local} dev {} port {} learning {} mac {} {end}",
+                "link {name} vxlan {} local {local} dev {lower} port {} learning {} mac {} {end}",
                 number(data, "id"),
-                text(data, "link"),
                 number(data, "port"),
                 data["learning"],
                 text(link, "address")

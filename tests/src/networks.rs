@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::model::api::{AttachRequest, AttachResponse};
@@ -13,11 +14,14 @@ use overlayctl::lab::layout;
 use crate::notify::Notifications;
 use crate::ping::PingFlow;
 use crate::programs::CommandOutput;
-use crate::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};
+use crate::test_lab::READY_TIMEOUT;
 use crate::{ExpectContext, TestLab, etcd, eventually, eventually_true, kernel};
 
 /// The range of networks whose addresses do not matter.
 pub const RANGE: &str = "10.0.0.0/16";
+
+/// Time limit for a host to leave a network: five minutes, and the interval of its checks.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(400);
 
 /// A network's name.
 #[track_caller]
@@ -67,13 +71,7 @@ pub async fn attach(lab: &TestLab, host: &str, network: &str, container: &str) -
 }
 
 /// The same with further fields of the request.
-pub async fn attach_with(
-    lab: &TestLab,
-    host: &str,
-    network: &str,
-    container: &str,
-    request: AttachRequest,
-) -> AttachResponse {
+pub async fn attach_with(lab: &TestLab, host: &str, network: &str, container: &str, request: AttachRequest) -> AttachResponse {
     let attached = lab.host(host).attach_in(&name(network), container, request).await;
     attached.expect_ok(&format!("attach {container} on {host} to {network}"))
 }
@@ -167,9 +165,9 @@ pub fn assert_quiet(kernels: &[(String, Notifications)], context: &str) {
     }
 }
 
-/// Waits until a host has left a network: no namespace, no lease.
+/// Waits until a host has left a network, five minutes after its last container there: no namespace, no lease.
 pub async fn wait_left(lab: &TestLab, host: &str, network: &str) {
-    eventually_true(&format!("{host} has left {network}"), CONVERGE_TIMEOUT, || {
+    eventually_true(&format!("{host} has left {network}"), LEAVE_TIMEOUT, || {
         let name_field = format!("\"Name\":\"{host}\"");
         !has_namespace(lab, host, network) && !leases(lab, network).iter().any(|lease| lease.value.contains(&name_field))
     })

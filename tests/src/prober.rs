@@ -100,6 +100,11 @@ impl Prober {
         self.expected.iter().find(|network| !seen.within.contains_key(network)).cloned()
     }
 
+    /// The crossings so far.
+    pub fn crossings(&self) -> Vec<Crossing> {
+        lock(&self.seen).crossings.iter().cloned().collect()
+    }
+
     /// Checks that no packet has crossed so far.
     #[track_caller]
     pub fn assert_isolated(&self, context: &str) {

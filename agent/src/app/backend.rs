@@ -48,6 +48,26 @@ pub(super) struct CachedTtls {
 }
 
 impl AgentBackend {
+    /// Refuses to publish ports in a network without a way in.
+    fn check_publish(&self, request: &api::AttachRequest) -> Result<(), ApiError> {
+        let is_internal = self.host.records.borrow().get(&self.name).is_some_and(|record| record.internal);
+        let Some(port) = request.publish.first().filter(|_| is_internal) else { return Ok(()) };
+        let text = format!(
+            "port {port} cannot be published: network {} is internal, so nothing outside reaches it; leave --publish out, or attach to \
+             another network",
+            self.name
+        );
+        Err(ApiError::new(ErrorKind::BadValue, text))
+    }
+
+    /// The answer to an attach.
+    fn attached(&self, outcome: Result<api::AttachResponse, EndpointError>) -> Result<api::AttachResponse, ApiError> {
+        if outcome.is_ok() && !self.name.is_default() {
+            self.host.attached.notify_one();
+        }
+        outcome.map_err(api_error)
+    }
+
     async fn query_status(&self) -> Result<api::Status, ApiError> {
         self.queries.status().await.ok_or_else(stopping)
     }
@@ -176,21 +196,23 @@ impl Backend for AgentBackend {
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::AttachResponse, ApiError> {
         let attach = || self.endpoints.attach(name.clone(), request.clone());
+        self.check_publish(&request)?;
         let timeout = match attach().await {
             // The host has just joined the network for this container.
             Err(EndpointError::NoSubnet) if !self.name.is_default() => JOIN_TIMEOUT,
             // The agent is ready, so the endpoints receive the network's parameters within moments.
             Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => NETWORK_TIMEOUT,
-            outcome => return outcome.map_err(api_error),
+            outcome => return self.attached(outcome),
         };
         let _known = tokio::time::timeout(timeout, self.endpoints.wait_for_network()).await;
+        self.check_publish(&request)?;
         match attach().await {
             Err(EndpointError::NoSubnet) if !self.name.is_default() => {
                 let problems = self.ready().await.err().unwrap_or_default().join("; ");
                 let text = format!("network {} is not ready on this host: {problems}; repeat the attach", self.name);
                 Err(ApiError::new(ErrorKind::NotReady, text))
             }
-            outcome => outcome.map_err(api_error),
+            outcome => self.attached(outcome),
         }
     }
 

@@ -179,6 +179,7 @@ impl HostNetworks {
                 () = self.host.stop.cancelled() => break,
                 Some(failure) = failures.recv() => return Err(failure),
                 Ok(()) = records.changed() => {}
+                () = self.host.attached.notified() => {}
                 () = tokio::time::sleep(pause), if !is_alone => {}
             }
         }

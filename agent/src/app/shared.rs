@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::host_state::{HostStateStore, NetworkStates};
@@ -59,6 +59,8 @@ pub(super) struct Host {
     pub(super) changes: watch::Sender<u64>,
     /// The records of the networks that this host is in.
     pub(super) records: watch::Sender<Arc<BTreeMap<NetworkName, NetworkRecord>>>,
+    /// Notified of each container that is attached to a named network: the host may have to join that network's peers.
+    pub(super) attached: Notify,
     /// Stops the agent.
     pub(super) stop: CancellationToken,
 }

@@ -4,18 +4,21 @@
 //! and claimed under one lock. Its holder takes no other lock.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+use super::EndpointError;
+use super::id::EndpointId;
 use super::spec::NetnsRef;
-use super::{EndpointError, MAX_CONCURRENT, lock};
-use crate::model::endpoint::EndpointName;
 use crate::model::{Endpoint, Mode, NetworkName, PublishedPort};
+
+/// Maximum number of concurrent attaches and detaches of all networks: far above what two cores can use, far below what would
+/// overload a host.
+pub const MAX_CONCURRENT: usize = 64;
 
 /// The endpoints of all networks of this host; cheap to clone.
 #[derive(Debug, Clone)]
@@ -36,35 +39,6 @@ impl Default for HostClaims {
     }
 }
 
-/// An endpoint of any network of this host. As text: `NAME`, or `NAME of network NETWORK`.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct EndpointId {
-    /// Its network.
-    pub network: NetworkName,
-    /// Its name in the network.
-    pub name: EndpointName,
-}
-
-impl EndpointId {
-    /// The identity of an endpoint.
-    pub(super) fn of(endpoint: &Endpoint) -> EndpointId {
-        EndpointId { network: endpoint.network.clone(), name: endpoint.name.clone() }
-    }
-
-    /// The command that detaches it.
-    pub(super) fn detach_command(&self) -> String {
-        let network = if self.network.is_default() { String::new() } else { format!(" --network {}", self.network) };
-        format!("overlayctl detach {}{network}", self.name)
-    }
-}
-
-impl fmt::Display for EndpointId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let EndpointId { network, name } = self;
-        if network.is_default() { name.fmt(f) } else { write!(f, "{name} of network {network}") }
-    }
-}
-
 /// The endpoints of one network, as the other networks see them.
 pub(super) trait NetworkEndpoints: Send + Sync {
     /// Releases the holder of a resource that an attach was refused, if its namespace is gone. Returns whether it changed.
@@ -74,7 +48,7 @@ pub(super) trait NetworkEndpoints: Send + Sync {
 impl HostClaims {
     /// Locks the claims.
     pub(super) fn lock(&self) -> MutexGuard<'_, Claims> {
-        lock(&self.0.claims)
+        self.0.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One permit per concurrent attach or detach.

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use super::claims::EndpointId;
+use super::id::EndpointId;
 use super::ipam::IpamError;
 use crate::model::device::bridge_full_message;
 use crate::model::endpoint::EndpointName;

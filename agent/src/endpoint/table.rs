@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ipnetwork::IpNetwork;
 
 use super::EndpointError;
-use super::claims::{Claims, EndpointId, HostClaims};
+use super::claims::{Claims, HostClaims};
+use super::id::EndpointId;
 use super::ipam::Ipam;
 use super::record::{EndpointRecord, JournalEntry, Phase, StoredTable};
 use super::spec::{AttachMode, AttachSpec, EndpointNetwork, NetnsRef, free_mac, veth_name};

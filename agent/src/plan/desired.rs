@@ -66,8 +66,8 @@ impl HostSpec {
         if self.isolation.is_some() { &[Scope::Host, Scope::Network] } else { &[Scope::Host] }
     }
 
-    /// The scope of one of [`HostSpec::peer_entries`]. The tunnel source filter is in the host's namespace, since the outer packets
-    /// are.
+    /// The scope of one of [`HostSpec::peer_entries`]. The tunnel source filter is in the host's namespace, as are the packets
+    /// that it filters.
     pub fn peer_entry_scope(&self, key: &Key) -> Scope {
         match key {
             Key::Element(_) => Scope::Host,
@@ -102,10 +102,15 @@ impl HostSpec {
         }
     }
 
+    /// Whether the bridge with this host's containers is in the namespace of a scope.
+    fn has_bridge(&self, scope: Scope) -> bool {
+        (scope == Scope::Network) == self.isolation.is_some()
+    }
+
     /// The ranges whose packets iptables' FORWARD chain has to accept.
     fn forwarded(&self, scope: Scope) -> impl Iterator<Item = (Family, Cidr)> {
-        // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter. All transits together,
-        // so that a network that joins changes no rule.
+        // Not the whole network: the rest of it may contain hosts, whose packets iptables has to filter. But all transits, so
+        // that an isolated network that joins changes no rule.
         let is_host_end = scope == Scope::Host && self.isolation.is_some();
         let range = move |family, pool: &Pool| if is_host_end { transfer_range(family) } else { pool.span() };
         self.network.pools.iter().map(move |(family, pool)| (family, range(family, pool)))
@@ -114,7 +119,7 @@ impl HostSpec {
     /// The entries of a scope that belong to this network alone and do not depend on peers.
     pub fn entries(&self, scope: Scope) -> State {
         let mut state = State::new();
-        if self.scopes().last() == Some(&scope) {
+        if self.has_bridge(scope) {
             self.insert_bridge(&mut state);
         }
         if let Some(isolation) = &self.isolation {
@@ -162,8 +167,8 @@ impl HostSpec {
         }
         if self.families().any(|family| family == Family::V4) {
             // For a published port of 127.0.0.1: the packet leaves with that source address, and the reply returns to it. A chain
-            // of the nftables table keeps containers from using this setting for other packets. An isolated network's containers
-            // have none: its loopback ports are the host's.
+            // of the nftables table keeps containers from using this setting for other packets. In an isolated network the
+            // transit's end in the host's namespace has it.
             let is_used = self.isolation.is_none() && self.has_published_ports();
             let path = sysctls::interface_path(&bridge.name(), Family::V4, "route_localnet");
             sysctls::insert(state, path, if is_used { "1" } else { "0" });
@@ -195,7 +200,7 @@ impl HostSpec {
         let mtu = self.mtu();
         let is_isolated = self.isolation.is_some();
         let transit = self.isolation.as_ref().and_then(|isolation| isolation.transit);
-        let has_bridge = self.scopes().last() == Some(&scope);
+        let has_bridge = self.has_bridge(scope);
         endpoint.port.iter().flat_map(move |port| {
             // With br_netfilter, DNAT happens in the bridge: a packet from an endpoint to its own published port returns through
             // its own port. That of an isolated network returns through the transit.
@@ -219,8 +224,8 @@ impl HostSpec {
         if self.isolation.is_some() { TransitPorts::of(&self.ports) } else { TransitPorts::default() }
     }
 
-    /// The entries of a scope, without peers, of `self` and of `other` that may differ. If only ports were added or removed, these are the
-    /// entries of the changed endpoints; the entries of unchanged endpoints are not built.
+    /// The entries of a scope, without peers, of `self` and of `other` that may differ. If only ports were added or removed,
+    /// these are the entries of the changed endpoints; the entries of unchanged endpoints are not built.
     pub fn changed_entries(&self, other: &HostSpec, scope: Scope) -> (State, State) {
         if self.has_published_ports() != other.has_published_ports() || !self.eq_ignoring_ports(other) {
             return (self.entries(scope), other.entries(scope));

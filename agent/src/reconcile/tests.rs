@@ -110,13 +110,9 @@ impl Fixture {
             (kernel, events, wiring::reconciler(kernel_events, changes.clone()))
         });
         let own_link = own_ends.as_ref().map(|(_, _, ends)| ends.link.clone());
-        let progress = [Some(&host_ends.link), own_link.as_ref()].into_iter().flatten().map(|link| link.progress.clone()).collect();
-        let inputs = wiring::NetworkInputs {
-            endpoints: endpoints_out,
-            applied_endpoints: applied,
-            others: others_out,
-            changes,
-        };
+        let progress =
+            [Some(&host_ends.link), own_link.as_ref()].into_iter().flatten().map(|link| link.progress.clone()).collect();
+        let inputs = wiring::NetworkInputs { endpoints: endpoints_out, applied_endpoints: applied, others: others_out, changes };
         let network_ends = wiring::network(inputs, host_ends.link, own_link);
         let queries = Queries {
             network: network_ends.queries,

@@ -45,7 +45,11 @@ fn devices(network: &NetworkNamespace, view: &NamespaceView, host: &NamespaceVie
     let other_end = host.links.iter().filter(|link| link.name == transit);
     for (link, place) in own.map(|link| (link, place.as_str())).chain(other_end.map(|link| (link, "the host"))) {
         if let Some(fault) = link_fault(link) {
-            findings.error(format!("a device of network {name} carries no packets"), vec![format!("{place}: {fault}")], REPAIR_HINT);
+            findings.error(
+                format!("a device of network {name} carries no packets"),
+                vec![format!("{place}: {fault}")],
+                REPAIR_HINT,
+            );
         }
     }
     if !view.links.iter().any(|link| is_tunnel(&link)) {
@@ -90,7 +94,9 @@ fn settings(network: &NetworkNamespace, view: &NamespaceView, findings: &mut Fin
             continue;
         }
         let mut wanted: Vec<(String, &str)> = vec![(sysctls::forwarding(family).to_owned(), "1")];
-        wanted.extend(devices.iter().filter(|device| device.carries(family)).flat_map(|device| sysctls::device_settings(*device, family)));
+        wanted.extend(
+            devices.iter().filter(|device| device.carries(family)).flat_map(|device| sysctls::device_settings(*device, family)),
+        );
         let differs = |(path, value): (String, &str)| {
             let found = view.sysctl(&path).filter(|found| found != value)?;
             Some(format!("{place}: net.{path} = {found}, not {value}"))
@@ -143,4 +149,66 @@ fn ways(findings: &mut Findings) -> Result<(), TraceError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::check::Settings;
+    use crate::client::Client;
+    use crate::etcd::EtcdArgs;
+    use crate::trace::tests::TwoNetworks;
+
+    /// The findings about both networks, each with its evidence.
+    fn findings(networks: &TwoNetworks, state_dir: &Path) -> Vec<String> {
+        let settings = Settings {
+            client: Client::new("/nowhere"),
+            etcd: EtcdArgs::default(),
+            state_dir: state_dir.to_owned(),
+            root: "/".into(),
+            peers: 0,
+        };
+        let facts = Facts { settings, status: Err(String::new()), peers: Vec::new(), network: None, links: None };
+        let found = networks.inside(|| {
+            let mut findings = Findings::for_check("networks");
+            check(&facts, &mut findings);
+            findings.into_vec()
+        });
+        let texts = found.into_iter().map(|finding| format!("{}: {}", finding.summary, finding.evidence.join("; ")));
+        texts.filter(|text| [&networks.a, &networks.b].iter().any(|name| text.contains(*name))).collect()
+    }
+
+    #[test]
+    fn each_fault_of_a_network_is_found() {
+        let state = tempfile::tempdir().expect("a directory");
+        for (what, script, wanted) in [
+            ("bridge", "ip -n ov-$A link set ovb.11 down", "carries no packets: ov-"),
+            ("VXLAN device", "ip -n ov-$A link del ovx.11", "reach only their own host: ov-"),
+            ("rules", "ip netns exec ov-$A nft delete table bridge overlayd", "has no table bridge overlayd"),
+            (
+                "forwarding",
+                "ip netns exec ov-$A sysctl -qw net.ipv6.conf.all.forwarding=0",
+                "net.ipv6/conf/all/forwarding = 0, not 1",
+            ),
+            (
+                "way",
+                "nft flush ruleset; ip route add 10.2.0.0/16 via 169.254.64.5",
+                "is isolated: route 10.2.0.0/16 via 169.254.64.5",
+            ),
+        ] {
+            let networks = TwoNetworks::build();
+            let has = |findings: &[String]| findings.iter().any(|text| text.contains(wanted));
+            let before = findings(&networks, state.path());
+            networks.run(script);
+            let after = findings(&networks, state.path());
+            assert!(!has(&before) && has(&after), "{what}: {before:#?} {after:#?}");
+        }
+        let networks = TwoNetworks::build();
+        std::fs::create_dir_all(state.path().join("networks").join(&networks.a)).expect("the state of one network");
+        let left = findings(&networks, state.path());
+        let left: Vec<&String> = left.iter().filter(|text| text.contains("belongs to no network of the agent")).collect();
+        assert!(left.len() == 1 && left[0].contains(&networks.b), "{left:#?}");
+    }
 }

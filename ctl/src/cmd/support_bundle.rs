@@ -68,8 +68,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     archive.add(Part { name: "versions/overlayctl.txt".to_owned(), from: "this program".to_owned(), content: Ok(version) })?;
     let networks = Netns::current().map_err(TraceError::from).and_then(|host| NamespaceView::of_networks(&host));
     let networks = networks.unwrap_or_default().into_iter();
-    let networks: Vec<(String, PathBuf)> =
-        networks.map(|network| (network.network, network.netns.path().to_owned())).collect();
+    let networks: Vec<(String, PathBuf)> = networks.map(|network| (network.network, network.netns.path().to_owned())).collect();
     let all = sources::all(&paths, &endpoints, &networks);
     let progress = Progress::new(all.len());
     for (number, (name, source)) in all.iter().enumerate() {

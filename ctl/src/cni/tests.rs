@@ -1,5 +1,5 @@
 use super::*;
-use crate::client::fake_agent::FakeAgent;
+use crate::client::tests::fake_agent::FakeAgent;
 
 fn run_plugin(command: &str, more: &[(&str, &str)], input: &str) -> Result<Option<Value>, CniError> {
     let variable = |name: &str| {

@@ -54,7 +54,7 @@ impl NamespaceView {
     pub fn of_networks(host: &Netns) -> Result<Vec<NetworkNamespace>, TraceError> {
         let mut found = Vec::new();
         for place in Netns::list()?.into_iter().filter(|name| name.starts_with(NETWORK_PREFIX)) {
-            // A namespace without a name is left out: `overlayctl check` reports it.
+            // Another program's file, or a namespace that is being deleted.
             let Ok(netns) = Netns::named(&place) else { continue };
             let mut kernel = KernelQuery::open_in(&netns)?;
             let links = kernel.links()?;
@@ -63,11 +63,12 @@ impl NamespaceView {
             let Some((bridge, device)) = links.iter().find(is_bridge).and_then(|link| Some((link, link.device()?))) else {
                 continue;
             };
-            // A lab's host, or a network of another host: its tunnel and transit do not lead here.
+            // Left out are a lab's hosts, and networks of another host: neither tunnel nor transit leads here.
             let leads_out =
                 |link: &&Link| link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit));
             let outer: Vec<Option<u32>> = links.iter().filter(leads_out).map(|link| link.peer_netns).collect();
-            if outer.iter().any(|id| id.is_none() || *id != host_id) || (outer.is_empty() && !bridge.is_marked()) {
+            let is_of_host = outer.iter().any(|id| id.is_some() && *id == host_id) || (outer.is_empty() && bridge.is_marked());
+            if !is_of_host {
                 continue;
             }
             let network = place.strip_prefix(NETWORK_PREFIX).unwrap_or_default().to_owned();

@@ -54,8 +54,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     let from_view = EndView { what: describe(&start, inventory, &host), address: destination };
     let to_view = EndView { what: describe_address(&goal, destination, inventory, &host), address: destination };
     let netns = host.netns.clone();
-    let mut tracer =
-        Tracer { view: host, host: netns, networks, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let mut tracer = Tracer { view: host, host: netns, networks, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
     let (from_view, to_view) = (tracer.with_network(&start, from_view), tracer.with_network(&goal, to_view));
     let live_netns = tracer.enter_network_of(&start)?;
     tracer.note_isolation(&start, &goal);

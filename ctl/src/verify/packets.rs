@@ -26,14 +26,17 @@ pub(super) struct Start {
 pub(super) fn starts(spaces: &Spaces, segments: &Segments, from: usize, targets: &[usize]) -> Vec<Start> {
     let mut starts = Vec::new();
     for family in Family::ALL {
-        let mut destinations: BTreeSet<IpAddr> = BTreeSet::from([elsewhere(family)]);
-        for to in targets {
-            destinations.extend(receivers(spaces, segments, *to).into_iter().filter(|ip| Family::of(*ip) == family));
-        }
+        let mut seen = BTreeSet::new();
+        let mut destinations: Vec<IpAddr> = targets.iter().flat_map(|to| receivers(spaces, segments, *to)).collect();
+        destinations.push(elsewhere(family));
+        destinations.retain(|ip| Family::of(*ip) == family && seen.insert(*ip));
         let senders = containers(spaces, segments, from).into_iter().take(MAX_SENDERS);
         let network = &spaces.networks[from];
         let mut sources: Vec<IpAddr> = senders.chain(network.local.iter().chain(&network.remote).filter_map(sample)).collect();
         sources.retain(|ip| Family::of(*ip) == family);
+        if sources.is_empty() {
+            sources.push(elsewhere(family));
+        }
         let forged = forged_sources(spaces, from).into_iter().filter(|ip| Family::of(*ip) == family && !sources.contains(ip));
         let sources: Vec<(IpAddr, bool)> = sources.iter().map(|ip| (*ip, false)).chain(forged.map(|ip| (ip, true))).collect();
         for (source, forged) in sources {
@@ -63,22 +66,22 @@ fn sample(range: &Cidr) -> Option<IpAddr> {
 /// Addresses of a network's containers on this host.
 fn containers(spaces: &Spaces, segments: &Segments, network: usize) -> BTreeSet<IpAddr> {
     let Network { space, local, .. } = &spaces.networks[network];
-    let devices = segments.of_network(network).flat_map(|segment| segments.routed_devices(spaces, segment));
+    let devices = segments.of_network(network).flat_map(|segment| segments.routed_devices(segment));
     let others: BTreeSet<usize> = devices.map(|(number, _)| number).filter(|number| number != space).collect();
     let addresses = others.into_iter().flat_map(|number| spaces.all[number].view.addresses.iter().copied());
     addresses.filter(|address| local.iter().any(|range| range.contains(*address))).collect()
 }
 
-/// Destinations that reveal a way to a network: its containers, gateways and transfer addresses, and an address of each route that
-/// leads there.
-fn receivers(spaces: &Spaces, segments: &Segments, to: usize) -> BTreeSet<IpAddr> {
+/// Destinations that reveal a way to a network: its containers, an address of each route that leads there, gateways and transfer
+/// addresses.
+fn receivers(spaces: &Spaces, segments: &Segments, to: usize) -> Vec<IpAddr> {
     let network = &spaces.networks[to];
-    let mut found = containers(spaces, segments, to);
-    found.extend(network.gateways.iter().chain(&network.transfer));
+    let mut found: Vec<IpAddr> = containers(spaces, segments, to).into_iter().collect();
     found.extend(network.local.iter().chain(&network.remote).filter_map(sample));
     for number in (0..spaces.all.len()).filter(|number| *number != network.space) {
         found.extend(routes_to(spaces, segments, number, to).filter_map(|route| sample(&route)));
     }
+    found.extend(network.gateways.iter().chain(&network.transfer));
     found
 }
 
@@ -94,7 +97,7 @@ pub(super) fn leads_to(spaces: &Spaces, segments: &Segments, from: usize, interf
     let Some(segment) = segments.of(Node::Device(from, interface)) else { return false };
     let target = spaces.networks[to].space;
     segments.networks_of(segment).any(|network| network == to)
-        || (from != target && segments.routed_devices(spaces, segment).iter().any(|(space, _)| *space == target))
+        || (from != target && segments.routed_devices(segment).any(|(space, _)| space == target))
 }
 
 /// An address of each range that policy rules of the network's namespace and of the host's name as source.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use overlay_agent::kernel::trace::Link;
-use overlay_agent::model::Role;
+use overlay_agent::model::Device;
 
 use super::WayHop;
 use super::spaces::{Network, Spaces};
@@ -23,6 +23,8 @@ pub(super) struct Segments {
     edges: BTreeMap<Node, Vec<(Node, WayHop)>>,
     /// The number of each node's segment.
     numbers: BTreeMap<Node, usize>,
+    /// By segment, the devices that hand its packets to their namespace's routing.
+    routed: BTreeMap<usize, Vec<(usize, u32)>>,
     /// The segments of each network: its bridge's and its VNI's.
     networks: Vec<[Option<usize>; 2]>,
 }
@@ -30,7 +32,8 @@ pub(super) struct Segments {
 impl Segments {
     /// Finds the segments. A link that is down carries no frames.
     pub(super) fn find(spaces: &Spaces, fdb_vnis: &BTreeMap<(usize, u32), Vec<u32>>) -> Segments {
-        let mut segments = Segments { edges: BTreeMap::new(), numbers: BTreeMap::new(), networks: Vec::new() };
+        let mut segments =
+            Segments { edges: BTreeMap::new(), numbers: BTreeMap::new(), routed: BTreeMap::new(), networks: Vec::new() };
         for (number, space) in spaces.all.iter().enumerate() {
             let place = &space.view.place;
             for link in &space.view.links {
@@ -58,18 +61,15 @@ impl Segments {
             }
         }
         segments.number();
-        let device = |network: &Network| {
-            let links = &spaces.all[network.space].view.links;
-            links.iter().find(|link| link.device().is_some_and(|device| device.role == Role::Bridge && device.vni == network.vni))
-        };
-        segments.networks = spaces
-            .networks
-            .iter()
-            .map(|network| {
-                let bridge = device(network).map(|link| Node::Device(network.space, link.index));
-                [bridge.and_then(|node| segments.of(node)), segments.of(Node::Vni(network.vni.get()))]
-            })
-            .collect();
+        for (number, space) in spaces.all.iter().enumerate() {
+            let links = &space.view.links;
+            for link in links.iter().filter(|link| link.up && switch_of(links, link).is_none()) {
+                let segment = segments.numbers.get(&Node::Device(number, link.index)).copied();
+                segments.routed.entry(segment.unwrap_or_default()).or_default().push((number, link.index));
+            }
+        }
+        let ends = spaces.networks.iter().map(|network| ends_of(spaces, network).map(|node| segments.of(node?)));
+        segments.networks = ends.collect();
         segments
     }
 
@@ -103,18 +103,9 @@ impl Segments {
         (0..self.networks.len()).filter(move |network| self.networks[*network].contains(&Some(segment)))
     }
 
-    /// The devices of a segment that hand its packets to their namespace's routing.
-    pub(super) fn routed_devices<'s>(&self, spaces: &'s Spaces, segment: usize) -> Vec<(usize, &'s Link)> {
-        let mut found = Vec::new();
-        for (node, number) in &self.numbers {
-            let Node::Device(space, index) = node else { continue };
-            let links = &spaces.all[*space].view.links;
-            let link = links.iter().find(|link| link.index == *index);
-            found.extend(
-                link.filter(|link| *number == segment && link.up && switch_of(links, link).is_none()).map(|link| (*space, link)),
-            );
-        }
-        found
+    /// The devices of a segment that hand its packets to their namespace's routing, by namespace and index.
+    pub(super) fn routed_devices(&self, segment: usize) -> impl Iterator<Item = (usize, u32)> {
+        self.routed.get(&segment).into_iter().flatten().copied()
     }
 
     /// The segments in which a network's containers, on this host and on others, send.
@@ -125,11 +116,7 @@ impl Segments {
 
     /// The links from a network's bridge, or its VNI, to a node; `None` if it is in no segment of the network.
     pub(super) fn path(&self, spaces: &Spaces, network: usize, to: Node) -> Option<Vec<WayHop>> {
-        let Network { space, vni, .. } = &spaces.networks[network];
-        let bridges = spaces.all[*space].view.links.iter();
-        let bridges =
-            bridges.filter(|link| link.device().is_some_and(|device| device.role == Role::Bridge && device.vni == *vni));
-        let starts = bridges.map(|link| Node::Device(*space, link.index)).chain([Node::Vni(vni.get())]);
+        let starts = ends_of(spaces, &spaces.networks[network]).into_iter().flatten();
         let mut reached: BTreeMap<Node, Vec<WayHop>> = BTreeMap::new();
         let mut queue: VecDeque<(Node, Vec<WayHop>)> = starts.map(|node| (node, Vec::new())).collect();
         while let Some((node, hops)) = queue.pop_front() {
@@ -150,12 +137,16 @@ impl Segments {
     /// The links from one network to another, if a frame passes without being routed.
     pub(super) fn joined(&self, spaces: &Spaces, from: usize, to: usize) -> Option<Vec<WayHop>> {
         let shared = self.of_network(from).find(|segment| self.networks[to].contains(&Some(*segment)))?;
-        let Network { space, vni, .. } = &spaces.networks[to];
-        let bridge =
-            spaces.all[*space].view.links.iter().find(|link| link.name == overlay_agent::model::Device::bridge(*vni).name());
-        let ends = bridge.map(|link| Node::Device(*space, link.index)).into_iter().chain([Node::Vni(vni.get())]);
-        ends.filter(|end| self.of(*end) == Some(shared)).find_map(|end| self.path(spaces, from, end))
+        let mut ends = ends_of(spaces, &spaces.networks[to]).into_iter().flatten();
+        ends.find_map(|end| self.path(spaces, from, end).filter(|_| self.of(end) == Some(shared)))
     }
+}
+
+/// A network's bridge and its VNI.
+fn ends_of(spaces: &Spaces, network: &Network) -> [Option<Node>; 2] {
+    let links = &spaces.all[network.space].view.links;
+    let bridge = links.iter().find(|link| link.name == Device::bridge(network.vni).name());
+    [bridge.map(|link| Node::Device(network.space, link.index)), Some(Node::Vni(network.vni.get()))]
 }
 
 /// Whether packets of this device appear at the one that it refers to.

@@ -1,115 +1,13 @@
 //! Ways opened by hand between namespaces that are built as the agent builds those of networks.
 
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
-
-use overlay_agent::kernel::netns::Netns;
-
 use super::{Pair, Verdict, verify};
+use crate::trace::tests::{PUBLISH, TwoNetworks};
 
-/// Builds network `$N`, number `$n`, VNI `1$n`, with one container, in the namespaces `ov-$N` and `$N-c`.
-const NETWORK: &str = r#"
-ip netns add ov-$N; ip netns add $N-c
-ip -n ov-$N link set lo up
-ip link add ovx.1$n mtu 1450 group 22102 netns ov-$N type vxlan id 1$n dstport 8472 local 192.0.2.10 dev eth0 nolearning
-ip -n ov-$N link add ovb.1$n group 22102 type bridge
-ip link add ovt.1$n group 22102 type veth peer name ovt.1$n group 22102 netns ov-$N
-ip -n ov-$N link add ove$n group 22102 type veth peer name eth0 netns $N-c
-ip -n ov-$N link set ove$n master ovb.1$n
-for d in ovx.1$n ovb.1$n ovt.1$n ove$n; do ip -n ov-$N link set $d up; done
-ip link set ovt.1$n up; ip -n $N-c link set lo up; ip -n $N-c link set eth0 up
-for family in 4 6; do
-  if [ $family = 4 ]; then bridge=10.$n.7.1/24 inside=10.$n.7.5/24 gateway=10.$n.7.1 h=169.254.64.$((2*n)) e=169.254.64.$((2*n+1)) length=31 flag=
-  else bridge=fd00:$n::1/64 inside=fd00:$n::5/64 gateway=fd00:$n::1 h=fd6f:7665:726c:6179::$((2*n)) e=fd6f:7665:726c:6179::$((2*n+1)) length=127 flag=nodad; fi
-  ip -n ov-$N address add $bridge dev ovb.1$n $flag
-  ip -n $N-c address add $inside dev eth0 $flag
-  ip -n $N-c -$family route add default via $gateway
-  ip address add $h/$length dev ovt.1$n $flag
-  ip -n ov-$N address add $e/$length dev ovt.1$n $flag
-  ip -n ov-$N -$family route add default via $h
-done
-ip -n ov-$N route add 10.$n.9.0/24 via 10.$n.9.0 dev ovx.1$n onlink
-ip netns exec ov-$N sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
-ip netns exec ov-$N nft "
-table inet overlayd {
-  map ports { type inet_proto . inet_service : ipv4_addr . inet_service; }
-  chain prerouting { type nat hook prerouting priority dstnat; fib daddr type local dnat ip to meta l4proto . th dport map @ports; }
-  chain postrouting { type nat hook postrouting priority srcnat; oifname ovt.1$n masquerade; }
+/// The results from the first network to the second, and back.
+fn verify_both(networks: &TwoNetworks) -> [Pair; 2] {
+    let report = networks.inside(|| verify(Some((&networks.a, &networks.b))).expect("a report"));
+    report.pairs.try_into().expect("two pairs")
 }
-table bridge overlayd {
-  chain ports { type filter hook prerouting priority 0;
-    iifname ove$n ether type ip ip saddr 10.$n.7.5 accept; iifname ove$n ether type ip6 ip6 saddr fd00:$n::5 accept; iifname ove$n drop; }
-}"
-"#;
-
-/// Builds the host's part.
-const HOST: &str = r#"
-ip link set lo up; ip link add eth0 type veth peer name wire; ip link set wire up; ip link set eth0 up
-ip address add 192.0.2.10/24 dev eth0; ip address add 2001:db8::10/64 dev eth0 nodad
-ip route add default via 192.0.2.254; ip -6 route add default via 2001:db8::fe
-sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1
-nft '
-table inet overlayd {
-  map ports { type inet_proto . inet_service : ipv4_addr . inet_service; }
-  chain prerouting { type nat hook prerouting priority dstnat; fib daddr type local dnat ip to meta l4proto . th dport map @ports; }
-  chain forward { type filter hook forward priority filter; ct status dnat accept; iifname "ovt.*" oifname { "ovt.*", "ovb.*", "ovx.*" } drop; }
-  chain postrouting { type nat hook postrouting priority srcnat; ip saddr 169.254.64.0/18 oifname != "ovt.*" masquerade; }
-}'
-"#;
-
-/// A host with two isolated networks of one container each; removed when it goes out of scope.
-struct TwoNetworks {
-    host: String,
-    a: String,
-    b: String,
-}
-
-impl TwoNetworks {
-    fn build() -> TwoNetworks {
-        static COUNTER: AtomicU32 = AtomicU32::new(0);
-        let id = format!("{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
-        let networks = TwoNetworks { host: format!("vh{id}"), a: format!("va{id}"), b: format!("vb{id}") };
-        Netns::create(&networks.host).expect("a namespace");
-        networks.run(HOST);
-        for (number, name) in [(1, &networks.a), (2, &networks.b)] {
-            networks.run(&format!("n={number} N={name}\n{NETWORK}"));
-        }
-        networks
-    }
-
-    /// Runs a script in the host's namespace; `$A` and `$B` are the networks' names.
-    fn run(&self, script: &str) {
-        let mut command = Command::new("sh");
-        command.args(["-ec", script]).env("A", &self.a).env("B", &self.b);
-        let run = || command.output().expect("a shell");
-        let output = Netns::named(&self.host).expect("the host").run(run).expect("a thread inside");
-        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    /// The results from the first network to the second, and back.
-    fn verify(&self) -> [Pair; 2] {
-        let work = || verify(Some((&self.a, &self.b))).expect("a report");
-        let report = Netns::named(&self.host).expect("the host").run(work).expect("a thread inside");
-        report.pairs.try_into().expect("two pairs")
-    }
-}
-
-impl Drop for TwoNetworks {
-    fn drop(&mut self) {
-        let TwoNetworks { host, a, b } = self;
-        for name in [host.clone(), format!("ov-{a}"), format!("ov-{b}"), format!("{a}-c"), format!("{b}-c")] {
-            if let Err(error) = Netns::delete(&name) {
-                eprintln!("{error}");
-            }
-        }
-    }
-}
-
-/// Publishes port 8080 of the second network's container.
-const PUBLISH: &str = r#"
-nft add element inet overlayd ports '{ tcp . 8080 : 169.254.64.5 . 8080 }'
-ip netns exec ov-$B nft add element inet overlayd ports '{ tcp . 8080 : 10.2.7.5 . 80 }'
-"#;
 
 /// Removes the drop of packets between transits.
 const NO_DROP: &str = "nft flush chain inet overlayd forward\n";
@@ -270,7 +168,7 @@ fn ways_opened_by_hand_are_found() {
     for (what, scripts, verdicts, opened_by) in CASES {
         let networks = TwoNetworks::build();
         scripts.iter().for_each(|script| networks.run(script));
-        let pairs = networks.verify();
+        let pairs = verify_both(&networks);
         let [first, _] = &pairs;
         let mut reasons = first.ways.iter().map(|way| &way.by).chain(&first.unknown);
         let is_named = opened_by.is_empty() || reasons.any(|reason| reason.contains(opened_by));

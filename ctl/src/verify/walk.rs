@@ -53,12 +53,15 @@ struct Walk<'a> {
 }
 
 /// Examines the pairs from a network to others.
-pub(super) fn pairs_from(spaces: &mut Spaces, from: usize, targets: &[usize]) -> Result<Vec<Pair>, TraceError> {
-    let fdb_vnis = taints::fdb_vnis(spaces)?;
-    let segments = Segments::find(spaces, &fdb_vnis);
+pub(super) fn pairs_from(
+    spaces: &mut Spaces,
+    segments: &Segments,
+    from: usize,
+    targets: &[usize],
+) -> Result<Vec<Pair>, TraceError> {
     let mut walk = Walk {
         spaces,
-        segments: &segments,
+        segments,
         from,
         targets,
         ways: BTreeMap::new(),
@@ -96,12 +99,8 @@ impl Walk<'_> {
     /// Follows the packets from each device that receives the network's frames.
     fn packets(&mut self) -> Result<(), TraceError> {
         let segments: Vec<usize> = self.segments.of_network(self.from).collect();
-        let devices: Vec<(usize, u32)> = segments
-            .into_iter()
-            .flat_map(|segment| self.segments.routed_devices(self.spaces, segment))
-            .map(|(space, link)| (space, link.index))
-            .filter(|(space, _)| self.routes_between_segments(*space))
-            .collect();
+        let devices = segments.into_iter().flat_map(|segment| self.segments.routed_devices(segment));
+        let devices: Vec<(usize, u32)> = devices.filter(|(space, _)| self.routes_between_segments(*space)).collect();
         for start in packets::starts(self.spaces, self.segments, self.from, self.targets) {
             if start.forged && self.is_forged_dropped(&start.flow) {
                 continue;
@@ -237,6 +236,8 @@ impl Walk<'_> {
             if let Some(to) = network
                 && (has_foreign_translation || self.spaces.networks[to].gateways.contains(&destination))
             {
+                let what = format!("{destination} is an address of the namespace");
+                state.hops.push(WayHop { namespace: self.place_of(to), device: None, what });
                 self.arrive(to, &state);
             }
             return Ok(());
@@ -306,9 +307,7 @@ impl Walk<'_> {
         if networks.contains(&self.from) {
             return Ok(());
         }
-        let next: Vec<(usize, u32)> =
-            self.segments.routed_devices(self.spaces, segment).into_iter().map(|(space, link)| (space, link.index)).collect();
-        for at in next.into_iter().filter(|at| *at != (space, exit) && *at != (space, input)) {
+        for at in self.segments.routed_devices(segment).filter(|at| *at != (space, exit) && *at != (space, input)) {
             self.receive(State { at, ..state.clone() })?;
         }
         Ok(())
@@ -383,7 +382,7 @@ impl Walk<'_> {
                 if self.segments.networks_of(segment).any(|network| self.spaces.networks[network].space == to) {
                     return true;
                 }
-                queue.extend(self.segments.routed_devices(self.spaces, segment).into_iter().map(|(space, _)| space));
+                queue.extend(self.segments.routed_devices(segment).map(|(space, _)| space));
             }
         }
         reached.contains(&to)

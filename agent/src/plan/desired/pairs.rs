@@ -24,6 +24,14 @@ impl HostSpec {
             if let Ok(address) = IpNetwork::new(address, Transit::prefix_length(family)) {
                 state.insert(Key::Address(device, address), Value::Address);
             }
+            // Without a link-local address the kernel resolves no neighbour for an IPv6 packet that it forwards (`ndisc_send_ns`).
+            if family == Family::V6 {
+                let host = if scope == Scope::Host { 1 } else { 2 };
+                let address = IpAddr::from([0xfe80, 0, 0, 0, 0, 0, 0, host]);
+                if let Ok(address) = IpNetwork::new(address, 64) {
+                    state.insert(Key::Address(device, address), Value::Address);
+                }
+            }
             if scope == Scope::Network {
                 let gateway = RouteTarget::Gateway(device, transit.host(family));
                 state.insert(Key::Route(Cidr::all(family)), Value::Route(gateway));

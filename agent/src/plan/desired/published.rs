@@ -66,8 +66,8 @@ impl Mapping {
 pub(super) struct TransitPorts(BTreeMap<(IpAddr, Transport, u16), Option<u16>>);
 
 impl TransitPorts {
-    /// Only ports that are bound to one address can lead to several containers. The container that was attached first keeps the
-    /// port, so that a new one changes no present translation; another gets the highest port that nothing uses.
+    /// Ports that are bound to different addresses can lead to different containers. The container that was attached first keeps
+    /// the port, so that a new one changes no present translation; another gets the highest port that nothing uses.
     pub(super) fn of(endpoints: &[Arc<Endpoint>]) -> TransitPorts {
         let mut publishers: Vec<&Endpoint> = endpoints.iter().map(|endpoint| &**endpoint).collect();
         publishers.retain(|endpoint| endpoint.published.iter().any(is_bound));
@@ -93,8 +93,7 @@ impl TransitPorts {
     fn highest_free(&self, endpoints: &[Arc<Endpoint>], family: Family, protocol: Transport) -> Option<u16> {
         let published = |port: u16| {
             let covers = |publish: &PublishedPort| {
-                publish.protocol == protocol
-                    && (publish.host_port..=publish.host_port.saturating_add(publish.count - 1)).contains(&port)
+                publish.protocol == protocol && port.checked_sub(publish.host_port).is_some_and(|n| n < publish.count)
             };
             endpoints.iter().flat_map(|endpoint| &endpoint.published).any(covers)
         };

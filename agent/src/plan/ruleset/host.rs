@@ -129,8 +129,8 @@ impl InetTableSpec {
 ///   translated it. Nothing else enters a transit, except replies to connections from it, whose source was translated: otherwise
 ///   a neighbour of the host who knows the transfer address would reach a port that is bound to another address of the host.
 ///
-/// The network's own table has no tunnel source filter and no `output`. Its `prerouting` translates what comes by the transit, and
-/// its `postrouting` masquerades what leaves by it.
+/// The network's own table has no tunnel source filter and no `output`. Its `prerouting` translates what comes by the transit,
+/// and its `postrouting` masquerades what leaves by it.
 pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();

@@ -64,7 +64,8 @@ impl Fixture {
 
     /// Number of the last applied contribution, by namespace.
     fn sequences(&self) -> Vec<u64> {
-        let sequence = |progress: &watch::Receiver<Progress>| progress.borrow().networks.get(&self.name).map_or(0, |p| p.sequence);
+        let sequence =
+            |progress: &watch::Receiver<Progress>| progress.borrow().networks.get(&self.name).map_or(0, |p| p.sequence);
         self.progress.iter().map(sequence).collect()
     }
 
@@ -187,7 +188,11 @@ async fn failure_in_one_namespace_leaves_the_other() {
     fixture.send(StoreEvent::Upsert(entry(3, 3))).await;
     let status = fixture.wait_status("both fail", |status| status.data_path.failed.len() == 2).await;
     assert!(!status.ready, "{status:?}");
-    assert!(status.problems.iter().any(|problem| problem.starts_with("network blue: 1 entry cannot be")), "{:?}", status.problems);
+    assert!(
+        status.problems.iter().any(|problem| problem.starts_with("network blue: 1 entry cannot be")),
+        "{:?}",
+        status.problems
+    );
     assert!(fixture.own().lock().state.contains_key(&route(3)));
     fixture.own().lock().failing_keys.clear();
     fixture.wait_status("one is repaired", |status| status.data_path.failed.len() == 1).await;
@@ -274,10 +279,22 @@ async fn networks_that_name_each_other_are_linked() {
     let own_range = r#""Network":"10.244.4.0/22","Isolated":true,"Backend":{"VNI":8},"Peers":["blue"]"#;
     let apart = r#""Network":"10.8.0.0/16","Isolated":true,"Backend":{"VNI":8},"Peers":["blue"]"#;
     for (green, red, links, problem) in [
-        (green, apart, (false, true), Some("its peer green does not name it, so nothing is routed between them: `overlayctl network set green --peer blue`")),
+        (
+            green,
+            apart,
+            (false, true),
+            Some(
+                "its peer green does not name it, so nothing is routed between them: `overlayctl network set green --peer blue`",
+            ),
+        ),
         (&names_blue, routed, (true, false), Some("its peer red is routed, and only isolated networks")),
         (&names_blue, own_range, (true, false), Some("the range 10.244.4.0/22 of its peer red overlaps its own 10.244.0.0/16")),
-        (&names_blue, red, (true, false), Some("the range 10.9.4.0/22 of its peer red overlaps that of its peer green 10.9.0.0/16")),
+        (
+            &names_blue,
+            red,
+            (true, false),
+            Some("the range 10.9.4.0/22 of its peer red overlaps that of its peer green 10.9.0.0/16"),
+        ),
         (&names_blue, apart, (true, true), None),
     ] {
         let status = fixture.send_others(&[("blue", RANGE), ("green", green), ("red", red)]).await;
@@ -368,7 +385,8 @@ async fn removed_record_of_named_network_keeps_data_path() {
     fixture.send(StoreEvent::Config(None)).await;
     let problems = fixture.status().await.problems;
     assert!(problems.iter().any(|problem| {
-        problem.starts_with("network blue: waiting for the network's configuration") && problem.contains("`overlayctl network create blue`")
+        problem.starts_with("network blue: waiting for the network's configuration")
+            && problem.contains("`overlayctl network create blue`")
     }));
     fixture.join_with(record(RANGE), [1]).await;
     fixture.wait_readiness(true).await;

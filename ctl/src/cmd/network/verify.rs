@@ -77,7 +77,8 @@ mod tests {
 
     #[test]
     fn table_names_each_hop_of_a_way() {
-        let pair = |from: &str, to: &str, verdict, ways, unknown| Pair { from: from.into(), to: to.into(), verdict, ways, unknown };
+        let pair =
+            |from: &str, to: &str, verdict, ways, unknown| Pair { from: from.into(), to: to.into(), verdict, ways, unknown };
         let hop = |namespace: &str, device: &str, what: &str| WayHop {
             namespace: namespace.into(),
             device: Some(device.into()),
@@ -87,7 +88,10 @@ mod tests {
             by: by.to_owned(),
             by_design,
             packet: Some("icmp from 10.1.7.2 to 10.2.7.2".to_owned()),
-            hops: vec![hop("host", "ovt.12", "route 10.2.0.0/16 dev ovt.12"), hop("ov-red", "ovb.12", "route 10.2.7.0/24 dev ovb.12")],
+            hops: vec![
+                hop("host", "ovt.12", "route 10.2.0.0/16 dev ovt.12"),
+                hop("ov-red", "ovb.12", "route 10.2.7.0/24 dev ovb.12"),
+            ],
         };
         let pairs = vec![
             pair("blue", "green", Verdict::Isolated, Vec::new(), Vec::new()),
@@ -105,6 +109,9 @@ mod tests {
              red -> blue    UNKNOWN\n  unknown  host: traffic control"
         );
         let json = serde_json::to_value(ReportView(&report)).expect("JSON");
-        assert_eq!((&json["pairs"][1]["verdict"], &json["pairs"][2]["ways"][0]["hops"][0]["namespace"]), (&"by-design".into(), &"host".into()));
+        assert_eq!(
+            (&json["pairs"][1]["verdict"], &json["pairs"][2]["ways"][0]["hops"][0]["namespace"]),
+            (&"by-design".into(), &"host".into())
+        );
     }
 }

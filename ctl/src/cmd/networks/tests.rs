@@ -1,14 +1,14 @@
 //! Commands about several networks against a fake agent.
 
-use overlay_agent::model::api::{AttachRequest, DataPathStatus, Health, Status, StoreStatus};
+use clap::Parser;
+use overlay_agent::model::api::{AttachRequest, DataPathStatus, Health, NetworkKind, Status, StoreStatus};
 use serde_json::json;
 
 use super::*;
-use crate::client::fake_agent::FakeAgent;
+use crate::client::tests::fake_agent::FakeAgent;
 use crate::cmd::{Cli, CommandError, Context, Outcome, attach, detach, network};
 use crate::etcd::EtcdArgs;
 use crate::output::{Format, Printer};
-use clap::Parser;
 
 const NOT_FOUND: (u16, &str) = (404, r#"{"error":"this host is not in it"}"#);
 
@@ -168,6 +168,8 @@ fn status(servers: &[&str]) -> String {
         refused: Vec::new(),
     };
     let status = Status {
+        name: NetworkName::default().to_string(),
+        kind: NetworkKind::Routed,
         version: String::new(),
         node: String::new(),
         node_id: String::new(),

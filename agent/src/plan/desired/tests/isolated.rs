@@ -96,6 +96,7 @@ fn namespace_of_isolated_network_has_expected_entries() {
         "address fe80::c4b3:ecff:fe32:6547/64 dev ovb.7 present",
         "address 169.254.64.3/31 dev ovt.7 present",
         "address fd6f:7665:726c:6179::3/127 dev ovt.7 present",
+        "address fe80::2/64 dev ovt.7 present",
         "table inet overlayd 5 chains",
         "table bridge overlayd 4 chains",
         "element of ports4: tcp . 80 to 10.9.1.2:8080",
@@ -137,6 +138,7 @@ fn host_has_only_the_transit_of_an_isolated_network() {
         "link ovt.7 veth mtu 1500 up",
         "address 169.254.64.2/31 dev ovt.7 present",
         "address fd6f:7665:726c:6179::2/127 dev ovt.7 present",
+        "address fe80::1/64 dev ovt.7 present",
         "table inet overlayd 11 chains",
         "table bridge overlayd 4 chains",
         "element of ports4: udp . 53 to 169.254.64.3:53",
@@ -370,4 +372,29 @@ fn addresses_that_the_host_depends_on_matter_to_routed_networks_only() {
     let host = HostSpec { reserved, ..blue(BLUE, BLUE_KEY, &[]) };
     assert!(host.entries(Scope::Network).contains_key(&Key::Unreachable(cidr("10.9.2.0/23"))));
     assert!(!HostSpec { isolation: None, ..host }.entries(Scope::Host).contains_key(&Key::Unreachable(cidr("10.9.2.0/23"))));
+}
+
+#[test]
+fn networks_of_all_kinds_share_no_key_in_the_host() {
+    let red = {
+        let config = r#"{"Network":"10.20.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:20::/48","Backend":{"VNI":9}}"#;
+        let isolation = Isolation { namespace: "ov-red".to_owned(), transit: Transit::new(2), peers: Vec::new() };
+        HostSpec { isolation: Some(isolation), numbered_sets: true, ..host(config, "10.20.1.0-24&fd00:20:0:1::-64") }
+    };
+    let hosts = [host(DUAL, DUAL_KEY), second_network(), blue(BLUE, BLUE_KEY, &["80:80"]), red];
+    let shared = shared_entries(&hosts.each_ref().map(|host| host.shared(Scope::Host)).each_ref(), &NamespaceFacts::default());
+    let parts = hosts.map(|host| {
+        let mut state = host.entries(Scope::Host);
+        state.extend(host.peer_entries(&peer()).into_iter().filter(|(key, _)| host.peer_entry_scope(key) == Scope::Host));
+        // The peer has the same subnet in each network, where routes and unreachable ranges are each network's own.
+        state.retain(|key, _| !matches!(key, Key::Route(_) | Key::Unreachable(_)));
+        state
+    });
+    let parts: Vec<&State> = [&shared].into_iter().chain(&parts).collect();
+    for (i, part) in parts.iter().enumerate() {
+        for other in &parts[i + 1..] {
+            let common: Vec<&Key> = part.keys().filter(|key| other.contains_key(*key)).collect();
+            assert!(common.is_empty(), "{common:?}");
+        }
+    }
 }

@@ -198,6 +198,7 @@ fn cases_match_fixtures() {
         let mut kernel = SimulatedKernel::new(actual);
         let applied = batch.iter().filter(|op| kernel.apply(op)).count();
         if applied == batch.len() {
+            assert_eq!(normalise(kernel.state.clone()), kernel.state, "{name}: as the kernel reports it");
             for (key, wanted) in &desired {
                 assert!(kernel.state.get(key).is_some_and(|found| is_satisfied(wanted, found)), "{name}: {key}");
             }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::Client;
+use crate::client::Client;
 
 /// A running fake agent; ends with this value.
 #[derive(Debug)]
