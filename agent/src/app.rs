@@ -197,9 +197,8 @@ fn contributors(
     let name = NetworkName::default();
     let all = named.iter().chain([(&name, default)].into_iter().filter(|_| !named.is_empty()));
     // A network without a subnet has no entries yet, and it may never have any.
-    let held = all.filter(|(name, state)| {
-        state.preferred_subnet().is_some() && (name.is_default() || state.last_record().is_some())
-    });
+    let held =
+        all.filter(|(name, state)| state.preferred_subnet().is_some() && (name.is_default() || state.last_record().is_some()));
     held.map(|(name, _)| (name.clone(), NetworkProgress::default())).collect()
 }
 

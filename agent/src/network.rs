@@ -9,6 +9,7 @@
 //! wins.
 
 mod isolation;
+mod link;
 mod planner;
 mod report;
 mod scope;
@@ -32,9 +33,11 @@ use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
 use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, NetworkRecord, Node, PerFamily, Subnet};
 use crate::plan::Key;
-use crate::plan::contribution::{HostView, Progress, ReconcilerInput};
+use crate::plan::contribution::ReconcilerInput;
 use crate::plan::isolation::Transit;
 use crate::plan::underlay::UnderlaySelector;
+
+pub use link::ReconcilerLink;
 
 use isolation::Connections;
 use planner::Planner;
@@ -133,28 +136,6 @@ pub enum NetworkQuery {
     Subnets(oneshot::Sender<Vec<SubnetRow>>),
     /// Every peer in the data path.
     Peers(oneshot::Sender<Vec<PeerRow>>),
-}
-
-/// A network's ends of the channels to a reconciler.
-#[derive(Debug, Clone)]
-pub struct ReconcilerLink {
-    /// To the reconciler.
-    pub input: mpsc::Sender<ReconcilerInput>,
-    /// The network namespace as the reconciler read it; `None` before the first read.
-    pub view: watch::Receiver<Option<Arc<HostView>>>,
-    /// What the reconciler applied.
-    pub progress: watch::Receiver<Progress>,
-}
-
-impl ReconcilerLink {
-    /// Waits for a message; [`ScopeState::fold`] reads it. Never returns once the reconciler has ended.
-    async fn changed(&mut self) {
-        tokio::select! {
-            Ok(()) = self.view.changed() => self.view.mark_changed(),
-            Ok(()) = self.progress.changed() => self.progress.mark_changed(),
-            else => std::future::pending().await,
-        }
-    }
 }
 
 /// A network's ends of its channels, which outlive a run of it; all are bounded.

@@ -101,13 +101,20 @@ async fn host_of_another_network_cannot_inject() {
             ("a peer with its container's address", "h3", address(&peer, family), Outcome::Delivered),
             ("a host of blue with its container's address there", "h2", address(&stranger, family), Outcome::Dropped),
             ("a host of blue with an address of green's peer", "h2", address(&peer, family), Outcome::Dropped),
-            ("a host of blue with its default container's address", "h2", *default.get(family).expect_ok("one"), Outcome::Dropped),
+            (
+                "a host of blue with its default container's address",
+                "h2",
+                *default.get(family).expect_ok("one"),
+                Outcome::Dropped,
+            ),
             ("a host of blue with its own address", "h2", own, Outcome::Dropped),
             ("a stranger with an address of green's peer", "world", address(&peer, family), Outcome::Dropped),
             ("a peer with an address of the target's subnet", "h3", address(&target, family), Outcome::Dropped),
         ] {
             let (inner, data) = guard.frame(mac, source, to);
-            guard.assert_outcome(&format!("{name} ({family})"), expected, &data, || guard.send(from, family, green, &inner)).await;
+            guard
+                .assert_outcome(&format!("{name} ({family})"), expected, &data, || guard.send(from, family, green, &inner))
+                .await;
         }
         // A host of blue and green as well: with the VNI of blue it reaches no container of green.
         let (inner, data) = guard.frame(mac, address(&stranger, family), to);
@@ -129,7 +136,10 @@ async fn host_of_another_network_cannot_inject() {
         })
         .await;
         assert_eq!(guard.dropped().await, before, "another tenant's packets are not counted");
-        assert!(!guard.tap.frames().iter().any(|frame| frame.ends_with(&data) || frame.ends_with(&mark)), "nothing reached green");
+        assert!(
+            !guard.tap.frames().iter().any(|frame| frame.ends_with(&data) || frame.ends_with(&mark)),
+            "nothing reached green"
+        );
     }
     // The filter stays without the agent.
     let (mac, to) = (vtep.v4.expect_ok("a VTEP").0, address(&target, Family::V4));

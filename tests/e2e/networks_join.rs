@@ -14,7 +14,8 @@ const HOSTS: [&str; 2] = ["h1", "h2"];
 /// interface index is given, and of the rules.
 fn foreign(notifications: &Notifications, transits: &[u64]) -> Vec<String> {
     let of_transit = |line: &String| transits.iter().any(|index| line.contains(&format!("interface {index},")));
-    let of_rules_or_kernel = |line: &String| line.starts_with("nftables") || line.contains("proto 2,") || line.starts_with("netconf");
+    let of_rules_or_kernel =
+        |line: &String| line.starts_with("nftables") || line.contains("proto 2,") || line.starts_with("netconf");
     notifications.drain().into_iter().filter(|line| !of_transit(line) && !of_rules_or_kernel(line)).collect()
 }
 

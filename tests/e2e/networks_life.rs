@@ -152,7 +152,8 @@ async fn prober_detects_opened_ways() {
     );
     eventually("a link between the bridges is a way", CONVERGE_TIMEOUT, || {
         let found = prober.crossings();
-        let is_found = |from: &str, to: &str| found.iter().any(|crossing| crossing.from_network == from && crossing.to_network == to);
+        let is_found =
+            |from: &str, to: &str| found.iter().any(|crossing| crossing.from_network == from && crossing.to_network == to);
         if is_found("blue", "green") && is_found("green", "blue") { Ok(()) } else { Err(format!("{found:?}")) }
     })
     .await;
@@ -234,10 +235,8 @@ async fn deleted_namespace_is_rebuilt_at_start() {
     let green: Vec<_> = green.into_iter().filter(|(target, _)| target == "h1.green").collect();
     story.restart("h1", Signal::SIGKILL);
     Netns::delete(&networks::namespace_name(&story.lab, "h1", "blue")).expect_ok("delete the namespace");
-    eventually_true("the kernel has destroyed it", CONVERGE_TIMEOUT, || {
-        kernel::link(&story.lab, "h1-blue-c1", "eth0").is_none()
-    })
-    .await;
+    eventually_true("the kernel has destroyed it", CONVERGE_TIMEOUT, || kernel::link(&story.lab, "h1-blue-c1", "eth0").is_none())
+        .await;
     story.start("h1").await;
     networks::wait_state(&story.lab, "h1", &story.states["h1"], "after the start").await;
     story.restart_flow("blue").await;
@@ -319,7 +318,8 @@ async fn changed_vni_is_followed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn rebooted_host_keeps_its_networks() {
     let story = Story::begin().await;
-    let leases = |lab: &TestLab| NETWORKS.map(|network| networks::leases(lab, network).into_iter().map(|l| l.key).collect::<Vec<_>>());
+    let leases =
+        |lab: &TestLab| NETWORKS.map(|network| networks::leases(lab, network).into_iter().map(|l| l.key).collect::<Vec<_>>());
     let before = leases(&story.lab);
     let Story { lab, containers, flows, prober, .. } = story;
     for (_, flow) in flows {
@@ -328,7 +328,8 @@ async fn rebooted_host_keeps_its_networks() {
     prober.stop("before the reboot").await;
     lab.host("h1").agent_stop(Signal::SIGKILL).expect_ok("SIGKILL");
     let prefix = lab.layout().namespace("h1");
-    let is_of_host = |name: &String| name.strip_prefix(&prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-']));
+    let is_of_host =
+        |name: &String| name.strip_prefix(&prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '-']));
     for name in Netns::list().expect_ok("namespaces").into_iter().filter(is_of_host) {
         Netns::delete(&name).expect_ok(&name);
     }

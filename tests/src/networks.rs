@@ -133,7 +133,9 @@ pub fn namespace_name(lab: &TestLab, host: &str, network: &str) -> String {
 pub fn host_state(lab: &TestLab, host: &str) -> BTreeSet<String> {
     let isolated = lab.host(host).isolated_namespaces().expect_ok(host);
     let targets = std::iter::once(host.to_owned()).chain(isolated.iter().map(|(network, _)| format!("{host}.{network}")));
-    targets.flat_map(|target| kernel::actual_state(lab, &target).into_iter().map(move |line| format!("{target}: {line}"))).collect()
+    targets
+        .flat_map(|target| kernel::actual_state(lab, &target).into_iter().map(move |line| format!("{target}: {line}")))
+        .collect()
 }
 
 /// Waits until a host's entries are those of an earlier time.

@@ -123,7 +123,10 @@ impl Prober {
         self.end();
         self.assert_isolated(context);
         let seen = lock(&self.seen);
-        println!("{context}: {} ordered pairs of networks, {} packets in {} rounds, 0 crossings", self.pairs, seen.sent, seen.rounds);
+        println!(
+            "{context}: {} ordered pairs of networks, {} packets in {} rounds, 0 crossings",
+            self.pairs, seen.sent, seen.rounds
+        );
     }
 
     /// Ends the prober, and checks that no packet crossed.
@@ -160,7 +163,8 @@ fn stations(lab: &TestLab, host: &Host<'_>) -> Vec<Station> {
     let attached = container::list_attached(host).expect_ok(host.name());
     let station = |found: container::AttachedContainer| {
         let target = format!("{}-{}", host.name(), found.name);
-        let gateway = if found.network.is_default() { host.name().to_owned() } else { format!("{}.{}", host.name(), found.network) };
+        let gateway =
+            if found.network.is_default() { host.name().to_owned() } else { format!("{}.{}", host.name(), found.network) };
         Station {
             socket: PacketSocket::open_all(&found.netns),
             mac: mac_of(&target, "eth0").expect_ok(&format!("eth0 in {target}")),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::iter;
 use std::sync::Arc;
 
-use super::ReconcilerLink;
+use super::link::ReconcilerLink;
 use crate::model::NetworkName;
 use crate::plan::contribution::{Contribution, EntryChange, HostView, NetworkProgress, Progress};
 use crate::plan::isolation::Scope;

@@ -269,7 +269,9 @@ async fn run_check(context: &Context, lab: &Lab) -> Result<Outcome, CommandError
     }
     let crossings = report.isolation.map_or(0, |isolation| isolation.crossings.len());
     if crossings > 0 {
-        eprintln!("overlayctl: {crossings} datagrams reached another network: `overlayctl network verify` on the hosts says by which way");
+        eprintln!(
+            "overlayctl: {crossings} datagrams reached another network: `overlayctl network verify` on the hosts says by which way"
+        );
     }
     Ok(Outcome::Negative)
 }

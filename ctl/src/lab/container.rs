@@ -41,12 +41,7 @@ impl Host<'_> {
     }
 
     /// The same for any network, with further fields of the request. The host joins the network with its first container.
-    pub async fn attach_in(
-        &self,
-        network: &NetworkName,
-        name: &str,
-        request: AttachRequest,
-    ) -> Result<AttachResponse, LabError> {
+    pub async fn attach_in(&self, network: &NetworkName, name: &str, request: AttachRequest) -> Result<AttachResponse, LabError> {
         let endpoint: EndpointName = name.parse().map_err(|e| LabError::Options { message: format!("{e}") })?;
         let namespace = self.lab().layout().namespace(&format!("{}-{name}", self.name()));
         let netns = Netns::create(&namespace)?;

@@ -421,7 +421,12 @@ mod tests {
             (LabOptions { containers: 999, ..options() }, "--containers 999"),
             (LabOptions { isolated: 101, ..options() }, "--networks 101"),
             (
-                LabOptions { isolated: 1, hosts: 256, networks: PerFamily { v4: "10.128.0.0/12".parse().ok(), v6: None }, ..options() },
+                LabOptions {
+                    isolated: 1,
+                    hosts: 256,
+                    networks: PerFamily { v4: "10.128.0.0/12".parse().ok(), v6: None },
+                    ..options()
+                },
                 "--hosts 256",
             ),
             (LabOptions { networks: v6, ..options() }, "see --family"),

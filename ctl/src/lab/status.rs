@@ -86,7 +86,10 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
         containers: Vec::new(),
     };
     match container::list_attached(host) {
-        Ok(all) => found.containers = all.into_iter().map(|f| ContainerStatus { name: f.name, network: f.network, addresses: f.addresses }).collect(),
+        Ok(all) => {
+            found.containers =
+                all.into_iter().map(|f| ContainerStatus { name: f.name, network: f.network, addresses: f.addresses }).collect()
+        }
         Err(error) => found.problems.push(error.to_string()),
     }
     if found.agent_pid.is_none() {

@@ -35,7 +35,8 @@ impl MetricsPage {
         let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         Ok(MetricsPage::parse(
-            &http_get(stream, "overlayd", "/metrics").with_context(|| format!("{} does not return its metrics", socket.display()))?,
+            &http_get(stream, "overlayd", "/metrics")
+                .with_context(|| format!("{} does not return its metrics", socket.display()))?,
         ))
     }
 

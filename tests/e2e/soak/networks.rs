@@ -87,7 +87,8 @@ impl Soak {
     /// Waits until each host is ready in its networks, with every other host there as a peer.
     pub async fn wait_networks_converged(&self) {
         for network in NETWORKS {
-            let hosts: BTreeSet<&str> = self.in_networks.iter().filter(|(_, at, _)| *at == network).map(|(host, ..)| *host).collect();
+            let hosts: BTreeSet<&str> =
+                self.in_networks.iter().filter(|(_, at, _)| *at == network).map(|(host, ..)| *host).collect();
             for host in hosts {
                 let client = self.lab.host(host).client_of(&networks::name(network));
                 // A host without containers keeps its lease for some minutes.

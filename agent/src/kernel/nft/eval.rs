@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6};
 use super::expr::uapi::*;
-use super::registers::{MatchResult, Registers, Translation};
+use super::registers::{MatchResult, Registers};
 use super::snapshot::{ChainDump, RuleDump, RuleRef, RulesetSnapshot, family_name};
 use super::table::hook_number;
+use super::translation::Translation;
 use super::xtables;
 use crate::kernel::packet::Packet;
 use crate::model::Family;

@@ -229,8 +229,14 @@ mod tests {
         let mut isolation = Isolation { networks: 2, sent: 8, crossings: Vec::new() };
         let text = |isolation: &Isolation| {
             let isolation = Some(isolation.clone());
-            let report =
-                Report { ok: false, containers: Vec::new(), overlay: Vec::new(), egress: Vec::new(), isolation, remarks: Vec::new() };
+            let report = Report {
+                ok: false,
+                containers: Vec::new(),
+                overlay: Vec::new(),
+                egress: Vec::new(),
+                isolation,
+                remarks: Vec::new(),
+            };
             CheckView(&report).text(Style::PLAIN, false)
         };
         assert!(text(&isolation).ends_with("\nisolation 8 datagrams between 2 networks: none arrived"), "{}", text(&isolation));
