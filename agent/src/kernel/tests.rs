@@ -8,3 +8,4 @@ mod netns;
 mod peers;
 mod rtnl;
 mod support;
+mod tables;

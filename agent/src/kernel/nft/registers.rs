@@ -5,12 +5,11 @@ use std::net::IpAddr;
 use std::ops::Range;
 use std::rc::Rc;
 
-use serde::{Deserialize, Serialize};
-
 use super::codec;
 use super::expr::uapi::*;
 use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
 use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
+use super::translation::Translation;
 use super::xtables;
 use crate::kernel::packet::{Packet, ethertype};
 use crate::model::Family;
@@ -44,30 +43,6 @@ impl MatchResult {
             MatchResult::Unknown => MatchResult::Unknown,
         }
     }
-}
-
-/// An address translation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Translation {
-    /// The destination changes.
-    Destination {
-        /// The new address; absent if unchanged.
-        address: Option<IpAddr>,
-        /// The new port; absent if unchanged.
-        port: Option<u16>,
-    },
-    /// The source changes.
-    Source {
-        /// The new address; absent if unchanged.
-        address: Option<IpAddr>,
-    },
-    /// The source becomes the address of the output interface.
-    Masquerade,
-    /// The destination becomes this host.
-    Redirect,
-    /// A translation that this program cannot decode.
-    Unknown,
 }
 
 /// Sixteen registers of four bytes after the 16 bytes of the verdict (`struct nft_regs`).

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use super::codec;
 use super::expr::uapi::*;
-use super::registers::Translation;
+use super::translation::Translation;
 use crate::kernel::packet::{Packet, TCP, UDP};
 use crate::model::Family;
 
