@@ -30,12 +30,12 @@ use std::collections::BTreeMap;
 pub(super) use apply::is_ruleset_key;
 pub(super) use codec::NFNLGRP_NFTABLES;
 pub(super) use conntrack::{ConntrackCleaner, NatMappings, StaleFilter};
-pub use eval::{EvalResult, PossibleTranslation};
+pub use eval::EvalResult;
 pub use monitor::{NftChange, NftMonitor};
 pub use snapshot::{RuleRef, RulesetSnapshot, legacy_tables};
 pub use table::CounterValue;
 pub use trace_monitor::{TraceEvent, TraceMonitor, TraceRead};
-pub use translation::Translation;
+pub use translation::{PossibleTranslation, Translation};
 
 use nfnl_socket::NfnlSocket;
 

@@ -10,3 +10,4 @@ mod netns;
 mod peers;
 mod rtnl;
 mod support;
+mod tables;

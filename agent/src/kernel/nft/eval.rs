@@ -13,7 +13,7 @@ use super::expr::uapi::*;
 use super::registers::{MatchResult, Registers};
 use super::snapshot::{ChainDump, RuleDump, RuleRef, RulesetSnapshot, family_name};
 use super::table::hook_number;
-use super::translation::Translation;
+use super::translation::{PossibleTranslation, Translation};
 use super::xtables;
 use crate::kernel::packet::Packet;
 use crate::model::Family;
@@ -49,17 +49,6 @@ impl EvalResult {
     pub fn is_certain_drop(&self) -> bool {
         self.dropped.is_some() && self.possible_accepts.is_empty()
     }
-}
-
-/// A translation that may apply.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PossibleTranslation {
-    /// The translation.
-    pub translation: Translation,
-    /// Its rule.
-    pub rule: RuleRef,
-    /// Protocol and destination port of the packets, if it is an element of a map of published ports.
-    pub published: Option<(u8, u16)>,
 }
 
 /// The outcome of a chain.

@@ -1,8 +1,10 @@
-//! An address translation by a rule, as the evaluation of rules reports it.
+//! Address translations of rules.
 
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
+
+use super::snapshot::RuleRef;
 
 /// An address translation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,4 +28,15 @@ pub enum Translation {
     Redirect,
     /// A translation that this program cannot decode.
     Unknown,
+}
+
+/// A translation that may apply.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PossibleTranslation {
+    /// The translation.
+    pub translation: Translation,
+    /// Its rule.
+    pub rule: RuleRef,
+    /// Protocol and destination port of the packets, if it is an element of a map of published ports.
+    pub published: Option<(u8, u16)>,
 }
