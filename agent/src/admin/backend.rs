@@ -61,8 +61,8 @@ pub trait Directory: Send + Sync + 'static {
     fn join(&self, name: &NetworkName) -> impl Future<Output = Result<Arc<Self::Network>, ApiError>> + Send;
 }
 
-/// One network of the agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that has to
-/// complete.
+/// One network of the agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that
+/// has to complete.
 pub trait Backend: Send + Sync + 'static {
     /// The agent's health.
     fn status(&self) -> impl Future<Output = Result<Status, ApiError>> + Send;

@@ -208,7 +208,8 @@ fn signal_outcome(signal: Signal) -> Outcome {
     Outcome::Code(u8::try_from(EXIT_SIGNAL_BASE + signal as i32).unwrap_or(1))
 }
 
-/// Detaches the endpoint from its networks, then removes the resolver file and the namespace. Retries while the agent is unreachable.
+/// Detaches the endpoint from its networks, then removes the resolver file and the namespace. Retries while the agent is
+/// unreachable.
 async fn teardown(
     context: &Context,
     name: &EndpointName,
