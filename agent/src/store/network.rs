@@ -50,8 +50,7 @@ impl NetworkStore {
         let shared = &self.store.shared;
         let keys = shared.config.validate()?.network(&self.name);
         let watch_state = WatchState::new();
-        let mut lease_keeper =
-            LeaseKeeper::new(&shared.config, &shared.host_lease, &watch_state, events.clone(), lease_request);
+        let mut lease_keeper = LeaseKeeper::new(&shared.config, &shared.host_lease, &watch_state, events.clone(), lease_request);
         let mut last_session = None;
         let follow = self.follow(keys, &watch_state, &mut lease_keeper, &mut last_session, &events);
         let result = tokio::select! {
@@ -131,7 +130,9 @@ impl NetworkStore {
             }
             let error = error.to_string();
             match last_reported {
-                Some(Connection::Down { error: ref last }) if *last == error => debug!(network = %self.name, error, "cannot watch"),
+                Some(Connection::Down { error: ref last }) if *last == error => {
+                    debug!(network = %self.name, error, "cannot watch")
+                }
                 _ => warn!(network = %self.name, error, "cannot watch the network; retrying, data path unchanged"),
             }
             if let Err(error) = watcher.report_down(error, &mut last_reported, events).await {

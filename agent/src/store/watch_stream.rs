@@ -74,8 +74,7 @@ impl NetworkWatch {
         let (from, to) = session.keys.subnets_range();
         let subnets = WatchOptions::new().with_range(to).with_start_revision(subnets_from).with_progress_notify();
         let config = WatchOptions::new().with_start_revision(config_from);
-        for (keys, key, options) in
-            [(WatchedKeys::Config, session.keys.config(), config), (WatchedKeys::Subnets, from, subnets)]
+        for (keys, key, options) in [(WatchedKeys::Config, session.keys.config(), config), (WatchedKeys::Subnets, from, subnets)]
         {
             let (created, result) = oneshot::channel();
             let watch = Watch { keys, responses: sender.clone(), end: end.clone() };

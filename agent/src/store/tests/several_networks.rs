@@ -90,10 +90,8 @@ async fn network_that_starts_or_stops_touches_no_other() {
         etcd.put("networks/blue/subnets/10.244.250.0-24", VALUE, None).await;
         blue.find(|event| matches!(event, StoreEvent::Upsert(e) if e.key == "10.244.250.0-24").then_some(())).await;
         blue.stop().await;
-        eventually("blue's watches are not cancelled", async || {
-            etcd.metric(&["etcd_debugging_mvcc_watcher_total"]).await == 2
-        })
-        .await;
+        eventually("blue's watches are not cancelled", async || etcd.metric(&["etcd_debugging_mvcc_watcher_total"]).await == 2)
+            .await;
         assert_eq!(etcd.subnets_of("blue").await.0.len(), 2, "a stopped network keeps its lease");
     }
     let messages = async || etcd.metric(&["grpc_server_msg_sent_total", "grpc_method=\"Watch\""]).await;
