@@ -147,10 +147,10 @@ impl<'a> LeaseKeeper<'a> {
             self.held_lease = None;
             self.report_state(OwnLease::NotHeld { reason }).await?;
         }
-        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(*id))) {
-            if let Err(error) = self.host_lease.revoke_unused(session, id).await {
-                debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
-            }
+        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(*id)))
+            && let Err(error) = self.host_lease.revoke_unused(session, id).await
+        {
+            debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
         }
         let step = lease::decide(&snapshot, request, &self.state);
         debug!(revision = snapshot.revision, attempt = self.state.attempt, ?step, "decided");
