@@ -10,9 +10,10 @@ use overlay_agent::model::{Device, Family, Mac, Role};
 use overlay_agent::plan::ruleset::{Hook, TABLE};
 use overlay_agent::plan::sysctls;
 
+use super::report::{Pair, Way, WayHop};
 use super::segments::{Node, Segments, switch_of};
 use super::spaces::{HOST, Network, Spaces};
-use super::{Pair, Way, WayHop, packets, taints};
+use super::{packets, taints};
 use crate::trace::TraceError;
 
 /// Maximum number of namespaces that a packet passes.
