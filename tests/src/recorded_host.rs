@@ -1,7 +1,7 @@
 //! Rebuilds a host that an earlier release ran, from its recorded state below `tests/fixtures/releases`.
 //!
-//! `tests/fixtures/releases/README.md` describes the files. `@c1@` in them is the name of a container's namespace and `@id:c1@` its
-//! identity, which differ in each lab.
+//! `tests/fixtures/releases/README.md` describes the files. `@c1@` in them is the name of a container's namespace and `@id:c1@`
+//! its identity, which differ in each lab.
 
 use std::fs;
 use std::os::fd::AsRawFd;
@@ -26,8 +26,8 @@ const LEASE_SECONDS: u32 = 86_400;
 /// `NLMSG_ERROR` of `linux/netlink.h`.
 const NLMSG_ERROR: u16 = 2;
 
-/// Rebuilds the kernel state, the state directory and the lease of [`HOST`], and gives [`PEER`] its identity. The lab has no running
-/// agents, and both families.
+/// Rebuilds the kernel state, the state directory and the lease of [`HOST`], and gives [`PEER`] its identity. The lab has no
+/// running agents, and both families.
 pub fn rebuild(lab: &TestLab, release: &str) {
     let fixture = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/releases").join(release);
     let containers = CONTAINERS.map(|name| {

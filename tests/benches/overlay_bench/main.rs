@@ -76,8 +76,8 @@ enum Measurement {
     Attach(attach::AttachArguments),
     /// Throughput between containers, and cost of the rules; baseline: the hosts, a plain bridge, the same path without rules
     Data(data::DataArguments),
-    /// Many isolated networks on a host, a new one until its first packet, and throughput in one; baseline: one network, the default
-    /// network
+    /// Many isolated networks on a host, a new one until its first packet, and throughput in one; baseline: one network, and the
+    /// default network
     Networks(networks::NetworksArguments),
     /// Charts from the output of the other sub-commands with --json
     Draw(draw::DrawArguments),
