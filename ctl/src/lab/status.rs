@@ -110,6 +110,9 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
             .to_owned();
             found.problems.extend(status.problems);
             found.subnet = status.lease.map(|lease| lease.subnet);
+            let joined = client.networks().await.map(|all| all.networks).unwrap_or_default();
+            let waiting = joined.iter().filter(|network| !network.ready && !network.name.is_default());
+            found.problems.extend(waiting.map(|network| format!("network {} is not ready", network.name)));
         }
     }
     found
