@@ -40,6 +40,9 @@ struct State {
     untracked: bool,
 }
 
+/// Where a packet arrives, its addresses, protocol and port, the rules that translated it, and whether a peer link carried it.
+type Arrival = ((usize, u32), IpAddr, IpAddr, u8, u16, Vec<String>, bool);
+
 /// Follows all packets of a network.
 struct Walk<'a> {
     spaces: &'a mut Spaces,
@@ -50,7 +53,7 @@ struct Walk<'a> {
     unknown: BTreeMap<usize, BTreeSet<String>>,
     /// Namespaces that packets passed.
     passed: BTreeSet<usize>,
-    seen: BTreeSet<((usize, u32), IpAddr, IpAddr, u8, u16, Vec<String>, bool)>,
+    seen: BTreeSet<Arrival>,
 }
 
 /// Examines the pairs from a network to others.
