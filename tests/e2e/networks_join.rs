@@ -33,7 +33,11 @@ struct Fixture {
 
 impl Fixture {
     async fn new() -> Fixture {
-        let lab = TestLab::up(|options| options.containers = 1).await;
+        let lab = TestLab::up(|options| {
+            options.containers = 1;
+            options.agent_args.push(networks::LEAVE_AFTER.to_owned());
+        })
+        .await;
         networks::create_all(&lab, &["blue", "green"]);
         let blue = attach_to_each(&lab, "blue", &HOSTS).await;
         let flow = networks::ping(&lab, "h1-blue-c1", "h2-blue-c1", &blue[1], Family::V4).await;
@@ -89,7 +93,11 @@ async fn leave_and_removal_touch_no_other_network() {
     for host in HOSTS {
         networks::detach(lab, host, "green", "green-c1").await;
     }
-    networks::network_command(lab, &["rm", "green"]).assert_code(1).assert_stderr_contains(&["in use by h1", "h2"]);
+    networks::network_command(lab, &["rm", "green"]).assert_code(1).assert_stderr_contains(&[
+        "green is in use by",
+        "h1 (",
+        "h2 (",
+    ]);
     for host in HOSTS {
         networks::wait_left(lab, host, "green").await;
     }
