@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use overlay_agent::kernel::trace::Link;
 use overlay_agent::model::Device;
 
-use super::WayHop;
+use super::report::WayHop;
 use super::spaces::{Network, Spaces};
 
 /// Kinds of links whose packets appear at the link to which `IFLA_LINK` refers.
