@@ -34,6 +34,8 @@ pub struct HostConfig {
     pub selection: UnderlaySelector,
     /// Named networks that the host is in also without containers there.
     pub networks: Vec<NetworkName>,
+    /// How long the host stays in a named network without containers there.
+    pub leave_after: Duration,
     /// Start of the names of isolated networks' namespaces.
     pub netns_prefix: String,
     /// The host's display name.
@@ -134,6 +136,7 @@ impl Validator {
             etcd: self.etcd(),
             selection: self.selection(),
             networks: self.networks(),
+            leave_after: self.duration("leave-after", Duration::from_secs(1), Duration::from_secs(86_400)),
             netns_prefix: self.netns_prefix(),
             node_name: self.node_name(),
             ip_masq: self.boolean("ip-masq"),

@@ -2,9 +2,9 @@
 //! `etcd-client`.
 //!
 //! All networks share one connection to one server, with one gRPC stream for their watches, and one etcd lease.
-//! [`Store::run_connection`] is the task of that shared part. [`NetworkStore::run`] is one task for each network. It runs the watch
-//! (`watch`) and the lease keeper (`lease_keeper`) concurrently; an error that concerns its keys only is retried there. If the
-//! connection fails, all networks continue over a new one.
+//! [`Store::run_connection`] is the task of that shared part. [`NetworkStore::run`] is one task for each network. It runs the
+//! watch (`watch`) and the lease keeper (`lease_keeper`) concurrently; an error that concerns its keys only is retried there. If
+//! the connection fails, all networks continue over a new one.
 //!
 //! ```text
 //!                                         Link
@@ -18,7 +18,7 @@
 //! | file | contents |
 //! | --- | --- |
 //! | `connection` | the shared part; `watch_stream`: the watches of all networks; `host_lease`: their etcd lease |
-//! | `network` | a network's part |
+//! | `client` | the handle of the store; `network`: a network's part |
 //! | `connect` | settings, endpoints, TLS, login, timeouts; `discovery`: endpoints by DNS; `certificate`: expiry dates |
 //! | `keys`, `codec` | keys and values of the flannel v3 schema |
 //! | `read`, `watch` | a paged snapshot at one revision; then every change after it |
@@ -27,16 +27,8 @@
 //! | `networks` | the networks' records: read at one revision, written and removed in one transaction each |
 //! | `oneshot` | single requests for programs without an agent; `clock` reads an etcd server's clock |
 
-use std::sync::Arc;
-
-use tokio::sync::{mpsc, watch as latest};
-use tokio_util::sync::CancellationToken;
-
-use crate::metrics::Metrics;
-use crate::model::NetworkName;
-use crate::model::event::{LeaseRequest, StoreEvent};
-
 mod certificate;
+mod client;
 mod clock;
 mod codec;
 mod connect;
@@ -57,8 +49,7 @@ mod watch;
 mod watch_stream;
 mod write;
 
-use connection::Shared;
-
+pub use client::Store;
 pub use clock::server_clock;
 pub use codec::{MAX_NODE_ID, MAX_NODE_NAME, MAX_VALUE, read_entry};
 pub use connect::StoreConfig;
@@ -70,55 +61,6 @@ pub use oneshot::{
     ConfigText, MemberStatus, ReleaseReport, ReplaceCondition, Snapshot, get_config, member_status, put_config, read_all,
     release, remaining_ttls,
 };
-
-/// The agent's etcd client. Clones share the connection.
-#[derive(Debug, Clone)]
-pub struct Store {
-    shared: Arc<Shared>,
-}
-
-impl Store {
-    /// Creates a store with these settings. Does not connect.
-    pub fn new(config: StoreConfig) -> Store {
-        Store { shared: Arc::new(Shared::new(config, None)) }
-    }
-
-    /// A store with the same settings that records the duration and result of each request in `metrics`.
-    pub fn with_metrics(self, metrics: Arc<Metrics>) -> Store {
-        Store { shared: Arc::new(Shared::new(self.shared.config.clone(), Some(metrics))) }
-    }
-
-    /// A network's part of the store. It uses the connection of [`Self::run_connection`].
-    pub fn network(&self, name: &NetworkName) -> NetworkStore {
-        NetworkStore::new(self.clone(), name.clone())
-    }
-
-    /// Runs the default network alone, with its connection, as [`NetworkStore::run`].
-    ///
-    /// # Errors
-    /// As [`NetworkStore::run`].
-    pub async fn run(
-        &self,
-        events: mpsc::Sender<StoreEvent>,
-        lease_request: latest::Receiver<Option<LeaseRequest>>,
-        shutdown: CancellationToken,
-    ) -> Result<(), StoreError> {
-        let network = self.network(&NetworkName::default());
-        tokio::select! {
-            result = network.run(events, lease_request, shutdown) => result,
-            result = self.run_connection(CancellationToken::new()) => result,
-        }
-    }
-
-    /// Sends the default network's events until the token is cancelled, without a lease.
-    ///
-    /// # Errors
-    /// As [`NetworkStore::run`].
-    pub async fn watch(&self, events: mpsc::Sender<StoreEvent>, shutdown: CancellationToken) -> Result<(), StoreError> {
-        let (_sender, lease_request) = latest::channel(None);
-        self.run(events, lease_request, shutdown).await
-    }
-}
 
 #[cfg(test)]
 mod tests;

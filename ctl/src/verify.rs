@@ -1,8 +1,8 @@
 //! Proves that isolated networks do not reach each other, from the kernel's state of this host alone.
 //!
-//! [`spaces`] reads the host's namespace, those of the networks, and those of their containers. [`segments`] finds the devices that
-//! one frame reaches: ports of a bridge, ends of a veth pair, VXLAN devices with one VNI. [`packets`] chooses packets that stand for
-//! all that a network can send. [`walk`] follows each through the namespaces: the kernel looks up the routes, the rules are
+//! `spaces` reads the host's namespace, those of the networks, and those of their containers. `segments` finds the devices that
+//! one frame reaches: ports of a bridge, ends of a veth pair, VXLAN devices with one VNI. `packets` chooses packets that stand for
+//! all that a network can send. `walk` follows each through the namespaces: the kernel looks up the routes, the rules are
 //! evaluated. A drop counts only if it is certain. What cannot be judged is reported as unknown, never as isolated.
 
 mod packets;
@@ -15,9 +15,7 @@ mod tests;
 mod walk;
 
 use crate::trace::TraceError;
-
 pub use report::{Pair, Report, Verdict, Way, WayHop};
-
 use segments::Segments;
 use spaces::Spaces;
 
@@ -68,20 +66,4 @@ pub fn verify(between: Option<(&str, &str)>) -> Result<Report, VerifyError> {
         }
     }
     Ok(Report { networks, pairs })
-}
-
-impl Pair {
-    /// The result of these findings.
-    fn new(from: String, to: String, ways: Vec<Way>, unknown: Vec<String>) -> Pair {
-        let verdict = if ways.iter().any(|way| !way.by_design) {
-            Verdict::Reachable
-        } else if !unknown.is_empty() {
-            Verdict::Unknown
-        } else if ways.is_empty() {
-            Verdict::Isolated
-        } else {
-            Verdict::ByDesign
-        };
-        Pair { from, to, verdict, ways, unknown }
-    }
 }

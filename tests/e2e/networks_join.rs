@@ -30,7 +30,11 @@ struct Fixture {
 
 impl Fixture {
     async fn new() -> Fixture {
-        let lab = TestLab::up(|options| options.containers = 1).await;
+        let lab = TestLab::up(|options| {
+            options.containers = 1;
+            options.agent_args.push(networks::LEAVE_AFTER.to_owned());
+        })
+        .await;
         networks::create_all(&lab, &["blue", "green"]);
         let blue = attach_to_each(&lab, "blue", &HOSTS).await;
         let flow = networks::ping(&lab, "h1-blue-c1", "h2-blue-c1", &blue[1], Family::V4).await;

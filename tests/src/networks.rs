@@ -20,8 +20,10 @@ use crate::{ExpectContext, TestLab, etcd, eventually, eventually_true, kernel};
 /// The range of networks whose addresses do not matter.
 pub const RANGE: &str = "10.0.0.0/16";
 
-/// Time limit for a host to leave a network: five minutes, and the interval of its checks.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(400);
+/// Time limit for a host to leave a network in which it stays for [`LEAVE_AFTER`].
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Flag of agents for [`wait_left`].
+pub const LEAVE_AFTER: &str = "--leave-after=3s";
 
 /// A network's name.
 #[track_caller]
@@ -167,7 +169,7 @@ pub fn assert_quiet(kernels: &[(String, Notifications)], context: &str) {
     }
 }
 
-/// Waits until a host has left a network, five minutes after its last container there: no namespace, no lease.
+/// Waits until a host has left a network: no namespace, no lease. Its agent has the flag [`LEAVE_AFTER`].
 pub async fn wait_left(lab: &TestLab, host: &str, network: &str) {
     eventually_true(&format!("{host} has left {network}"), LEAVE_TIMEOUT, || {
         let name_field = format!("\"Name\":\"{host}\"");

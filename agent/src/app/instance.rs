@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -19,10 +18,11 @@ use crate::kernel::netns::Netns;
 use crate::kernel::{Kernel, KernelOptions, Monitor, PortManager, delete_network_netns};
 use crate::model::{NamespaceName, NetworkName, NetworkRecord, PerFamily};
 use crate::network::{Network, Overlay};
+use crate::plan::contribution::ReconcilerInput;
 use crate::reconcile::{self, Reconciler};
 use crate::shutdown::Tasks;
 use crate::state::{subnet_env, write_subnet_env};
-use crate::store::NetworkStore;
+use crate::store::{NetworkStore, StoreError};
 
 /// Time limit for a network's tasks to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
@@ -118,14 +118,14 @@ impl Instance {
         self.namespace.is_some()
     }
 
-    /// Stops the network. With `withdraw`, its entries are removed from the host's namespace.
-    pub(super) async fn stop(self, host: &Host, withdraw: bool) -> Stopped {
+    /// Stops the network. Its entries stay in the kernel.
+    pub(super) async fn stop(self, host: &Host) -> Stopped {
         let Instance { backend, store, namespace, stop, tasks, .. } = self;
         stop.cancel();
         if let Err(error) = tasks.await {
             tracing::error!(network = %backend.name, %error, "cannot stop");
         }
-        host.supervisor.stop_network(&backend.name, withdraw).await;
+        host.supervisor.stop_network(&backend.name, false).await;
         if namespace.is_some() {
             host.supervisor.stop_reconciler(NamespaceName::Network(backend.name.clone())).await;
         }
@@ -152,16 +152,21 @@ pub(super) struct Stopped {
 }
 
 impl Stopped {
-    /// Removes the network's namespace, its lease and its state from this host.
+    /// Gives this host's lease back.
+    pub(super) async fn release(&self, host: &Host) -> Result<(), StoreError> {
+        self.store.release(&host.node.id).await.map(|_| ())
+    }
+
+    /// Removes the network's entries, namespace and state from this host.
     pub(super) async fn remove(self, host: &Host) -> anyhow::Result<()> {
-        let Stopped { name, store, namespace } = self;
+        let Stopped { name, namespace, .. } = self;
+        // Fails only while the agent stops.
+        let _ = host.reconciler.link.input.send(ReconcilerInput::Withdraw(name.clone())).await;
         if let Some(netns) = namespace {
-            let path = netns.path().to_owned();
+            let file = netns.path().file_name().and_then(|file| file.to_str()).unwrap_or_default().to_owned();
             drop(netns);
-            let file = path.file_name().and_then(|file| file.to_str()).unwrap_or_default().to_owned();
             tokio::task::spawn_blocking(move || delete_network_netns(&file)).await??;
         }
-        store.release(&host.node.id).await.with_context(|| format!("the lease in network {name} is not released"))?;
         host.states.remove(&name)?;
         Ok(())
     }

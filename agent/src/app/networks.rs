@@ -19,8 +19,6 @@ use super::supervision::HealthInputs;
 use crate::model::{NetworkName, NetworkRecord};
 use crate::store::NetworkError;
 
-/// How long a network without containers stays.
-const LEAVE_AFTER: Duration = Duration::from_secs(300);
 /// Interval of checks while this host is in a named network.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// Pause before a network is joined again that could not be joined.
@@ -135,17 +133,19 @@ impl HostNetworks {
         Ok(backend)
     }
 
-    /// Leaves a network: removes its entries, namespace, lease and state from this host.
+    /// Leaves a network: gives its lease back, and removes its entries, namespace and state from this host. If etcd does not answer,
+    /// the host stays in the network.
     async fn leave(&self, instances: &mut BTreeMap<NetworkName, Instance>, name: &NetworkName) {
-        let Some(instance) = instances.remove(name) else { return };
+        let Some(instance) = instances.get(name) else { return };
+        if !instance.backend.endpoints.close_if_unused() {
+            return;
+        }
         self.backends.write().unwrap_or_else(PoisonError::into_inner).remove(name);
-        let (backend, isolated) = (Arc::clone(&instance.backend), instance.is_isolated());
-        // Refuses further attaches.
-        backend.endpoints.close().await;
-        let is_in_use = !backend.endpoints.list().is_empty();
-        let stopped = instance.stop(&self.host, !is_in_use).await;
-        if is_in_use {
-            // A container was attached at the last moment.
+        let Some(instance) = instances.remove(name) else { return };
+        let isolated = instance.is_isolated();
+        let stopped = instance.stop(&self.host).await;
+        if let Err(error) = stopped.release(&self.host).await {
+            tracing::warn!(network = %name, %error, "cannot leave network; retrying");
             if let Err(error) = self.start_instance(instances, name, isolated).await {
                 tracing::error!(network = %name, error = format!("{error:#}"), "cannot start network again");
             }
@@ -172,7 +172,8 @@ impl HostNetworks {
             let retry = self.update(&mut idle_since).await;
             let pause = match retry {
                 true => RETRY_INTERVAL,
-                false => CHECK_INTERVAL,
+                // A network that is to be left soon is left in time.
+                false => CHECK_INTERVAL.min(self.host.config.leave_after),
             };
             let is_alone = self.all().len() == 1 && !retry;
             tokio::select! {
@@ -217,7 +218,7 @@ impl HostNetworks {
         let now = Instant::now();
         idle_since.retain(|name, _| instances.contains_key(name) && !needed.contains(name));
         for name in instances.keys().filter(|name| !needed.contains(*name)).cloned().collect::<Vec<_>>() {
-            if now.duration_since(*idle_since.entry(name.clone()).or_insert(now)) >= LEAVE_AFTER {
+            if now.duration_since(*idle_since.entry(name.clone()).or_insert(now)) >= self.host.config.leave_after {
                 idle_since.remove(&name);
                 self.leave(&mut instances, &name).await;
             }

@@ -66,6 +66,7 @@ pub const SETTINGS: &[Setting] = &[
     text("public-ip", "IPV4", "", "IPv4 address that peers send to, if not the interface's (behind NAT)"),
     text("public-ipv6", "IPV6", "", "IPv6 address that peers send to, if not the interface's"),
     list("networks", "NAME", "", "Named networks that this host joins at the start; all others with its first container there"),
+    text("leave-after", "DURATION", "5m", "How long the host stays in a named network without containers there"),
     text(
         "netns-prefix",
         "TEXT",

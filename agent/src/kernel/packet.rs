@@ -155,7 +155,8 @@ impl Packet {
     /// The fields of the transport header that a real packet has otherwise: sequence numbers, lengths, checksums.
     pub fn assumed_transport_bytes(&self) -> &'static [Range<usize>] {
         if self.any_destination {
-            return &[0..usize::MAX];
+            // Ports, and all that follows.
+            return &[0..4, 4..usize::MAX];
         }
         match self.protocol {
             TCP => &[4..12, 14..20],

@@ -1,10 +1,10 @@
 //! The connection to etcd that all networks share.
 //!
-//! [`Store::run_connection`] is one task. It connects to one server, and then runs the watch stream (`watch_stream`) and the
+//! [`Shared::run`] is one task. It connects to one server, and then runs the watch stream (`watch_stream`) and the
 //! renewal of this host's etcd lease (`host_lease`). If either fails, or a network finds the connection unusable, the session
 //! ends for all networks, and the task connects again after a jittered delay. Each network follows the [`Link`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::net::IpAddr;
@@ -20,10 +20,9 @@ use tracing::{debug, warn};
 use super::connect::{self, Session, StoreConfig};
 use super::host_lease::HostLease;
 use super::watch_stream::{self, WatchRequest};
-use super::{NetworkError, Store, StoreError, discovery, oneshot};
+use super::{StoreError, discovery};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::{ExpiryId, NetworkName, NetworkRecord};
 
 /// Delay before reconnecting.
 pub(super) const RECONNECT_BACKOFF: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(15));
@@ -132,6 +131,17 @@ impl Shared {
         connect::connect_to_any(&self.config, endpoints, self.metrics.as_ref()).await
     }
 
+    /// The task of [`Store::run_connection`](super::Store::run_connection).
+    pub(super) async fn run(&self, shutdown: CancellationToken) -> Result<(), StoreError> {
+        self.config.validate()?;
+        let _disconnect = Disconnect(self);
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => Ok(()),
+            never = self.keep_connected() => match never {},
+        }
+    }
+
     async fn keep_connected(&self) -> Infallible {
         let mut random = SmallRng::from_rng(&mut rand::rng());
         let mut backoff = RECONNECT_BACKOFF;
@@ -182,40 +192,5 @@ struct Disconnect<'a>(&'a Shared);
 impl Drop for Disconnect<'_> {
     fn drop(&mut self) {
         self.0.set_state(LinkState::Connecting);
-    }
-}
-
-impl Store {
-    /// The part that all networks share: connects, reconnects, and renews this host's etcd lease until the token is cancelled.
-    /// Exactly one task runs this. Networks can start and stop meanwhile.
-    ///
-    /// # Errors
-    /// Invalid settings, which no retry can fix (see [`StoreConfig::validate`]).
-    pub async fn run_connection(&self, shutdown: CancellationToken) -> Result<(), StoreError> {
-        self.shared.config.validate()?;
-        let _disconnect = Disconnect(&self.shared);
-        tokio::select! {
-            biased;
-            () = shutdown.cancelled() => Ok(()),
-            never = self.shared.keep_connected() => match never {},
-        }
-    }
-
-    /// Reads a network's record over the shared connection.
-    ///
-    /// # Errors
-    /// [`NetworkError::Missing`] with the names of the present networks, [`NetworkError::Invalid`], or any error of a request.
-    pub async fn read_network(&self, name: &NetworkName) -> Result<NetworkRecord, NetworkError> {
-        self.shared.session().await?.session.network(name).await
-    }
-
-    /// Reads the remaining TTLs of these etcd leases over the shared connection. The etcd lease of a host is the same in all of
-    /// its networks. An expired one is missing from the result.
-    ///
-    /// # Errors
-    /// Any error of a request.
-    pub async fn remaining_ttls(&self, ids: Vec<ExpiryId>) -> Result<BTreeMap<ExpiryId, Duration>, StoreError> {
-        let shared = self.shared.session().await?;
-        oneshot::request_remaining_ttls(&shared.session, ids.into_iter().map(|id| id.0)).await
     }
 }

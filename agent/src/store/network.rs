@@ -11,25 +11,25 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::connection::{Link, LinkState, RECONNECT_BACKOFF, STABLE_AFTER, SharedSession};
+use super::StoreError;
+use super::connection::{Link, LinkState, RECONNECT_BACKOFF, STABLE_AFTER, Shared, SharedSession};
 use super::keys::Keys;
 use super::lease_keeper::LeaseKeeper;
 use super::oneshot::{ReleaseReport, release_entries};
 use super::watch::{WatchState, Watcher, send_event};
-use super::{Store, StoreError};
 use crate::model::NetworkName;
 use crate::model::event::{Connection, LeaseRequest, StoreEvent};
 
-/// The etcd client of one network. [`Store::run_connection`] must run; clones share the connection.
+/// The etcd client of one network. [`Store::run_connection`](super::Store::run_connection) must run.
 #[derive(Debug, Clone)]
 pub struct NetworkStore {
-    store: Store,
+    shared: Arc<Shared>,
     name: NetworkName,
 }
 
 impl NetworkStore {
-    pub(super) fn new(store: Store, name: NetworkName) -> NetworkStore {
-        NetworkStore { store, name }
+    pub(super) fn new(shared: Arc<Shared>, name: NetworkName) -> NetworkStore {
+        NetworkStore { shared, name }
     }
 
     /// Sends the network's events and keeps the requested lease until the token is cancelled. An unreachable etcd is not an
@@ -47,7 +47,7 @@ impl NetworkStore {
         lease_request: watch::Receiver<Option<LeaseRequest>>,
         shutdown: CancellationToken,
     ) -> Result<(), StoreError> {
-        let shared = &self.store.shared;
+        let shared = &self.shared;
         let keys = shared.config.validate()?.network(&self.name);
         let watch_state = WatchState::new();
         let mut lease_keeper = LeaseKeeper::new(&shared.config, &shared.host_lease, &watch_state, events.clone(), lease_request);
@@ -74,7 +74,7 @@ impl NetworkStore {
         events: &mpsc::Sender<StoreEvent>,
     ) -> StoreError {
         let mut watcher = Watcher::new();
-        let mut link = self.store.shared.link();
+        let mut link = self.shared.link();
         let mut servers = BTreeSet::new();
         let mut last_reported = None;
         let mut random = SmallRng::from_rng(&mut rand::rng());
@@ -152,9 +152,9 @@ impl NetworkStore {
     /// Any error of a request. The caller repeats it until it succeeds, because the entries do not expire while this host renews
     /// their etcd lease for another network.
     pub async fn release(&self, node_id: &str) -> Result<ReleaseReport, StoreError> {
-        let shared = self.store.shared.session().await?;
+        let shared = self.shared.session().await?;
         let session = shared.session.of_network(shared.session.keys.network(&self.name));
-        let host_lease = &self.store.shared.host_lease;
+        let host_lease = &self.shared.host_lease;
         release_entries(&session, node_id, |id| host_lease.revoke_unused(&session, id)).await
     }
 }

@@ -67,7 +67,10 @@ impl NamespaceView {
             let leads_out =
                 |link: &&Link| link.device().is_some_and(|device| matches!(device.role, Role::Vxlan(_) | Role::Transit));
             let outer: Vec<Option<u32>> = links.iter().filter(leads_out).map(|link| link.peer_netns).collect();
-            let is_of_host = outer.iter().any(|id| id.is_some() && *id == host_id) || (outer.is_empty() && bridge.is_marked());
+            // One that has lost both has only its bridge, its ports and links to peer networks.
+            let is_inner = |link: &Link| link.name == "lo" || link.device().is_some() || link.master.is_some();
+            let is_of_host = outer.iter().any(|id| id.is_some() && *id == host_id)
+                || (outer.is_empty() && bridge.is_marked() && links.iter().all(is_inner));
             if !is_of_host {
                 continue;
             }

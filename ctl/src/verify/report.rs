@@ -1,4 +1,4 @@
-//! What a proof found: each pair of networks with its ways.
+//! The result: for each ordered pair of networks the ways from one to the other.
 
 use serde::{Deserialize, Serialize};
 
@@ -64,4 +64,20 @@ pub struct Report {
     pub networks: Vec<String>,
     /// The ordered pairs.
     pub pairs: Vec<Pair>,
+}
+
+impl Pair {
+    /// The result of these findings.
+    pub(super) fn new(from: String, to: String, ways: Vec<Way>, unknown: Vec<String>) -> Pair {
+        let verdict = if ways.iter().any(|way| !way.by_design) {
+            Verdict::Reachable
+        } else if !unknown.is_empty() {
+            Verdict::Unknown
+        } else if ways.is_empty() {
+            Verdict::Isolated
+        } else {
+            Verdict::ByDesign
+        };
+        Pair { from, to, verdict, ways, unknown }
+    }
 }

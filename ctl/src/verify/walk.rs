@@ -29,19 +29,30 @@ struct State {
     at: (usize, u32),
     /// Namespaces passed, in order.
     passed: Vec<usize>,
+    /// Its arrivals so far.
+    trail: Vec<((usize, u32), Flow)>,
     hops: Vec<WayHop>,
     /// Rules whose verdict is not certain.
     uncertain: Vec<String>,
-    /// Translations of the destination, with the published port.
-    translations: Vec<(RuleRef, String, Option<(u8, u16)>)>,
+    /// Translations of the destination.
+    translations: Vec<Translated>,
     /// Whether it left its network by the link to a peer network.
     by_peer_link: bool,
     /// Whether conntrack ignores it in this namespace.
     untracked: bool,
 }
 
-/// Where a packet arrives, its addresses, protocol and port, the rules that translated it, and whether a peer link carried it.
-type Arrival = ((usize, u32), IpAddr, IpAddr, u8, u16, Vec<String>, bool);
+/// A translation of the destination.
+#[derive(Debug, Clone)]
+struct Translated {
+    rule: RuleRef,
+    place: String,
+    /// Protocol and port, if it is a published port's.
+    published: Option<(u8, u16)>,
+}
+
+/// Where a packet arrives, its addresses, protocol and port, the namespaces passed, and the rules that translated it.
+type Arrival = ((usize, u32), IpAddr, IpAddr, u8, u16, Vec<usize>, Vec<String>);
 
 /// Follows all packets of a network.
 struct Walk<'a> {
@@ -116,6 +127,7 @@ impl Walk<'_> {
                     sent: start.flow,
                     at: (*space, *index),
                     passed: Vec::new(),
+                    trail: Vec::new(),
                     hops: links,
                     uncertain: Vec::new(),
                     translations: Vec::new(),
@@ -150,11 +162,14 @@ impl Walk<'_> {
 
     /// Follows a packet from the device where it arrives.
     fn receive(&mut self, mut state: State) -> Result<(), TraceError> {
-        let rules = state.translations.iter().map(|(rule, ..)| rule.to_string()).collect();
+        let rules = state.translations.iter().map(|translated| translated.rule.to_string()).collect();
         let Flow { source, destination, protocol, port } = state.flow;
-        if !self.seen.insert((state.at, source, destination, protocol, port, rules, state.by_peer_link)) {
+        let arrival = (state.at, source, destination, protocol, port, state.passed.clone(), rules);
+        // A packet that arrives again in the same form circulates until its hop limit ends it.
+        if state.trail.contains(&(state.at, state.flow)) || !self.seen.insert(arrival) {
             return Ok(());
         }
+        state.trail.push((state.at, state.flow));
         let (space, input) = state.at;
         if state.passed.len() >= MAX_SPACES {
             state.uncertain.push(format!("packets to {destination} pass more than {MAX_SPACES} namespaces"));
@@ -235,7 +250,7 @@ impl Walk<'_> {
         let lookup = RouteLookup { destination, source: Some(source), input: Some(input) };
         let Ok(route) = view.kernel.route(lookup)? else { return Ok(()) };
         if route.kind == "local" {
-            let has_foreign_translation = state.translations.iter().any(|(rule, ..)| rule.table != TABLE);
+            let has_foreign_translation = state.translations.iter().any(|translated| translated.rule.table != TABLE);
             let network = self.spaces.network_of(space).filter(|network| self.targets.contains(network));
             if let Some(to) = network
                 && (has_foreign_translation || self.spaces.networks[to].gateways.contains(&destination))
@@ -341,10 +356,10 @@ impl Walk<'_> {
         let network = &self.spaces.networks[to];
         let own = self.spaces.networks[self.from].space;
         let is_direct = |allowed: &[usize]| state.passed.iter().all(|space| allowed.contains(space));
-        let published = state.translations.iter().find_map(|(rule, _, published)| published.filter(|_| rule.table == TABLE));
-        let foreign = state.translations.iter().find(|(rule, ..)| rule.table != TABLE);
+        let foreign = state.translations.iter().find(|translated| translated.rule.table != TABLE);
+        let published = state.translations.iter().find_map(|translated| translated.published);
         let (by, by_design) = match (published, foreign) {
-            (_, Some((rule, place, _))) => (format!("{rule} of {place}"), false),
+            (_, Some(Translated { rule, place, .. })) => (format!("{rule} of {place}"), false),
             (Some((protocol, port)), None) if is_direct(&[own, HOST, network.space]) => {
                 (format!("published port {port}/{}", protocol_name(protocol)), true)
             }
@@ -417,7 +432,7 @@ impl State {
         self.flow.port = port.unwrap_or(self.flow.port);
         let what = format!("destination becomes {}, by {rule}", flow_destination(&self.flow));
         self.hops.push(WayHop { namespace: place.to_owned(), device: None, what });
-        self.translations.push((rule, place.to_owned(), published));
+        self.translations.push(Translated { rule, place: place.to_owned(), published });
     }
 }
 
