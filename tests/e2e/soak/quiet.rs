@@ -13,10 +13,10 @@ use overlayctl::lab::check;
 
 use super::{AttachKind, HOSTS, SERVICE_PORT, STABLE_HOST, Soak};
 
-/// Open files of an agent beyond those at its first checkpoint: temporary connections.
-const MAX_EXTRA_FILES: usize = 12;
-/// Growth limit of its anonymous memory, in kB.
-const MAX_EXTRA_KIB: u64 = 4 << 10;
+/// Open files of an agent beyond those at its first checkpoint: temporary connections, and the sockets of two isolated networks.
+const MAX_EXTRA_FILES: usize = 12 + 2 * 16;
+/// Growth limit of its anonymous memory, in kB, with two isolated networks.
+const MAX_EXTRA_KIB: u64 = (4 + 2) << 10;
 
 /// Open files and anonymous memory (kB) of an agent.
 #[derive(Debug, Clone, Copy)]
