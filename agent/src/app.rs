@@ -149,6 +149,7 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         supervisor: supervisor.clone(),
         failures,
         changes,
+        join_problems: std::sync::Mutex::default(),
         records: watch::Sender::default(),
         attached: Notify::new(),
         stop: stop_token(),

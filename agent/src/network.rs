@@ -2,8 +2,9 @@
 //!
 //! One task per network, [`Network::run`], owns the lease table and the peers, so nothing is locked. It changes nothing in the
 //! kernel: it sends each change of desired entries to the reconcilers of its network namespaces as a
-//! [`Contribution`](crate::plan::contribution::Contribution), and learns from [`Progress`] which of them are applied. An isolated
-//! network has entries in two namespaces, its own and the host's.
+//! [`Contribution`](crate::plan::contribution::Contribution), and learns from
+//! [`Progress`](crate::plan::contribution::Progress) which of them are applied. An isolated network has entries in two
+//! namespaces, its own and the host's.
 //!
 //! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; no event is lost when another arm
 //! wins.

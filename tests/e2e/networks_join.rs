@@ -5,7 +5,9 @@ use overlay_tests::networks::{self, attach_to_each};
 use overlay_tests::notify::{Notifications, OBSERVATION_PERIOD};
 use overlay_tests::ping::PingFlow;
 use overlay_tests::prober::Prober;
-use overlay_tests::{ExpectContext, TestLab, kernel};
+use overlay_tests::test_lab::CONVERGE_TIMEOUT;
+use overlay_tests::wait::eventually_async;
+use overlay_tests::{ExpectContext, TestLab, eventually_true, kernel};
 
 /// The hosts of the networks.
 const HOSTS: [&str; 2] = ["h1", "h2"];
@@ -100,4 +102,23 @@ async fn leave_and_removal_touch_no_other_network() {
     networks::network_command(lab, &["rm", "green"]).assert_code(0);
     fixture.assert_untouched(&interfaces, "it was removed").await;
     fixture.flow.stop().await.assert_no_loss("the other isolated network");
+}
+
+/// A network of the setting `networks` is joined once it exists. Until then the status says why not.
+#[tokio::test(flavor = "multi_thread")]
+async fn network_of_the_settings_is_joined_once_it_exists() {
+    let lab = TestLab::up(|options| {
+        options.hosts = 1;
+        options.agent_args.push("--networks=red".to_owned());
+    })
+    .await;
+    eventually_async("the missing network is a problem", CONVERGE_TIMEOUT, || async {
+        let problems = lab.status("h1").await.problems.join("; ");
+        if problems.contains("cannot join network red: no network red") { Ok(()) } else { Err(problems) }
+    })
+    .await;
+    networks::create_all(&lab, &["red"]);
+    eventually_true("h1 has joined red", CONVERGE_TIMEOUT, || networks::has_namespace(&lab, "h1", "red")).await;
+    networks::wait_ready(&lab, "red", &["h1"]).await;
+    assert_eq!(lab.status("h1").await.problems, Vec::<String>::new());
 }

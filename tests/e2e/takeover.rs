@@ -57,7 +57,7 @@ impl TakeOver {
         let links = kernel::list_json(&self.lab, HOST, "ip", &["link", "show"]);
         let ours = links.iter().filter(|link| kernel::text(link, "ifalias") == "overlayd");
         let ours: BTreeSet<u64> = ours.map(|link| kernel::number(link, "ifindex")).collect();
-        let guard = || kernel::run(&self.lab, HOST, &["nft", "-a", "list", "table", "bridge", "overlayd"]);
+        let guard = || kernel::run(&self.lab, HOST, &["nft", "-s", "-a", "list", "table", "bridge", "overlayd"]);
         let guard_before = guard();
         self.lab.ctl(HOST, &["network", "create", "blue", "--cidr", "10.0.0.0/16"]).assert_code(0);
         self.lab.ctl(HOST, &["attach", "first", "--network", "blue"]).assert_code(0);

@@ -129,6 +129,13 @@ impl Backend for AgentBackend {
                 .push(format!("endpoints with an address outside this host's subnet, restart them: {}", names.join(", ")));
             status.health = status.health.max(api::Health::Degraded);
         }
+        if self.name.is_default() {
+            let problems = self.host.join_problems();
+            if !problems.is_empty() {
+                status.problems.extend(problems);
+                status.health = status.health.max(api::Health::Degraded);
+            }
+        }
         status.endpoints = self.endpoints.list().len();
         let dropped = self.dropped().await.unwrap_or_default();
         status.data_path.dropped = dropped.into_iter().map(|(reason, packets)| (reason.to_owned(), packets)).collect();

@@ -210,10 +210,8 @@ impl HostNetworks {
                 Ok(record) => self.join_with(&mut instances, &name, &record).await.map(|_| ()),
                 Err(error) => Err(error.into()),
             };
-            if let Err(error) = joined {
-                tracing::warn!(network = %name, error = format!("{error:#}"), "cannot join network; retrying");
-                failed = true;
-            }
+            failed |= joined.is_err();
+            self.host.set_join_problem(&name, joined.err().map(|error| error.to_string()));
         }
         let now = Instant::now();
         idle_since.retain(|name, _| instances.contains_key(name) && !needed.contains(name));

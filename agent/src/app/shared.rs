@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -57,6 +57,8 @@ pub(super) struct Host {
     pub(super) failures: Failures,
     /// Incremented whenever the answer to a query may have changed.
     pub(super) changes: watch::Sender<u64>,
+    /// Why networks of the settings, or peers of networks, cannot be joined.
+    pub(super) join_problems: Mutex<BTreeMap<NetworkName, String>>,
     /// The records of the networks that this host is in.
     pub(super) records: watch::Sender<Arc<BTreeMap<NetworkName, NetworkRecord>>>,
     /// Notified of each container that is attached to a named network: the host may have to join that network's peers.
@@ -95,6 +97,25 @@ impl Host {
             },
             store_prefix: etcd.prefix.clone(),
         }
+    }
+
+    /// Sets or removes the reason why a network cannot be joined, and logs a new one.
+    pub(super) fn set_join_problem(&self, name: &NetworkName, problem: Option<String>) {
+        let mut problems = self.join_problems.lock().unwrap_or_else(PoisonError::into_inner);
+        match problem {
+            Some(problem) if problems.get(name) == Some(&problem) => {}
+            Some(problem) => {
+                tracing::warn!(network = %name, problem, "cannot join network; retrying");
+                problems.insert(name.clone(), problem);
+            }
+            None => drop(problems.remove(name)),
+        }
+    }
+
+    /// The networks that cannot be joined, for the status.
+    pub(super) fn join_problems(&self) -> Vec<String> {
+        let problems = self.join_problems.lock().unwrap_or_else(PoisonError::into_inner);
+        problems.iter().map(|(name, problem)| format!("this host cannot join network {name}: {problem}")).collect()
     }
 
     /// Publishes a network's record to the other networks; `None` once the network has none.
