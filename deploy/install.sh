@@ -25,6 +25,8 @@ list() {
 0755 bin/overlay-cni $CNI/overlay-cni
 sub  systemd/overlayd.service $UNITS/system/overlayd.service
 0644 systemd/overlayd.socket $UNITS/system/overlayd.socket
+0644 systemd/overlayd-netns.socket $UNITS/system/overlayd-netns.socket
+sub  systemd/overlayd-netns@.service $UNITS/system/overlayd-netns@.service
 0644 systemd/overlayd.sysusers $CONF/sysusers.d/overlayd.conf
 0644 systemd/overlayd.tmpfiles $CONF/tmpfiles.d/overlayd.conf
 0644 systemd/runtime.conf $UNITS/system/docker.service.d/50-overlayd.conf

@@ -409,7 +409,8 @@ install() {
     want '"cniVersion"' on 1 sh -c 'CNI_COMMAND=VERSION /usr/lib/cni/overlay-cni </dev/null'
     on 1 sh -c 'dpkg -V overlayd' >"$WORK/out" 2>&1 || fail "files are not as packaged: $(cat "$WORK/out")"
     packaged monitoring /usr/share/overlayd/monitoring
-    on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"
+    on 1 systemd-analyze verify --man=no /lib/systemd/system/overlayd.service /lib/systemd/system/overlayd.socket \
+        /lib/systemd/system/overlayd-netns.socket /lib/systemd/system/overlayd-netns@.service >"$WORK/out" 2>&1 || fail "$(cat "$WORK/out")"
 }
 
 # packaged PART DIRECTORY: checks that the files of deploy/PART are installed unchanged.
@@ -499,8 +500,8 @@ health() {
     for n in 1 2; do
         want "200 OK" page $n /healthz
         want "200 OK" page $n /readyz
-        want "overlayd_ready 1" page $n /metrics
-        want "overlayd_endpoints 1" page $n /metrics
+        want 'overlayd_ready{network="default"} 1' page $n /metrics
+        want 'overlayd_endpoints{network="default"} 1' page $n /metrics
         want "404" page $n /v1/status
     done
 }

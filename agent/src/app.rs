@@ -5,8 +5,8 @@
 //! | `signals` | SIGTERM and SIGINT |
 //! | `kernel` | follows kernel events |
 //! | `supervisor` | the networks, each with its part of the store, and the reconcilers; restarts those that fail |
-//! | `endpoints` | audits endpoints |
-//! | `overlay` | passes the overlay's parameters to endpoints, `subnet.env` and the CNI network list |
+//! | `networks` | joins and leaves networks; each has tasks of its own for endpoints, overlay and kernel events |
+//! | `store` | the connection to etcd |
 //! | `admin` | serves the UNIX socket |
 //! | `systemd` | sends readiness, status and watchdog messages |
 //! | `reload` | SIGHUP |
@@ -20,33 +20,39 @@
 mod backend;
 mod cleanup;
 mod conflist;
-mod host_state;
+mod directory;
+pub mod host_state;
+mod instance;
 mod mesh;
+mod networks;
 mod path_mtu;
 mod preflight;
 pub mod queries;
 mod reload;
+mod shared;
 mod supervision;
 pub mod supervisor;
 pub mod wiring;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
-use crate::admin::{self, AdminSocket};
+use crate::admin::{self, AdminSocket, Directory};
 use crate::config::{EtcdConfig, HostConfig};
-use crate::endpoint::{EndpointNetwork, Endpoints};
+use crate::endpoint::HostClaims;
 use crate::kernel::netns::Netns;
-use crate::kernel::{Kernel, KernelOptions, PortManager};
+use crate::kernel::{Kernel, KernelOptions};
 use crate::metrics::Metrics;
-use crate::model::{NamespaceName, NetworkName, Node, PerFamily};
-use crate::network::{self, Network, Overlay};
+use crate::model::{NamespaceName, NetworkName, Node};
+use crate::network::NetworkStateStore;
+use crate::plan::contribution::NetworkProgress;
 use crate::reconcile::{self, Reconciler};
 use crate::shutdown::{Shutdown, Signals, TaskOutcome, Tasks};
-use crate::state::{DirLock, StateDir, subnet_env, write_subnet_env};
+use crate::state::{DirLock, StateDir};
 use crate::store::{Store, StoreConfig};
 use crate::systemd::{Notifier, take_listener};
 use crate::telemetry::LevelHandle;
@@ -54,12 +60,12 @@ use crate::telemetry::LevelHandle;
 pub use cleanup::cleanup;
 pub use reload::SettingsSource;
 
-use backend::AgentBackend;
-use conflist::Conflist;
-use host_state::HostStateStore;
+use host_state::{HostStateStore, NetworkStates};
+use networks::HostNetworks;
 use reload::Reload;
-use supervision::HealthInputs;
-use supervisor::Supervisor;
+use shared::{Host, OpenReconciler};
+use supervisor::{Failures, Supervisor};
+use wiring::ReconcilerEnds;
 
 /// The socket's name in the run directory.
 const SOCKET_NAME: &str = "overlayd.sock";
@@ -86,12 +92,9 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         Some(address) => Some(admin::bind_tcp(address).await?),
         None => None,
     };
-    let (kernel, kernel_events, kernel_monitor) = Kernel::open(
-        &Netns::current()?,
-        &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() },
-    )?;
-    let port_manager = kernel.port_manager();
-    let endpoints: Endpoints<PortManager> = Endpoints::restore(Arc::clone(&state), port_manager.clone()).await?;
+    let netns = Netns::current()?;
+    let (kernel, kernel_events, kernel_monitor) =
+        Kernel::open(&netns, &KernelOptions { force_classic_routes: !config.nexthop_objects, ..KernelOptions::default() })?;
     let host_state = HostStateStore::load(Arc::clone(&state))?;
     let metrics = Arc::new(Metrics::new());
     tracing::info!(
@@ -104,69 +107,57 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
         "starting"
     );
 
-    let (network_channels, reconciler_channels, outputs) = wiring::connect(wiring::Inputs {
-        kernel: kernel_events,
-        endpoints: endpoints.ports(),
-        applied_endpoints: endpoints.applied_endpoints(),
-    });
-    let wiring::Outputs { queries, lease_request, overlay, changes, ready, ports_lost, heartbeats, progress: _ } = outputs;
-    let health_inputs = HealthInputs { ready, heartbeats: heartbeats.into() };
     let store_config = store_config(&config.etcd);
     store_config.validate()?;
     let shutdown = Shutdown::default();
     let stop_token = || shutdown.graceful.clone();
-    let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop_token());
-    let reconciler_settings = reconcile::Settings {
-        namespace: NamespaceName::Host,
-        nexthop_objects: kernel.nexthop_objects(),
-        resync: config.resync_interval,
-        probe_address: config.selection.can_reach,
-    };
-    let network_settings = network::Settings {
-        name: NetworkName::default(),
-        node,
-        selection: config.selection.clone(),
-        masquerade: config.ip_masq,
-        tx_checksum: config.vxlan_tx_checksum,
-        docker: config.docker,
-        lease_ttl: store_config.min_lease_validity(),
-        store_endpoints: match &config.etcd.discovery_srv {
-            Some(domain) => vec![format!("srv:{domain}")],
-            None => config.etcd.endpoints.clone(),
-        },
-        store_prefix: config.etcd.prefix.clone(),
-    };
-    let network_name = network_settings.name.clone();
+    let failures = Failures::default();
+    let supervisor = Supervisor::new(failures.clone(), Arc::clone(&metrics), stop_token());
+    let (changes, changed) = watch::channel(0);
+    let ReconcilerEnds { channels, link, queries, ports_lost, heartbeat } = wiring::reconciler(kernel_events, changes.clone());
+    let (states, stored) = NetworkStates::load(state)?;
+    // Entries in the host's namespace may be those of a network that has not contributed yet.
+    channels.progress.send_modify(|progress| progress.networks.extend(contributors(&host_state, &stored)));
+    {
+        let settings = reconcile::Settings {
+            namespace: NamespaceName::Host,
+            nexthop_objects: kernel.nexthop_objects(),
+            resync: config.resync_interval,
+            probe_address: config.selection.can_reach,
+        };
+        let (kernel, host_state, metrics) = (kernel.clone(), host_state.clone(), Arc::clone(&metrics));
+        supervisor.start_reconciler(NamespaceName::Host, channels, move || {
+            Reconciler::new(settings.clone(), kernel.clone(), host_state.clone(), Arc::clone(&metrics))
+        });
+    }
     let store = Store::new(store_config.clone()).with_metrics(Arc::clone(&metrics));
-    {
-        let (host_state, metrics) = (host_state.clone(), Arc::clone(&metrics));
-        supervisor.start_reconciler(NamespaceName::Host, reconciler_channels, move || {
-            Reconciler::new(reconciler_settings.clone(), kernel.clone(), host_state.clone(), Arc::clone(&metrics))
-        });
-    }
-    {
-        let (host_state, metrics) = (host_state.clone(), Arc::clone(&metrics));
-        let make = move || Network::new(network_settings.clone(), host_state.clone(), Arc::clone(&metrics));
-        supervisor.start_network(network_name.clone(), network_channels, make, move |events, stop| {
-            let (store, lease_request) = (store.clone(), lease_request.clone());
-            async move { store.run(events, lease_request, stop).await }
-        });
-    }
     let mesh = Arc::new(mesh::MeshState::new(config.node_name.clone(), config.mesh_interval, Arc::clone(&metrics)));
-    let (probes, mesh_changes) = (queries.clone(), changes.clone());
-    let backend = Arc::new(AgentBackend {
-        network_name,
+    let host = Arc::new(Host {
+        node,
+        socket: config.run_dir.join(SOCKET_NAME),
+        netns,
+        kernel,
+        reconciler: OpenReconciler { link, queries, ports_lost, heartbeat },
+        store: store.clone(),
+        store_config,
+        default_state: host_state,
+        states,
+        claims: HostClaims::default(),
         mesh: Arc::clone(&mesh),
-        queries,
-        endpoints: endpoints.clone(),
-        port_manager,
-        masquerade: config.ip_masq,
-        store: store_config.clone(),
-        ttl_cache: tokio::sync::Mutex::new(None),
-        metrics: Arc::clone(&metrics),
-        changes,
+        metrics,
         level,
+        supervisor: supervisor.clone(),
+        failures,
+        changes,
+        join_problems: std::sync::Mutex::default(),
+        records: watch::Sender::default(),
+        attached: Notify::new(),
+        stop: stop_token(),
+        config,
     });
+    let (networks, health_inputs) = HostNetworks::start(host, stored).await?;
+    let networks = Arc::new(networks);
+    let backend = networks.default_network();
 
     let mut tasks = Tasks::new();
     {
@@ -181,33 +172,35 @@ pub async fn run(config: HostConfig, level: LevelHandle, source: SettingsSource)
             Ok::<_, std::convert::Infallible>(())
         });
     }
+    tasks.spawn("kernel", instance::run_monitor(kernel_monitor, stop_token()));
+    tasks.spawn("supervisor", supervisor.run());
+    tasks.spawn("networks", Arc::clone(&networks).run());
     {
         let stop = stop_token();
-        tasks.spawn("kernel", async move {
-            tokio::select! {
-                ended = kernel_monitor.run() => ended,
-                () = stop.cancelled() => Ok(()),
-            }
-        });
+        tasks.spawn("store", async move { store.run_connection(stop).await });
     }
-    tasks.spawn("supervisor", supervisor.run());
-    {
-        let (endpoints, stop) = (endpoints.clone(), stop_token());
-        tasks.spawn_infallible("endpoints", async move { endpoints.run(stop).await });
-    }
-    tasks.spawn("overlay", publish_overlay(overlay, ports_lost, endpoints, config.clone(), host_state, stop_token()));
-    {
-        let (backend, stop) = (Arc::clone(&backend), stop_token());
-        tasks.spawn_infallible("admin", admin::serve(socket, backend, stop));
-    }
+    tasks.spawn_infallible("admin", admin::serve(socket, Arc::clone(&networks), stop_token()));
     tasks.spawn_infallible("systemd", supervision::notify(notifier, health_inputs, Arc::clone(&backend), stop_token()));
-    tasks.spawn_infallible("path-mtu", path_mtu::run(probes.clone(), mesh_changes.clone(), stop_token()));
-    tasks.spawn_infallible("mesh", mesh::run(mesh, probes, mesh_changes, stop_token()));
+    tasks.spawn_infallible("path-mtu", path_mtu::run(Arc::clone(&networks), changed.clone(), stop_token()));
+    tasks.spawn_infallible("mesh", mesh::run(mesh, backend.queries.clone(), changed, stop_token()));
     tasks.spawn_infallible("reload", reload.run(stop_token()));
     if let Some(listener) = metrics_listener {
         tasks.spawn_infallible("metrics", admin::serve_metrics(listener, backend, stop_token()));
     }
     supervise(tasks, shutdown).await
+}
+
+/// The networks whose entries an earlier run of the agent may have left in the host's namespace, if there are named ones.
+fn contributors(
+    default: &HostStateStore,
+    named: &BTreeMap<NetworkName, HostStateStore>,
+) -> BTreeMap<NetworkName, NetworkProgress> {
+    let name = NetworkName::default();
+    let all = named.iter().chain([(&name, default)].into_iter().filter(|_| !named.is_empty()));
+    // A network without a subnet has no entries yet, and it may never have any.
+    let held =
+        all.filter(|(name, state)| state.preferred_subnet().is_some() && (name.is_default() || state.last_record().is_some()));
+    held.map(|(name, _)| (name.clone(), NetworkProgress::default())).collect()
 }
 
 /// Waits for a signal or for an unexpected end of a task, then stops all tasks.
@@ -237,62 +230,6 @@ async fn supervise(mut tasks: Tasks, shutdown: Shutdown) -> anyhow::Result<()> {
             tracing::info!("stopped; data path keeps forwarding");
             Ok(())
         }
-    }
-}
-
-/// Publishes the overlay's parameters at each change: to endpoints, `subnet.env` and the CNI network list.
-///
-/// Also recreates veth pairs that another process deleted, or whose MTU differs from the overlay's.
-async fn publish_overlay(
-    mut overlays: watch::Receiver<Option<Overlay>>,
-    mut ports_lost: watch::Receiver<u64>,
-    endpoints: Endpoints<PortManager>,
-    config: HostConfig,
-    host_state: HostStateStore,
-    stop: tokio_util::sync::CancellationToken,
-) -> anyhow::Result<()> {
-    let mut conflist = Conflist::from_config(&config, &config.run_dir.join(SOCKET_NAME));
-    loop {
-        let overlay = overlays.borrow_and_update().clone();
-        if let Some(overlay) = overlay {
-            let networks: PerFamily<_> = overlay.network.pools.map(|_, pool| pool.network);
-            endpoints.set_network(Some(EndpointNetwork {
-                subnet: overlay.subnet,
-                networks,
-                bridge: overlay.bridge,
-                mtu: overlay.mtu,
-                docker: config.docker,
-            }));
-            host_state.record_held_subnet(overlay.subnet, overlay.public_ip);
-            let text = subnet_env(&networks, &overlay.subnet, overlay.mtu, config.ip_masq);
-            reconcile_ports(&endpoints).await;
-            match write_subnet_env(&config.subnet_file, &text) {
-                Ok(true) => {
-                    tracing::info!(file = %config.subnet_file.display(), subnet = %overlay.subnet, mtu = overlay.mtu, "overlay in place")
-                }
-                Ok(false) => {}
-                // Only other tools need the file: attaching containers works without it.
-                Err(error) => tracing::error!(%error, "cannot write subnet file"),
-            }
-            if let Some(conflist) = &mut conflist {
-                conflist.write();
-            }
-        }
-        tokio::select! {
-            () = stop.cancelled() => return Ok(()),
-            changed = overlays.changed() => if changed.is_err() {
-                return Ok(());
-            },
-            lost = ports_lost.changed() => if lost.is_err() {
-                return Ok(());
-            },
-        }
-    }
-}
-
-async fn reconcile_ports(endpoints: &Endpoints<PortManager>) {
-    for (endpoint, error) in endpoints.reconcile_ports().await {
-        tracing::warn!(%endpoint, %error, "cannot recreate veth pair");
     }
 }
 

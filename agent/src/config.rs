@@ -17,11 +17,11 @@ use std::time::Duration;
 use regex::Regex;
 
 pub use raw::{Origin, RawSettings, load_settings};
-pub use settings::{DEFAULT_CONFIG_FILE, SETTINGS, Setting, SettingKind, command};
+pub use settings::{DEFAULT_CONFIG_FILE, SERVE_NETNS_NAME, SETTINGS, Setting, SettingKind, command};
 
 use self::secret::SecretError;
 use self::settings::SECRET_FILES;
-use crate::model::PerFamily;
+use crate::model::{NetworkName, PerFamily};
 use crate::plan::underlay::UnderlaySelector;
 use crate::telemetry::{LOG_FORMATS, LogFormat, parse_filter};
 
@@ -32,6 +32,12 @@ pub struct HostConfig {
     pub etcd: EtcdConfig,
     /// Selection of the external interface.
     pub selection: UnderlaySelector,
+    /// Named networks that the host is in also without containers there.
+    pub networks: Vec<NetworkName>,
+    /// How long the host stays in a named network without containers there.
+    pub leave_after: Duration,
+    /// Start of the names of isolated networks' namespaces.
+    pub netns_prefix: String,
     /// The host's display name.
     pub node_name: String,
     /// Whether traffic that leaves the overlay is masqueraded.
@@ -129,6 +135,9 @@ impl Validator {
         HostConfig {
             etcd: self.etcd(),
             selection: self.selection(),
+            networks: self.networks(),
+            leave_after: self.duration("leave-after", Duration::from_secs(1), Duration::from_secs(86_400)),
+            netns_prefix: self.netns_prefix(),
             node_name: self.node_name(),
             ip_masq: self.boolean("ip-masq"),
             docker: self.boolean("docker"),
@@ -251,6 +260,30 @@ impl Validator {
             self.fail(name, &text, rule);
         }
         address
+    }
+
+    fn networks(&mut self) -> Vec<NetworkName> {
+        let mut names = Vec::new();
+        for text in self.raw.list("networks") {
+            match text.parse::<NetworkName>() {
+                // The host is always in it.
+                Ok(name) if name.is_default() => {}
+                Ok(name) => names.push(name),
+                Err(_) => self.fail("networks", &text, "is not a network name: a DNS label of 1 to 32 characters"),
+            }
+        }
+        names
+    }
+
+    fn netns_prefix(&mut self) -> String {
+        let text = self.raw.text("netns-prefix").unwrap_or_default();
+        let is_valid = (1..=100).contains(&text.len())
+            && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_'));
+        if !is_valid {
+            self.fail("netns-prefix", &text, "is not 1 to 100 of a-z A-Z 0-9 . - _ beginning with a letter or digit");
+        }
+        text
     }
 
     fn node_name(&mut self) -> String {

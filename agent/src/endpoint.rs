@@ -1,46 +1,52 @@
-//! Containers of this host on the overlay: names, addresses, and the steps of attach and detach.
+//! Containers of this host on an overlay network: names, addresses, and the steps of attach and detach.
 //!
-//! Owns `endpoints.json` and `endpoints.journal` in the state directory (`persist`). Changes the kernel only through
-//! [`PortDriver`]. An endpoint is persisted before anything is created in the kernel, and marked as attached afterwards. So the
-//! next start can remove everything that a crash left incomplete.
+//! Each network has its own [`Endpoints`]; what the host has only once is in [`HostClaims`]. Owns `endpoints.json` and
+//! `endpoints.journal` in the network's state directory (`persist`). Changes the kernel only through [`PortDriver`]. An endpoint is
+//! persisted before anything is created in the kernel, and marked as attached afterwards. So the next start can remove everything
+//! that a crash left incomplete.
 //!
 //! Tasks: each attach and detach runs as its own task, so that it completes even if the client disconnects. At most
-//! [`MAX_CONCURRENT`] tasks run, and one per name. The caller runs [`Endpoints::run`] as a task: it audits, and at shutdown waits
-//! for the other tasks.
+//! [`MAX_CONCURRENT`] tasks run on the host, and one per name. The caller runs [`Endpoints::run`] as a task: it audits, and at
+//! shutdown waits for the other tasks.
 
+mod claims;
 mod error;
+mod id;
 pub mod ipam;
 mod persist;
+mod record;
 mod spec;
 mod table;
 mod view;
 mod work;
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use tokio::sync::{Notify, OwnedMutexGuard, Semaphore, oneshot, watch};
+use futures_util::future::BoxFuture;
+use tokio::sync::{Notify, OwnedMutexGuard, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::blocking::blocking;
-use crate::model::Endpoint;
 use crate::model::api::{AttachRequest, AttachResponse, DetachResponse};
 use crate::model::endpoint::EndpointName;
+use crate::model::{Endpoint, Mode, NetworkName};
 use crate::plan::PortDriver;
 use crate::state::{FileError, StateDir, StateError};
 
+pub use claims::{HostClaims, MAX_CONCURRENT};
 pub use error::{EndpointError, ErrorClass};
+pub use id::EndpointId;
 pub use persist::{StoredEndpoint, read_stored};
 pub use spec::EndpointNetwork;
 
+use claims::NetworkEndpoints;
 use persist::{EndpointStore, lock};
+use record::Phase;
 use spec::AttachSpec;
-use table::{EndpointTable, Phase};
-
-/// Maximum number of concurrent attaches and detaches: far above what two cores can use, far below what would overload a host.
-pub const MAX_CONCURRENT: usize = 64;
+use table::EndpointTable;
 
 /// Interval of the audits of the namespaces.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
@@ -49,7 +55,7 @@ const AUDIT_INTERVAL: Duration = Duration::from_secs(30);
 /// peers are added.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Handle to the endpoints of this host; cheap to clone.
+/// Handle to the endpoints of a network on this host; cheap to clone.
 #[derive(Debug)]
 pub struct Endpoints<C>(Arc<Inner<C>>);
 
@@ -61,13 +67,14 @@ impl<C> Clone for Endpoints<C> {
 
 #[derive(Debug)]
 struct Inner<C> {
+    network: NetworkName,
     driver: C,
+    claims: HostClaims,
     table: Mutex<EndpointTable>,
     /// The persisted table; locked while it is written.
     store: Mutex<EndpointStore>,
     /// One lock per name with running work.
     name_locks: Mutex<HashMap<EndpointName, Arc<tokio::sync::Mutex<()>>>>,
-    permits: Arc<Semaphore>,
     /// Running tasks; `None` once the agent shuts down.
     tasks: Mutex<Option<JoinSet<()>>>,
     ports: watch::Sender<Vec<Arc<Endpoint>>>,
@@ -84,20 +91,27 @@ struct Inner<C> {
 }
 
 impl<C: PortDriver + 'static> Endpoints<C> {
-    /// Reads the stored endpoints, removes incomplete ones, and audits the namespaces once. No subnet is set yet.
-    pub async fn restore(state: Arc<StateDir>, driver: C) -> Result<Endpoints<C>, StateError> {
+    /// Reads the network's stored endpoints, removes incomplete ones, and audits the namespaces once. No subnet is set yet. All
+    /// networks of the host get the same `claims`; each is restored before any of them attaches.
+    pub async fn restore(
+        state: Arc<StateDir>,
+        driver: C,
+        network: NetworkName,
+        claims: HostClaims,
+    ) -> Result<Endpoints<C>, StateError> {
         let (store, stored) = blocking(|| EndpointStore::open(state))?;
-        let mut table = EndpointTable::from_stored(stored);
+        let mut table = EndpointTable::from_stored(stored, network.clone(), claims.clone());
         table.set_host_netns(&driver.host_netns());
         let incomplete: Vec<EndpointName> =
             table.records().filter(|r| r.phase != Phase::Attached).map(|r| r.endpoint.name.clone()).collect();
         let ports = watch::Sender::new(table.ports(&BTreeSet::new()));
-        let endpoints = Endpoints(Arc::new(Inner {
+        let inner = Arc::new(Inner {
+            network,
             driver,
+            claims,
             table: Mutex::new(table),
             store: Mutex::new(store),
             name_locks: Mutex::default(),
-            permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             tasks: Mutex::new(Some(JoinSet::new())),
             ports,
             applied_endpoints: Mutex::default(),
@@ -105,7 +119,10 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             missing_before: Mutex::default(),
             work_done: Notify::new(),
             has_network: watch::Sender::new(false),
-        }));
+        });
+        let as_seen_by_others: Weak<dyn NetworkEndpoints> = Arc::<Inner<C>>::downgrade(&inner);
+        inner.claims.lock().register(inner.network.clone(), as_seen_by_others);
+        let endpoints = Endpoints(inner);
         for name in incomplete {
             tracing::info!(endpoint = %name, "removing an incomplete endpoint");
             endpoints.remove_partial(&name).await;
@@ -142,6 +159,10 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     /// Attaches a container. A repeated request returns the same endpoint and restores its missing parts. The work completes even
     /// if the returned future is dropped.
     pub async fn attach(&self, name: EndpointName, request: AttachRequest) -> Result<AttachResponse, EndpointError> {
+        let network = &self.0.network;
+        if !network.is_default() && request.mode != Mode::Overlay {
+            return Err(EndpointError::UnsupportedInNetwork { mode: request.mode, network: network.clone() });
+        }
         let spec = AttachSpec::from_request(request)?;
         loop {
             let (inner, task_name, spec) = (Arc::clone(&self.0), name.clone(), spec.clone());
@@ -159,6 +180,13 @@ impl<C: PortDriver + 'static> Endpoints<C> {
     /// The audit would find them later, but a runtime that lost a container without a detach starts the next one at once. No name
     /// lock is held meanwhile, so two attaches never wait for each other.
     async fn release_dead_holders(&self, error: &EndpointError) -> bool {
+        if let Some(holder) = error.holder().filter(|holder| holder.network != self.0.network) {
+            let other = self.0.claims.lock().network(&holder.network);
+            return match other {
+                Some(other) => other.release_dead_holder(error).await,
+                None => false,
+            };
+        }
         let holders = lock(&self.0.table).holders(error);
         if holders.is_empty() {
             // A concurrent attach or detach has released the resource since.
@@ -274,15 +302,13 @@ impl<C: PortDriver + 'static> Endpoints<C> {
 
     /// Audits periodically until `stop`; sleeps while there is nothing to audit.
     async fn audit_every(&self, interval: Duration, stop: CancellationToken) {
-        let mut ticks = tokio::time::interval(interval);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // The first tick is immediate, and `restore` has just audited.
-        ticks.tick().await;
+        let mut ticks = tokio::time::interval_at(self.0.claims.next_audit(interval), interval);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         loop {
             let is_idle = self.is_idle();
             tokio::select! {
                 () = stop.cancelled() => break,
-                () = self.0.work_done.notified(), if is_idle => ticks.reset(),
+                () = self.0.work_done.notified(), if is_idle => ticks.reset_at(self.0.claims.next_audit(interval)),
                 _ = ticks.tick(), if !is_idle => {
                     self.audit().await;
                     if let Err(error) = self.flush().await {
@@ -310,6 +336,21 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         if let Err(error) = self.flush().await {
             tracing::warn!(%error, "cannot write the endpoints at shutdown");
         }
+    }
+
+    /// Refuses new work if there is neither an endpoint nor running work, so that the host can leave the network. Returns whether
+    /// it does.
+    pub fn close_if_unused(&self) -> bool {
+        let mut tasks = lock(&self.0.tasks);
+        let Some(running) = tasks.as_mut() else { return true };
+        while let Some(result) = running.try_join_next() {
+            log_panic(result);
+        }
+        let unused = running.is_empty() && lock(&self.0.table).records().next().is_none();
+        if unused {
+            *tasks = None;
+        }
+        unused
     }
 
     /// Syncs the table to disk.
@@ -340,7 +381,7 @@ impl<C: PortDriver + 'static> Endpoints<C> {
         work: impl Future<Output = Result<T, EndpointError>> + Send + 'static,
     ) -> Result<T, EndpointError> {
         let name_guard = self.lock_name(&name).await;
-        let permit = Arc::clone(&self.0.permits).acquire_owned().await.map_err(|_| EndpointError::ShuttingDown)?;
+        let permit = self.0.claims.permits().acquire_owned().await.map_err(|_| EndpointError::ShuttingDown)?;
         let (sender, receiver) = oneshot::channel();
         {
             let mut running = lock(&self.0.tasks);
@@ -369,6 +410,12 @@ impl<C: PortDriver + 'static> Endpoints<C> {
             Arc::clone(names.entry(name.clone()).or_default())
         };
         name_lock.lock_owned().await
+    }
+}
+
+impl<C: PortDriver + 'static> NetworkEndpoints for Inner<C> {
+    fn release_dead_holder<'a>(self: Arc<Self>, error: &'a EndpointError) -> BoxFuture<'a, bool> {
+        Box::pin(async move { Endpoints(self).release_dead_holders(error).await })
     }
 }
 

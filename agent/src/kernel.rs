@@ -34,6 +34,7 @@ mod nlmsg;
 mod objects;
 pub mod packet;
 mod peer_messages;
+mod receive_buffer;
 mod route_socket;
 mod rtnl;
 mod shared;
@@ -61,7 +62,7 @@ use self::batch::BatchSocket;
 use self::cache::{KernelCache, SharedLocal};
 use self::ethtool::Ethtool;
 use self::events::HostInterfaces;
-use self::netns::Netns;
+use self::netns::{Netns, NetnsError};
 use self::nft::{ConntrackCleaner, NatMappings, Nft, StaleFilter};
 use self::peer_messages::EntryQuery;
 use self::route_socket::{KernelError, RouteSocket};
@@ -86,11 +87,13 @@ pub struct KernelOptions {
     pub force_classic_routes: bool,
     /// Capacity of the event channel. The monitor merges events that do not fit.
     pub event_capacity: usize,
+    /// The host's network namespace, for an isolated network's; `None` if the opened namespace is the host's.
+    pub host: Option<Netns>,
 }
 
 impl Default for KernelOptions {
     fn default() -> Self {
-        KernelOptions { force_classic_routes: false, event_capacity: 64 }
+        KernelOptions { force_classic_routes: false, event_capacity: 64, host: None }
     }
 }
 
@@ -100,6 +103,7 @@ impl Default for KernelOptions {
 #[derive(Clone)]
 pub struct Kernel {
     netns: Netns,
+    host: Netns,
     shared: Arc<Mutex<Shared>>,
     local: SharedLocal,
     connections: Arc<ConntrackCleaner>,
@@ -129,6 +133,7 @@ impl Kernel {
             nft: Nft::open()?,
             sysctls: Sysctls::open(&Family::ALL),
             netns: netns.clone(),
+            host: options.host.clone(),
             cache: KernelCache::default(),
         };
         let read = |e: std::io::Error| KernelError::from(e).context("cannot examine an rtnetlink socket");
@@ -139,12 +144,23 @@ impl Kernel {
         let local = shared.cache.share_local();
         let shared = Arc::new(Mutex::new(shared));
         let (sender, events) = mpsc::channel(options.event_capacity.max(1));
-        let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender)?;
+        let receive_buffers =
+            if options.host.is_none() { monitor::HOST_RECEIVE_BUFFERS } else { monitor::NETWORK_RECEIVE_BUFFERS };
+        let monitor = Monitor::open(Arc::clone(&shared), own_ports, nft_port, host_interfaces, sender, receive_buffers)?;
         let subscriptions = monitor.subscriptions()?;
         let nexthop_objects = has_nexthop_objects && !options.force_classic_routes;
         let connections = Arc::new(ConntrackCleaner::new(netns.clone()));
         Ok((
-            Kernel { netns: netns.clone(), shared, local, connections, subscriptions, has_nexthop_objects, nexthop_objects },
+            Kernel {
+                netns: netns.clone(),
+                host: options.host.clone().unwrap_or_else(|| netns.clone()),
+                shared,
+                local,
+                connections,
+                subscriptions,
+                has_nexthop_objects,
+                nexthop_objects,
+            },
             events,
             monitor,
         ))
@@ -157,7 +173,7 @@ impl Kernel {
 
     /// Returns the manager of container ports. Clones share its socket.
     pub fn port_manager(&self) -> PortManager {
-        PortManager::new(self.netns.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
+        PortManager::new(self.netns.clone(), self.host.clone(), Arc::clone(&self.shared), Arc::clone(&self.connections))
     }
 
     /// Pauses the monitor's events for a large batch, until the returned guard is dropped.
@@ -311,6 +327,29 @@ fn apply_one(shared: &mut Shared, op: &Op) -> Result<(), OpError> {
             Err(OpError { errno: libc::EINVAL, message: format!("internal error: {key} must be deleted in a batch") })
         }
     }
+}
+
+/// Deletes a network's namespace: its links first, then its name. Its data path must have ended.
+///
+/// The links would live as long as any process or open file in the namespace, and some time longer: the kernel frees a namespace
+/// asynchronously (`cleanup_net` in net/core/net_namespace.c), and refuses a second VXLAN device with the same VNI until then.
+///
+/// # Errors
+/// The name stays if a link could not be deleted.
+pub fn delete_network_netns(name: &str) -> Result<(), OpError> {
+    let to_error = |e: NetnsError| OpError::from(&e);
+    match Netns::named(name) {
+        Ok(netns) => {
+            let links = objects::links(&mut netns.route_socket()?)?;
+            // The kernel gives hardware back to the host.
+            let ours: Vec<u32> = links.iter().filter(|link| !link.kind.is_empty()).map(|link| link.index).collect();
+            let deleted: Result<(), KernelError> = link::delete_links(&netns, &ours).into_iter().collect();
+            deleted.map_err(|e| e.context(format!("cannot delete an interface in network namespace {name}")))?;
+        }
+        Err(NetnsError::NotFound { .. } | NetnsError::NotNetns { .. }) => {}
+        Err(error) => return Err(to_error(error)),
+    }
+    Netns::delete(name).map_err(to_error)
 }
 
 /// Whether the kernel supports next-hop objects (since Linux 5.3).

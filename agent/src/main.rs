@@ -1,9 +1,13 @@
 //! The program `overlayd`: arguments, log, runtime, exit code.
 
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use overlay_agent::config::{HostConfig, command, load_settings};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use overlay_agent::config::{HostConfig, SERVE_NETNS_NAME, command, load_settings};
+use overlay_agent::kernel::netns::serve_name_request;
+use overlay_agent::model::NetworkName;
 use overlay_agent::{allocator, app, telemetry};
 
 /// Two threads: the reconciler can apply a large batch on one while the store and the socket run on the other.
@@ -19,22 +23,33 @@ const EXIT_USAGE: u8 = 2;
 fn main() -> ExitCode {
     allocator::use_single_arena();
     let matches = command().get_matches();
+    if matches.subcommand_name() == Some(SERVE_NETNS_NAME) {
+        let client = std::io::stdin().as_fd().try_clone_to_owned();
+        return client
+            .and_then(|client| serve_name_request(client.into()))
+            .map_or_else(|e| fail(&e, EXIT_ERROR), |()| ExitCode::SUCCESS);
+    }
     let raw = load_settings(&matches);
     let config = match HostConfig::validate(raw.clone()) {
         Ok(config) => config,
         Err(errors) => return fail(&errors, EXIT_USAGE),
     };
+    let networks = match cleaned_networks(&matches) {
+        Ok(networks) => networks,
+        Err(error) => return fail(&error, EXIT_USAGE),
+    };
     let level = match telemetry::init(&config.log_level, config.log_format) {
         Ok(level) => level,
         Err(error) => return fail(&error, EXIT_ERROR),
     };
+    raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(WORKER_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&error, EXIT_ERROR),
     };
     let result = runtime.block_on(async {
         match matches.subcommand_name() {
-            Some("cleanup") => app::cleanup(config).await,
+            Some("cleanup") => app::cleanup(config, &networks).await,
             _ => app::run(config, level, app::SettingsSource::new(matches, raw)).await,
         }
     });
@@ -43,6 +58,23 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error_chain(&error), EXIT_ERROR),
+    }
+}
+
+/// The networks of `cleanup --network`.
+fn cleaned_networks(matches: &clap::ArgMatches) -> Result<Vec<NetworkName>, String> {
+    let cleanup = matches.subcommand_matches("cleanup");
+    let names = cleanup.and_then(|cleanup| cleanup.get_many::<String>("network")).into_iter().flatten();
+    names.map(|name| name.parse().map_err(|error| format!("--network: {error}"))).collect()
+}
+
+/// Raises the limit of open files to what the system allows: each isolated network takes a dozen. Without effect if it is raised
+/// already, as by the packaged service.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::debug!(%error, "cannot raise the limit of open files");
     }
 }
 

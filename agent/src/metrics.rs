@@ -2,6 +2,7 @@
 //! Callers update them through methods; `admin` serves [`Metrics::render`]. `docs/metrics.md` documents each metric.
 
 mod mesh;
+mod networks;
 mod registry;
 
 use std::collections::BTreeMap;
@@ -16,11 +17,13 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
-use crate::model::{NamespaceName, NetworkName, RejectReason};
+use crate::model::{NamespaceName, NetworkName};
 use crate::plan::mesh::{ProbePath, Summary};
 use crate::plan::{Key, ruleset};
 
 use mesh::MeshMetrics;
+pub use networks::NetworkGauges;
+use networks::{NetworkValues, Networks};
 use registry::{ByLabel, Number, add, counters, zero};
 
 /// Upper bounds of the batch size histogram, in ops: from a single repair to a snapshot of 100,000 peers and more.
@@ -34,25 +37,11 @@ const DURATION_BOUNDS: [f64; 11] = [0.000_1, 0.000_5, 0.001, 0.005, 0.01, 0.05, 
 /// The agent's metrics. All methods may be called from any thread.
 #[derive(Debug)]
 pub struct Metrics {
-    /// The values of each network. Without a label for the network, the page has their sums, and 1 only if a condition holds for
-    /// each of them.
-    networks: Mutex<BTreeMap<NetworkName, NetworkGauges>>,
+    networks: Networks,
     /// Failed and contended entries of each network namespace.
     data_paths: Mutex<BTreeMap<NamespaceName, (usize, usize)>>,
-    /// Whether the store answers each network; absent until the first answer.
-    connected: Mutex<BTreeMap<NetworkName, bool>>,
-    ready: Number,
-    lease_held: Number,
-    peers: Number,
-    leases: Number,
-    rejected_leases: Number,
-    rejected_values: ByLabel<Counter>,
-    config_errors: Number,
-    endpoints: Number,
     failed_entries: Number,
     contended_entries: Number,
-    store_connected: Number,
-    store_reconnects: Counter,
     store_requests: Histogram,
     store_requests_failed: Counter,
     ops: ByLabel<Counter>,
@@ -66,23 +55,6 @@ pub struct Metrics {
     idle_wakeups: Counter,
     full_reads: ByLabel<Counter>,
     registry: Registry,
-}
-
-/// The values of a network.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NetworkGauges {
-    /// Whether it is ready.
-    pub ready: bool,
-    /// Whether this host holds its lease, as far as it knows.
-    pub lease_held: bool,
-    /// Peers in the data path.
-    pub peers: usize,
-    /// Leases in the store.
-    pub leases: usize,
-    /// How many of them are rejected.
-    pub rejected_leases: usize,
-    /// Invalid fields of the configuration in the store, while the last valid configuration stays in use.
-    pub config_errors: usize,
 }
 
 /// The source of an event.
@@ -119,36 +91,37 @@ impl Metrics {
         page.register("overlayd_build", "The running program; the value is always 1", Info::new(build));
         let started = ConstGauge::new(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64());
         page.register("process_start_time_seconds", "Start of the process, in seconds since the epoch", started);
+        let networks = Networks::new();
+        let mut network = |name, help, value| networks.gauge(page, name, help, value);
+        network("overlayd_ready", "1 if a snapshot was received, the lease is held and no failed entry is pending", |values| {
+            values.gauges.ready.into()
+        });
+        network("overlayd_lease_held", "1 while this host holds its lease, as far as it knows", |values| {
+            values.gauges.lease_held.into()
+        });
+        network("overlayd_peers", "Peers in the data path", |values| values.gauges.peers as u64);
+        network("overlayd_leases", "Leases in the store, including this host's", |values| values.gauges.leases as u64);
+        network("overlayd_refused_leases", "Rejected leases, which are not in the data path", |values| {
+            values.gauges.rejected_leases as u64
+        });
+        network(
+            "overlayd_config_errors",
+            "Invalid fields of the configuration in the store; the last valid one stays in use",
+            |values| values.gauges.config_errors as u64,
+        );
+        network("overlayd_endpoints", "Containers of this host on the overlay", |values| values.endpoints as u64);
+        network("overlayd_store_connected", "1 while the store answers", NetworkValues::is_connected);
+        networks.register_rejected(page);
+        networks.register_reconnects(page);
         Metrics {
-            networks: Mutex::default(),
+            networks,
             data_paths: Mutex::default(),
-            connected: Mutex::default(),
-            ready: zero(page, "overlayd_ready", "1 if a snapshot was received, the lease is held and no failed entry is pending"),
-            lease_held: zero(page, "overlayd_lease_held", "1 while this host holds its lease, as far as it knows"),
-            peers: zero(page, "overlayd_peers", "Peers in the data path"),
-            leases: zero(page, "overlayd_leases", "Leases in the store, including this host's"),
-            rejected_leases: zero(page, "overlayd_refused_leases", "Rejected leases, which are not in the data path"),
-            rejected_values: counters(
-                page,
-                "overlayd_refused_values",
-                "Rejected values of the store, by reason",
-                "reason",
-                RejectReason::NAMES,
-            ),
-            config_errors: zero(
-                page,
-                "overlayd_config_errors",
-                "Invalid fields of the configuration in the store; the last valid one stays in use",
-            ),
-            endpoints: zero(page, "overlayd_endpoints", "Containers of this host on the overlay"),
             failed_entries: zero(page, "overlayd_failed_entries", "Kernel entries that failed and are retried"),
             contended_entries: zero(
                 page,
                 "overlayd_contested_entries",
                 "Kernel entries that another process on this host changes again and again",
             ),
-            store_connected: zero(page, "overlayd_store_connected", "1 while the store answers"),
-            store_reconnects: zero(page, "overlayd_store_reconnects", "Reconnects to the store"),
             store_requests: add(
                 page,
                 "overlayd_store_request_duration_seconds",
@@ -191,42 +164,24 @@ impl Metrics {
         }
     }
 
-    /// The values of a network.
+    /// The present state of a network.
     pub fn set_network(&self, network: &NetworkName, gauges: NetworkGauges) {
-        let mut networks = lock(&self.networks);
-        networks.insert(network.clone(), gauges);
-        self.publish_networks(&networks);
+        self.networks.change(network, |values| values.gauges = gauges);
     }
 
     /// Forgets a network that was stopped.
     pub fn remove_network(&self, network: &NetworkName) {
-        let mut networks = lock(&self.networks);
-        networks.remove(network);
-        self.publish_networks(&networks);
-        let mut connected = lock(&self.connected);
-        connected.remove(network);
-        self.publish_connected(&connected);
-    }
-
-    fn publish_networks(&self, networks: &BTreeMap<NetworkName, NetworkGauges>) {
-        let sum = |count: fn(&NetworkGauges) -> usize| networks.values().map(count).sum::<usize>() as u64;
-        let all = |flag: fn(&NetworkGauges) -> bool| u64::from(!networks.is_empty() && networks.values().all(flag));
-        self.ready.set(all(|network| network.ready));
-        self.lease_held.set(all(|network| network.lease_held));
-        self.peers.set(sum(|network| network.peers));
-        self.leases.set(sum(|network| network.leases));
-        self.rejected_leases.set(sum(|network| network.rejected_leases));
-        self.config_errors.set(sum(|network| network.config_errors));
+        self.networks.remove(network);
     }
 
     /// Counts a newly rejected value of the store; `reason` is a `RejectReason::as_str`.
-    pub fn count_rejected_value(&self, reason: &'static str) {
-        self.rejected_values.count(reason, 1);
+    pub fn count_rejected_value(&self, network: &NetworkName, reason: &'static str) {
+        self.networks.change(network, |values| values.count_rejected(reason));
     }
 
-    /// Endpoints of this host.
-    pub fn set_endpoints(&self, count: usize) {
-        self.endpoints.set(count as u64);
+    /// Endpoints of this host in a network.
+    pub fn set_endpoints(&self, network: &NetworkName, count: usize) {
+        self.networks.change(network, |values| values.endpoints = count);
     }
 
     /// A network namespace's entries that failed and are retried, and those that another process changes again and again.
@@ -239,20 +194,7 @@ impl Metrics {
 
     /// Whether the store answers a network. Each change from no to yes except the first is a reconnect.
     pub fn set_store_connected(&self, network: &NetworkName, connected: bool) {
-        let mut networks = lock(&self.connected);
-        match networks.get_mut(network) {
-            Some(state) => {
-                let was = std::mem::replace(state, connected);
-                self.store_reconnects.inc_by(u64::from(connected && !was));
-            }
-            None if connected => drop(networks.insert(network.clone(), true)),
-            None => {}
-        }
-        self.publish_connected(&networks);
-    }
-
-    fn publish_connected(&self, networks: &BTreeMap<NetworkName, bool>) {
-        self.store_connected.set(u64::from(!networks.is_empty() && networks.values().all(|connected| *connected)));
+        self.networks.change(network, |values| values.set_connected(connected));
     }
 
     /// Records a finished request to the store: its duration, and whether it succeeded.
@@ -349,6 +291,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::RejectReason;
     use crate::model::api::Reachability;
 
     /// The name with labels, and the value as a number: `60.087090000` is 60.08709.
@@ -365,7 +308,7 @@ mod tests {
         metrics.drift_repaired("route");
         metrics.drift_repaired("route");
         metrics.drift_repaired("fdb");
-        metrics.count_rejected_value("duplicate-mac");
+        metrics.count_rejected_value(&NetworkName::default(), "duplicate-mac");
         metrics.store_request_finished(Duration::from_millis(3), true);
         metrics.store_request_finished(Duration::from_secs(5), false);
         metrics.set_dropped(BTreeMap::from([("source", 7), ("tunnel", 0)]));
@@ -385,15 +328,15 @@ mod tests {
             "overlayd_events_total{source=\"kernel\"} 0",
             "overlayd_kernel_reads_total{what=\"state\"} 1",
             "overlayd_rounds_total 1",
-            "overlayd_ready 1",
-            "overlayd_peers 3",
-            "overlayd_leases 5",
-            "overlayd_refused_leases 1",
+            "overlayd_ready{network=\"default\"} 1",
+            "overlayd_peers{network=\"default\"} 3",
+            "overlayd_leases{network=\"default\"} 5",
+            "overlayd_refused_leases{network=\"default\"} 1",
             "overlayd_drift_repairs_total{kind=\"fdb\"} 1",
             "overlayd_drift_repairs_total{kind=\"route\"} 2",
             "overlayd_drift_repairs_total{kind=\"sysctl\"} 0",
-            "overlayd_refused_values_total{reason=\"duplicate-mac\"} 1",
-            "overlayd_refused_values_total{reason=\"overlap\"} 0",
+            "overlayd_refused_values_total{network=\"default\",reason=\"duplicate-mac\"} 1",
+            "overlayd_refused_values_total{network=\"default\",reason=\"overlap\"} 0",
             "overlayd_store_request_duration_seconds_bucket{le=\"0.005\"} 1",
             "overlayd_store_request_duration_seconds_count 2",
             "overlayd_store_request_failures_total 1",
@@ -433,21 +376,25 @@ mod tests {
         let page = Metrics::new().render();
         let names = page.lines().filter(|line| !line.starts_with('#')).filter_map(sample).map(|(name, _)| name);
         let ops: Vec<&str> = names.filter(|name| name.contains("reason=") || name.starts_with("overlayd_mesh_p")).collect();
-        let rejected = RejectReason::NAMES.iter().map(|name| format!("overlayd_refused_values_total{{reason=\"{name}\"}}"));
-        let dropped = ["encapsulation", "loopback", "tunnel", "dhcp", "router", "source"]
+        let rejected = RejectReason::NAMES
+            .iter()
+            .map(|name| format!("overlayd_refused_values_total{{network=\"default\",reason=\"{name}\"}}"));
+        let dropped = ["encapsulation", "isolation", "loopback", "tunnel", "dhcp", "router", "source"]
             .map(|name| format!("overlayd_dropped_packets_total{{reason=\"{name}\"}}"));
         let peers = ["ok", "lossy", "underlay-silent", "overlay-down", "unreachable", "unknown"]
             .map(|name| format!("overlayd_mesh_peers{{state=\"{name}\"}}"));
         let probing = ["overlayd_mesh_probing".to_owned()];
         let wanted: Vec<String> = rejected.chain(dropped).chain(probing).chain(peers).collect();
         assert_eq!(ops, wanted);
-        assert!(page.contains("# HELP overlayd_peers Peers in the data path.\n# TYPE overlayd_peers gauge\noverlayd_peers 0\n"));
+        assert!(page.contains(
+            "# HELP overlayd_peers Peers in the data path.\n# TYPE overlayd_peers gauge\noverlayd_peers{network=\"default\"} 0\n"
+        ));
     }
 
     #[test]
     fn first_store_connection_is_not_a_reconnect() {
         let metrics = Metrics::new();
-        let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total 1");
+        let reconnects = || metrics.render().lines().any(|line| line == "overlayd_store_reconnects_total{network=\"default\"} 1");
         for connected in [false, true, true, false] {
             metrics.set_store_connected(&NetworkName::default(), connected);
             assert!(!reconnects());
@@ -463,12 +410,27 @@ mod tests {
         let [one, two] = ["one", "two"].map(NetworkName::from);
         metrics.set_network(&one, gauges(3, true));
         metrics.set_network(&two, gauges(4, false));
+        metrics.set_store_connected(&two, true);
+        metrics.count_rejected_value(&one, "overlap");
         metrics.set_data_path(&NamespaceName::Host, 1, 0);
         metrics.set_data_path(&NamespaceName::Network(two.clone()), 2, 1);
         let has = |line: &str| metrics.render().lines().any(|l| l == line);
-        assert!(["overlayd_peers 7", "overlayd_ready 0", "overlayd_failed_entries 3"].into_iter().all(has));
+        for line in [
+            r#"overlayd_peers{network="one"} 3"#,
+            r#"overlayd_peers{network="two"} 4"#,
+            r#"overlayd_ready{network="one"} 1"#,
+            r#"overlayd_ready{network="two"} 0"#,
+            r#"overlayd_store_connected{network="one"} 0"#,
+            r#"overlayd_store_connected{network="two"} 1"#,
+            r#"overlayd_refused_values_total{network="one",reason="overlap"} 1"#,
+            r#"overlayd_refused_values_total{network="two",reason="overlap"} 0"#,
+            "overlayd_failed_entries 3",
+            "overlayd_contested_entries 1",
+        ] {
+            assert!(has(line), "{line} is not in\n{}", metrics.render());
+        }
         metrics.remove_network(&two);
-        assert!(["overlayd_peers 3", "overlayd_ready 1", "overlayd_contested_entries 1"].into_iter().all(has));
+        assert!(has(r#"overlayd_peers{network="one"} 3"#) && !metrics.render().contains("\"two\""));
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod publish;
 pub mod rejection;
 pub mod subnet;
 pub mod text;
+pub mod transfer;
 pub mod vni;
 
 pub use backend::{BackendConfig, BackendData, PeerEndpoint};
@@ -39,4 +40,5 @@ pub use peer::Peer;
 pub use publish::{PublishedPort, Transport};
 pub use rejection::{RejectReason, RejectedLease};
 pub use subnet::Subnet;
+pub use transfer::transfer_range;
 pub use vni::Vni;

@@ -1,23 +1,29 @@
 //! One overlay network: folds store events and facts about the host, and plans the network's desired entries.
 //!
 //! One task per network, [`Network::run`], owns the lease table and the peers, so nothing is locked. It changes nothing in the
-//! kernel: it sends each change of desired entries to the reconciler of its network namespace as a
-//! [`Contribution`](crate::plan::contribution::Contribution), and learns
-//! from [`Progress`] which of them are applied.
+//! kernel: it sends each change of desired entries to the reconcilers of its network namespaces as a
+//! [`Contribution`](crate::plan::contribution::Contribution), and learns from
+//! [`Progress`](crate::plan::contribution::Progress) which of them are applied. An isolated network has entries in two
+//! namespaces, its own and the host's.
 //!
 //! Cancel safety: every await of the `select!` is a channel's `recv`, `changed` or a timer; no event is lost when another arm
 //! wins.
 
+mod isolation;
+mod link;
 mod planner;
 mod report;
+mod scope;
 mod store_view;
 mod underlay;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::OptionFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -26,12 +32,17 @@ use crate::metrics::{EventSource, Metrics, NetworkGauges};
 use crate::model::api;
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::peer::RemoteSubnet;
-use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, Node, PerFamily, Subnet};
+use crate::model::{Device, Endpoint, ExpiryId, Mac, NetworkConfig, NetworkName, NetworkRecord, Node, PerFamily, Subnet};
 use crate::plan::Key;
-use crate::plan::contribution::{HostView, NetworkProgress, Progress, ReconcilerInput};
+use crate::plan::contribution::ReconcilerInput;
+use crate::plan::isolation::Transit;
 use crate::plan::underlay::UnderlaySelector;
 
+pub use link::ReconcilerLink;
+
+use isolation::Connections;
 use planner::Planner;
+use scope::ScopeState;
 use store_view::{Dirty, StoreView};
 use underlay::UnderlayState;
 
@@ -40,6 +51,10 @@ use underlay::UnderlayState;
 pub struct Settings {
     /// Name of the network.
     pub name: NetworkName,
+    /// Whether it was started as an isolated network. It plans nothing while its record has the other kind.
+    pub isolated: bool,
+    /// Start of the names of isolated networks' namespaces.
+    pub netns_prefix: String,
     /// Name and id of this host.
     pub node: Node,
     /// Selection rules for the external interface.
@@ -66,6 +81,11 @@ pub trait NetworkStateStore: Send {
     fn preferred_subnet(&self) -> Option<Subnet>;
     /// The last underlay addresses that this host published.
     fn published_addresses(&self) -> PerFamily<IpAddr>;
+    /// The number of the network's transit: the stored one, else the lowest free one, which is stored from then on. `None` if no
+    /// number is free.
+    fn transit(&mut self) -> Option<Transit>;
+    /// Stores the network's record, for a start without the store.
+    fn save_record(&mut self, record: &NetworkRecord);
 }
 
 /// The overlay on this host, as the endpoints and `subnet.env` use it.
@@ -122,16 +142,18 @@ pub enum NetworkQuery {
 /// A network's ends of its channels, which outlive a run of it; all are bounded.
 #[derive(Debug)]
 pub struct Channels {
-    /// The host as the reconciler read it; `None` before the first read.
-    pub host: watch::Receiver<Option<Arc<HostView>>>,
+    /// The reconciler of the host's network namespace.
+    pub host: ReconcilerLink,
+    /// The reconciler of the network's own namespace, if it is isolated.
+    pub own: Option<ReconcilerLink>,
+    /// To the agent: the last valid record, also if its kind is not the one that the network was started as.
+    pub record: watch::Sender<Option<NetworkRecord>>,
+    /// The records of this host's networks.
+    pub others: watch::Receiver<Arc<BTreeMap<NetworkName, NetworkRecord>>>,
     /// The endpoints that have a port on the bridge.
     pub endpoints: watch::Receiver<Vec<Arc<Endpoint>>>,
-    /// What the reconciler applied.
-    pub progress: watch::Receiver<Progress>,
     /// Queries of the admin socket.
     pub queries: mpsc::Receiver<NetworkQuery>,
-    /// To the reconciler.
-    pub reconciler: mpsc::Sender<ReconcilerInput>,
     /// What a restarted network takes over from the run before.
     pub carried: Carried,
     /// The endpoints whose entries were applied, or failed once and are being retried.
@@ -153,7 +175,7 @@ pub struct Channels {
 pub struct Carried {
     /// Start of the first run.
     started: Option<Instant>,
-    /// Numbers of the last messages to the reconciler. They go on, so that no answer to an earlier run is mistaken.
+    /// Numbers of the last messages to the reconcilers. They go on, so that no answer to an earlier run is mistaken.
     contribution: u64,
     refresh: u64,
     /// IPv6 stays unused until the agent is restarted, because with it the host would get another subnet.
@@ -172,13 +194,13 @@ pub struct Network<M> {
     now: fn() -> Instant,
     store: StoreView,
     underlay: UnderlayState,
+    connections: Connections,
     endpoints: Vec<Arc<Endpoint>>,
     planner: Planner,
     dirty: Dirty,
-    progress: Progress,
     endpoints_changed: bool,
-    /// The contribution that has the endpoints; `None` once they are reported as applied.
-    endpoints_sequence: Option<u64>,
+    /// Whether endpoints are not reported as applied yet.
+    endpoints_pending: bool,
     /// Whether the answer to a query may have changed.
     changed: bool,
 }
@@ -189,6 +211,7 @@ impl<M: NetworkStateStore> Network<M> {
         let now = Instant::now();
         Network {
             store: StoreView::new(settings.lease_ttl),
+            planner: Planner::new(settings.name.clone(), settings.isolated),
             settings,
             state_store,
             metrics,
@@ -196,12 +219,11 @@ impl<M: NetworkStateStore> Network<M> {
             uptime_since: now,
             now: Instant::now,
             underlay: UnderlayState::default(),
+            connections: Connections::default(),
             endpoints: Vec::new(),
-            planner: Planner::default(),
             dirty: Dirty::default(),
-            progress: Progress::default(),
             endpoints_changed: true,
-            endpoints_sequence: None,
+            endpoints_pending: false,
             changed: true,
         }
     }
@@ -211,7 +233,7 @@ impl<M: NetworkStateStore> Network<M> {
         Network { now, ..self }
     }
 
-    /// Runs until `shutdown`, or until the reconciler's end of a channel is dropped. `store` begins with a snapshot. `delay` is the
+    /// Runs until `shutdown`, or until a reconciler's end of a channel is dropped. `store` begins with a snapshot. `delay` is the
     /// pause before a restart.
     pub async fn run(
         mut self,
@@ -227,9 +249,12 @@ impl<M: NetworkStateStore> Network<M> {
         if !delay.is_zero() && shutdown.run_until_cancelled(self.wait(channels, delay)).await.is_none() {
             return;
         }
-        channels.host.mark_changed();
+        for link in [Some(&mut channels.host), channels.own.as_mut()].into_iter().flatten() {
+            link.view.mark_changed();
+            link.progress.mark_changed();
+        }
+        channels.others.mark_changed();
         channels.endpoints.mark_changed();
-        channels.progress.mark_changed();
         let mut queries = Vec::new();
         loop {
             // Queries first: an answer includes every event sent before its query.
@@ -259,9 +284,10 @@ impl<M: NetworkStateStore> Network<M> {
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 Some(event) = store.recv() => self.fold_store(event),
-                Ok(()) = channels.host.changed() => channels.host.mark_changed(),
+                () = channels.host.changed() => {}
+                Some(()) = OptionFuture::from(channels.own.as_mut().map(ReconcilerLink::changed)) => {}
+                Ok(()) = channels.others.changed() => channels.others.mark_changed(),
                 Ok(()) = channels.endpoints.changed() => channels.endpoints.mark_changed(),
-                Ok(()) = channels.progress.changed() => channels.progress.mark_changed(),
                 Some(query) = channels.queries.recv() => queries.push(query),
                 () = timer => {}
             }
@@ -285,66 +311,83 @@ impl<M: NetworkStateStore> Network<M> {
     fn fold_store(&mut self, event: StoreEvent) {
         self.changed = true;
         self.metrics.count_events(EventSource::Store, 1);
+        let event = match event {
+            StoreEvent::Config(Some(Ok(record))) => {
+                StoreEvent::Config(Some(record.check_name(&self.settings.name).map(|()| record)))
+            }
+            event => event,
+        };
         self.store.fold(event, (self.now)(), &mut self.dirty);
         self.metrics.set_store_connected(&self.settings.name, self.store.is_connected());
     }
 
     fn fold_watches(&mut self, channels: &mut Channels) {
-        if channels.host.has_changed().unwrap_or(false)
-            && let Some(view) = channels.host.borrow_and_update().clone()
-        {
-            self.dirty.underlay = true;
-            self.dirty.reconciler |= self.underlay.view.as_ref().is_some_and(|before| before.run != view.run);
-            self.underlay.view = Some(view);
+        let links = std::iter::once(&mut channels.host).chain(&mut channels.own);
+        for (state, link) in self.planner.scopes.iter_mut().zip(links) {
+            let (view, progress) = state.fold(link);
+            self.dirty.underlay |= view;
+            self.changed |= progress;
+        }
+        if channels.others.has_changed().unwrap_or(false) {
+            self.connections.others = channels.others.borrow_and_update().clone();
+            self.dirty.host |= self.settings.isolated;
         }
         if channels.endpoints.has_changed().unwrap_or(false) {
             self.endpoints = channels.endpoints.borrow_and_update().clone();
             self.endpoints_changed = true;
             self.dirty.host = true;
         }
-        if channels.progress.has_changed().unwrap_or(false) {
-            let progress = channels.progress.borrow_and_update().clone();
-            self.changed |= progress != self.progress;
-            self.progress = progress;
-        }
     }
 
     /// The next time at which work is due without an event.
     fn next_deadline(&self) -> Option<Instant> {
-        [self.store.lease_expires_at(), self.underlay.reselect_at].into_iter().flatten().min()
+        let reselect_at = self.underlay.reselect_at.filter(|_| self.is_of_recorded_kind());
+        [self.store.lease_expires_at(), reselect_at].into_iter().flatten().min()
     }
 
-    /// Plans what is dirty, sends it to the reconciler, and publishes changed values. Fails if the reconciler has ended.
+    /// Whether the network was started as its record says. Otherwise it plans nothing, and its data path stays.
+    fn is_of_recorded_kind(&self) -> bool {
+        self.store.record.as_ref().is_none_or(|record| record.isolated == self.settings.isolated)
+    }
+
+    /// Plans what is dirty, sends it to the reconcilers, and publishes changed values. Fails if a reconciler has ended.
     async fn converge(&mut self, channels: &mut Channels) -> Result<(), mpsc::error::SendError<ReconcilerInput>> {
         let now = (self.now)();
         self.changed |= self.store.check_lease_expiry(now);
-        let restarted = std::mem::take(&mut self.dirty.reconciler);
-        if restarted {
-            self.planner.start_over(&self.store.leases, &self.metrics, &mut self.dirty, now);
+        if let Some(record) = self.store.take_new_record() {
+            self.state_store.save_record(record);
+            channels.record.send_replace(Some(record.clone()));
         }
-        if self.store.take_config_changed() || restarted {
+        let host_restarted = self.planner.start_over();
+        let plans = self.is_of_recorded_kind();
+        if host_restarted || (plans && self.store.take_config_changed()) {
             // The families that the external interface has to serve may have changed. The selection waits for a new read.
             self.underlay.refresh += 1;
             channels.carried.refresh = self.underlay.refresh;
             let refresh = ReconcilerInput::RefreshHost { network: self.settings.name.clone(), number: self.underlay.refresh };
-            channels.reconciler.send(refresh).await?;
+            channels.host.input.send(refresh).await?;
         }
-        if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
-            self.select_underlay(now);
-            channels.carried.ipv4_only = self.underlay.ipv4_only;
+        if plans {
+            if std::mem::take(&mut self.dirty.underlay) || self.underlay.reselect_at.is_some_and(|at| now >= at) {
+                self.select_underlay(now);
+                channels.carried.ipv4_only = self.underlay.ipv4_only;
+            }
+            if self.dirty.host {
+                self.request_lease(channels);
+            }
+            self.plan(now);
         }
-        if self.dirty.host {
-            self.request_lease(channels);
+        let links = std::iter::once(&channels.host).chain(&channels.own);
+        for (state, link) in self.planner.scopes.iter_mut().zip(links) {
+            if let Some(contribution) = state.take_contribution(&self.settings.name, &mut self.planner.sequence) {
+                self.changed = true;
+                channels.carried.contribution = contribution.sequence;
+                link.input.send(ReconcilerInput::Contribution(Box::new(contribution))).await?;
+            }
         }
-        self.plan(now);
-        let run = self.underlay.view.as_ref().map_or(0, |view| view.run);
-        if let Some(contribution) = self.planner.take_contribution(&self.settings.name, run) {
-            self.changed = true;
-            channels.carried.contribution = contribution.sequence;
-            channels.reconciler.send(ReconcilerInput::Contribution(Box::new(contribution))).await?;
-        }
-        if std::mem::take(&mut self.endpoints_changed) {
-            self.endpoints_sequence = Some(self.planner.sequence);
+        if plans && std::mem::take(&mut self.endpoints_changed) {
+            self.planner.scopes.iter_mut().for_each(ScopeState::mark_endpoints);
+            self.endpoints_pending = true;
         }
         self.publish(channels);
         Ok(())
@@ -352,7 +395,7 @@ impl<M: NetworkStateStore> Network<M> {
 
     /// Sends the lease request of this host to the store.
     fn request_lease(&mut self, channels: &Channels) {
-        let (Some(network), Some(underlay)) = (self.store.config.clone(), self.underlay.selected.clone()) else { return };
+        let (Some(network), Some(underlay)) = (self.store.config().cloned(), self.underlay.selected.clone()) else { return };
         let preferred = match &self.store.own_lease {
             OwnLease::Held(held) => Some(held.subnet),
             OwnLease::NotHeld { .. } => {
@@ -365,21 +408,13 @@ impl<M: NetworkStateStore> Network<M> {
         replace_if_changed(&channels.lease_request, Some(request));
     }
 
-    /// What the reconciler applied of this network.
-    fn applied(&self) -> NetworkProgress {
-        self.progress.networks.get(&self.settings.name).copied().unwrap_or_default()
-    }
-
-    /// Whether the snapshot was read, the own lease is held, the first contribution is applied, and no failed entry is pending. A
-    /// later contribution on its way to the kernel is no reason to revoke readiness.
+    /// Whether the snapshot was read, the own lease is held, the first contributions are applied, and no failed entry is pending.
+    /// A later contribution on its way to the kernel is no reason to revoke readiness.
     fn is_ready(&self) -> bool {
-        let applied = self.applied();
         self.store.has_snapshot
             && self.planner.host.is_some()
             && self.store.holds_lease()
-            && applied.sequence > 0
-            && applied.failed == 0
-            && !self.progress.dump_failed
+            && self.planner.scopes.iter().all(|state| state.is_in_place(&self.settings.name))
     }
 
     /// Publishes metrics and changed values on the channels.
@@ -395,10 +430,9 @@ impl<M: NetworkStateStore> Network<M> {
         };
         self.metrics.set_network(&self.settings.name, gauges);
         replace_if_changed(&channels.ready, ready);
-        let applied = self.applied();
+        let (scopes, name) = (&self.planner.scopes, &self.settings.name);
         if let Some(host) = &self.planner.host
-            && applied.sequence >= self.planner.host_sequence
-            && !applied.base_failed
+            && scopes.iter().all(|state| state.has_host_entries(name))
         {
             let overlay = Overlay {
                 network: host.network.clone(),
@@ -409,8 +443,8 @@ impl<M: NetworkStateStore> Network<M> {
             };
             replace_if_changed(&channels.overlay, Some(overlay));
         }
-        if self.endpoints_sequence.is_some_and(|sequence| applied.sequence >= sequence) {
-            self.endpoints_sequence = None;
+        if self.endpoints_pending && scopes.iter().all(|state| state.has_endpoints(name)) {
+            self.endpoints_pending = false;
             channels.applied_endpoints.send_replace(self.endpoints.clone());
         }
         if std::mem::take(&mut self.changed) {

@@ -1,5 +1,7 @@
 //! Files of the agent: the state directory (`--state-dir`), lock files against a second agent, and `subnet.env`.
 //!
+//! The default network's state is in the directory itself, with the host's; that of network NAME is below `networks/NAME`.
+//!
 //! All functions block on the file system; asynchronous callers use `tokio::task::spawn_blocking`. The module has no tasks.
 //! [`write_atomic`] replaces files atomically, so that a reader or a crash sees either the old text or the new one.
 
@@ -12,11 +14,12 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Device, Mac, PerFamily, Role, Subnet};
+use crate::model::{Device, Mac, NetworkName, PerFamily, Role, Subnet};
 
 pub use file::{FileError, write_atomic, write_if_changed};
 pub use journal::Journal;
@@ -32,11 +35,14 @@ const DIRECTORY_MODE: u32 = 0o700;
 /// Mode of the files in it.
 const FILE_MODE: u32 = 0o600;
 
-/// The state directory, locked while this value exists.
+/// Name of the directory with those of the named networks.
+const NETWORKS: &str = "networks";
+
+/// The state directory, or that of a named network in it; locked while one of these values exists.
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: DirLock,
+    lock: Arc<DirLock>,
 }
 
 /// Why the state directory cannot be used.
@@ -60,7 +66,7 @@ pub enum StateError {
     },
 }
 
-/// Persistent state of this host (`state.json`), so that a restart or reboot changes nothing for its peers.
+/// Persistent state of this host in a network (`state.json`), so that a restart or reboot changes nothing for its peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostState {
     /// The MAC of each device of ours, by device name, which contains VNI and family.
@@ -75,6 +81,15 @@ pub struct HostState {
     /// Values of sysctls from before the agent's first change, by path below `/proc/sys/net`; `overlayd cleanup` restores them.
     #[serde(default)]
     pub sysctls: BTreeMap<String, String>,
+    /// JSON text of a named network's last record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub record: Option<String>,
+    /// Whether a named network runs as an isolated one; the record may have changed since it started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolated: Option<bool>,
+    /// Number of an isolated network's transit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transit: Option<u16>,
 }
 
 impl HostState {
@@ -115,19 +130,41 @@ struct VersionHeader {
 impl StateDir {
     /// Opens and locks the directory; creates it with mode 0700 if it is missing. Fails if another agent has locked it.
     pub fn open(path: &Path) -> Result<StateDir, StateError> {
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(DIRECTORY_MODE)
-            .create(path)
-            .map_err(|source| FileError::new("create the directory", path, source))?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(DIRECTORY_MODE))
-            .map_err(|source| FileError::new("set the mode of", path, source))?;
+        create_directory(path)?;
         let lock = DirLock::acquire_named(path, lock::STATE_LOCK)?;
-        Ok(StateDir { path: path.to_owned(), _lock: lock })
+        Ok(StateDir { path: path.to_owned(), lock: Arc::new(lock) })
     }
 
-    /// Removes the agent's files, and the directory if it is empty then.
+    /// The directory of a named network, under the same lock; creates it with mode 0700 if it is missing.
+    pub fn network(&self, name: &NetworkName) -> Result<StateDir, StateError> {
+        let path = self.path.join(NETWORKS).join(name.to_string());
+        create_directory(&path)?;
+        Ok(StateDir { path, lock: Arc::clone(&self.lock) })
+    }
+
+    /// The named networks with a directory.
+    pub fn networks(&self) -> Result<Vec<NetworkName>, StateError> {
+        let path = self.path.join(NETWORKS);
+        let failed = |source| FileError::new("read the directory", &path, source);
+        let entries = match std::fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(failed(source).into()),
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            // Whatever else is there is not ours.
+            names.extend(entry.map_err(failed)?.file_name().to_str().and_then(|name| name.parse().ok()));
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Removes the agent's files, those of named networks too, and each directory that is empty then.
     pub fn remove(self) -> Result<(), StateError> {
+        for network in self.networks()? {
+            self.network(&network)?.remove()?;
+        }
         let removed = ["endpoints.json", "endpoints.journal", "state.json", "node-id", lock::STATE_LOCK].iter().map(|name| {
             let path = self.path.join(name);
             match std::fs::remove_file(&path) {
@@ -136,13 +173,9 @@ impl StateDir {
             }
         });
         removed.collect::<Result<(), FileError>>()?;
-        match std::fs::remove_dir(&self.path) {
-            // Quarantined files are left for the operator, and a mount point is not ours to remove.
-            Err(source) if !matches!(source.kind(), std::io::ErrorKind::DirectoryNotEmpty | std::io::ErrorKind::ResourceBusy) => {
-                Err(FileError::new("remove the directory", &self.path, source).into())
-            }
-            _ => Ok(()),
-        }
+        remove_directory(&self.path.join(NETWORKS))?;
+        remove_directory(&self.path)?;
+        Ok(())
     }
 
     /// The directory.
@@ -161,15 +194,23 @@ impl StateDir {
             }
             file::quarantine(&path, "it is not 32 hex digits")?;
         }
-        let mut host = self.load_host()?;
-        if !host.macs.is_empty() {
-            host.macs.clear();
-            self.save_host(&host)?;
+        self.clear_macs()?;
+        for network in self.networks()? {
+            self.network(&network)?.clear_macs()?;
         }
         let id = format!("{:032x}", rand::random::<u128>());
         write_atomic(&path, format!("{id}\n").as_bytes(), FILE_MODE)?;
         tracing::info!(node_id = id, path = %path.display(), "created node id");
         Ok(id)
+    }
+
+    fn clear_macs(&self) -> Result<(), StateError> {
+        let mut host = self.load_host()?;
+        if !host.macs.is_empty() {
+            host.macs.clear();
+            self.save_host(&host)?;
+        }
+        Ok(())
     }
 
     /// Reads the host's state (`state.json`); the default at the first start, or if the file was corrupt.
@@ -237,6 +278,28 @@ impl StateDir {
 /// Reads a JSON file of a state directory that an agent may have locked; `None` if it is missing. Changes nothing.
 pub fn peek<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
     file::peek(path, |bytes| serde_json::from_slice(bytes))
+}
+
+/// Creates a directory with its parents; sets its mode if it exists.
+fn create_directory(path: &Path) -> Result<(), FileError> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(DIRECTORY_MODE)
+        .create(path)
+        .map_err(|source| FileError::new("create the directory", path, source))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(DIRECTORY_MODE))
+        .map_err(|source| FileError::new("set the mode of", path, source))
+}
+
+/// Removes a directory if it is empty. Quarantined files are left for the operator, and a mount point is not ours to remove.
+fn remove_directory(path: &Path) -> Result<(), FileError> {
+    use std::io::ErrorKind::{DirectoryNotEmpty, NotFound, ResourceBusy};
+    match std::fs::remove_dir(path) {
+        Err(source) if !matches!(source.kind(), DirectoryNotEmpty | NotFound | ResourceBusy) => {
+            Err(FileError::new("remove the directory", path, source))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn encode<T: Serialize>(path: &Path, content: &T) -> Result<Vec<u8>, StateError> {

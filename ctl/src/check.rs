@@ -13,6 +13,7 @@
 //! | `paths` | every peer: MTU end to end, checksums and segmentation, by real packets |
 //! | `neighbours` | other managers of the agent's devices: NetworkManager, systemd-networkd, flannel |
 //! | `endpoints` | the containers: agent, state directory and kernel agree |
+//! | `networks` | the namespaces of isolated networks, and ways between them |
 
 mod addresses;
 mod agent;
@@ -22,6 +23,7 @@ mod findings;
 mod firewall;
 mod kernel;
 mod neighbours;
+mod networks;
 mod paths;
 mod store;
 
@@ -64,7 +66,7 @@ pub struct Report {
 }
 
 /// Name and subject of each check.
-const CHECKS: [(&str, &str); 8] = [
+const CHECKS: [(&str, &str); 9] = [
     ("agent", "the agent answers and has its capabilities"),
     ("kernel", "features, sysctls, connection table"),
     ("store", "etcd: reachable, version, TLS, clock"),
@@ -73,6 +75,7 @@ const CHECKS: [(&str, &str); 8] = [
     ("paths", "peers: MTU, checksums, segmentation, by real packets"),
     ("neighbours", "NetworkManager, systemd-networkd, flannel"),
     ("endpoints", "containers: agent, state directory and kernel agree"),
+    ("networks", "isolated networks: their namespaces, and ways between them"),
 ];
 
 /// Names of all checks.
@@ -98,7 +101,8 @@ pub async fn run(settings: Settings, only: &[String]) -> Report {
             "firewall" => firewall::check(&facts, &mut findings).await,
             "paths" => paths::check(&facts, &mut findings).await,
             "neighbours" => neighbours::check(&facts, &mut findings),
-            _ => endpoints::check(&facts, &mut findings),
+            "endpoints" => endpoints::check(&facts, &mut findings),
+            _ => networks::check(&facts, &mut findings),
         }
         let found = findings.into_vec();
         report.checks.push(CheckResult {

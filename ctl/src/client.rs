@@ -10,9 +10,10 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use overlay_agent::model::NetworkName;
 use overlay_agent::model::api::{
-    AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status, Subnets,
-    VERSION,
+    AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Networks, Peers, Status,
+    Subnets, VERSION,
 };
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -107,12 +108,23 @@ pub enum ClientError {
 pub struct Client {
     socket: PathBuf,
     timeout: Duration,
+    network: NetworkName,
 }
 
 impl Client {
-    /// Creates a client of the agent that listens at `socket`. Opens no connection.
+    /// Creates a client of the agent that listens at `socket`, for its default network. Opens no connection.
     pub fn new(socket: impl Into<PathBuf>) -> Client {
-        Client { socket: socket.into(), timeout: REQUEST_TIMEOUT }
+        Client { socket: socket.into(), timeout: REQUEST_TIMEOUT, network: NetworkName::default() }
+    }
+
+    /// The same client for another network; `None` keeps it.
+    pub fn of_network<'a>(&self, network: impl Into<Option<&'a NetworkName>>) -> Client {
+        Client { network: network.into().unwrap_or(&self.network).clone(), ..self.clone() }
+    }
+
+    /// Its network.
+    pub fn network_name(&self) -> &NetworkName {
+        &self.network
     }
 
     /// Sets the timeout of each request.
@@ -126,26 +138,35 @@ impl Client {
         &self.socket
     }
 
-    /// Reads the agent's status.
+    /// Reads the networks that the host is in. An agent of a version without named networks is in the default one only.
+    pub async fn networks(&self) -> Result<Networks, ClientError> {
+        match self.request_json(Method::GET, "networks", None::<&()>).await {
+            Err(ClientError::Problem { status: StatusCode::NOT_FOUND, .. }) => Ok(Networks { networks: Vec::new() }),
+            answer => answer,
+        }
+    }
+
+    /// Reads the network's status, which has that of the agent.
     pub async fn status(&self) -> Result<Status, ClientError> {
-        self.request_json(Method::GET, "status", None::<&()>).await
+        self.request_json(Method::GET, &self.path("status"), None::<&()>).await
     }
 
     /// Reads all leases that the agent knows.
     pub async fn subnets(&self) -> Result<Subnets, ClientError> {
-        self.request_json(Method::GET, "subnets", None::<&()>).await
+        self.request_json(Method::GET, &self.path("subnets"), None::<&()>).await
     }
 
     /// Streams all leases, now and on each change, until the agent ends.
     pub async fn watch_subnets(&self) -> Result<SubnetsStream, ClientError> {
-        let request = format!("GET /v{VERSION}/subnets?watch=true");
-        let (body, driver) = self.within_timeout(&request, self.send(Method::GET, "subnets?watch=true", None::<&()>)).await?;
+        let path = self.path("subnets?watch=true");
+        let request = format!("GET /v{VERSION}/{path}");
+        let (body, driver) = self.within_timeout(&request, self.send(Method::GET, &path, None::<&()>)).await?;
         Ok(SubnetsStream { socket: self.socket.clone(), request, body, pending: BytesMut::new(), _driver: driver })
     }
 
     /// Reads the peers and their data-path state.
     pub async fn peers(&self) -> Result<Peers, ClientError> {
-        self.request_json(Method::GET, "peers", None::<&()>).await
+        self.request_json(Method::GET, &self.path("peers"), None::<&()>).await
     }
 
     /// Reads the peers' reachability from the agent's probes.
@@ -153,14 +174,14 @@ impl Client {
         self.request_json(Method::GET, "mesh", None::<&()>).await
     }
 
-    /// Reads this host's endpoints.
+    /// Reads the network's endpoints on this host.
     pub async fn endpoints(&self) -> Result<Endpoints, ClientError> {
-        self.request_json(Method::GET, "endpoints", None::<&()>).await
+        self.request_json(Method::GET, &self.path("endpoints"), None::<&()>).await
     }
 
-    /// Reads this host's network, including its endpoints.
+    /// Reads the network on this host, including its endpoints.
     pub async fn network(&self) -> Result<NetworkView, ClientError> {
-        self.request_json(Method::GET, "network", None::<&()>).await
+        self.request_json(Method::GET, &self.path("network"), None::<&()>).await
     }
 
     /// Reads the metrics, in Prometheus' text format.
@@ -177,7 +198,7 @@ impl Client {
 
     /// Attaches a container.
     pub async fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<AttachResponse, ClientError> {
-        self.request_json(Method::PUT, &format!("endpoints/{name}"), Some(request)).await
+        self.request_json(Method::PUT, &self.path(&format!("endpoints/{name}")), Some(request)).await
     }
 
     /// Detaches a container. An unknown container is no error.
@@ -188,7 +209,7 @@ impl Client {
     /// Detaches a container. With `force` it also detaches endpoints that share its namespace.
     pub async fn detach_with(&self, name: &EndpointName, force: bool) -> Result<DetachResponse, ClientError> {
         let query = if force { "?force=true" } else { "" };
-        self.request_json(Method::DELETE, &format!("endpoints/{name}{query}"), None::<&()>).await
+        self.request_json(Method::DELETE, &self.path(&format!("endpoints/{name}{query}")), None::<&()>).await
     }
 
     /// Reads the agent's log filter.
@@ -199,6 +220,11 @@ impl Client {
     /// Sets the agent's log filter.
     pub async fn set_log_level(&self, level: &LogLevel) -> Result<LogLevel, ClientError> {
         self.request_json(Method::PUT, "log-level", Some(level)).await
+    }
+
+    /// A path of the network's part of the API.
+    fn path(&self, path: &str) -> String {
+        if self.network.is_default() { path.to_owned() } else { format!("networks/{}/{path}", self.network) }
     }
 
     async fn request_json<T: DeserializeOwned>(
@@ -332,4 +358,4 @@ impl SubnetsStream {
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

@@ -15,6 +15,7 @@ pub mod lab;
 pub mod man;
 pub mod mesh;
 pub mod network;
+mod networks;
 pub mod peers;
 pub mod ping_mesh;
 pub mod run;

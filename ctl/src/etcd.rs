@@ -221,8 +221,8 @@ impl SubnetsWatch {
         match event {
             StoreEvent::Config(config) => {
                 // An invalid configuration leaves the last valid one in force, as in the agents.
-                if let Some(Ok(network)) = config {
-                    self.network = Some(network);
+                if let Some(Ok(record)) = config {
+                    self.network = Some(record.config);
                 }
                 true
             }

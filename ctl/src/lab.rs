@@ -9,6 +9,7 @@
 //!   ov-NAME-world  every host's default gateway, with addresses outside the overlay and no route into it
 //!   ov-NAME-h1..   hosts: eth0 on the switch, overlayd
 //!   ov-NAME-h1-c1.. containers, attached by the host's overlayd
+//!   ov-NAME-h1.net1 a host's part of the isolated network net1, made by its overlayd; the containers are ov-NAME-h1-net1-c1..
 //! ```
 //!
 //! `lab.json` describes the whole lab. It is written before anything is created, so that [`Lab::down`] removes what a crash left
@@ -17,6 +18,7 @@
 pub mod agent;
 pub mod check;
 pub mod container;
+pub mod crossing;
 pub mod down;
 pub mod error;
 pub mod etcd;
@@ -64,7 +66,8 @@ impl Lab {
         &self.dir
     }
 
-    /// Opens the namespace of a target: `net`, `world`, `h1`, `h1-c1`, or a container that was attached manually, `h1-NAME`.
+    /// Opens the namespace of a target: `net`, `world`, `h1`, `h1-c1`, a host's isolated network, `h1.net1`, or a container that
+    /// was attached manually, `h1-NAME`.
     pub fn netns(&self, target: &str) -> Result<Netns, LabError> {
         let namespace = self.layout.namespace(target);
         if target.contains('/') || !Netns::list()?.contains(&namespace) {

@@ -15,6 +15,7 @@
 //! | [`output`] | output formats: table, wide, JSON, YAML |
 //! | [`resolver`] | the resolver files of named namespaces |
 //! | [`trace`] | the path of a packet, from kernel queries |
+//! | [`verify`] | the proof that isolated networks do not reach each other |
 
 pub mod bundle;
 pub mod check;
@@ -29,3 +30,4 @@ pub mod netns;
 pub mod output;
 pub mod resolver;
 pub mod trace;
+pub mod verify;

@@ -1,18 +1,22 @@
 //! Traces the path of a packet hop by hop, from the kernel's own lookups: `overlayctl trace`.
 //!
 //! It queries the kernel itself, so that it works if the agent is the fault. The agent only provides names: the endpoint of an
-//! address, the host of a subnet. [`targets`] resolves SRC and DST, [`tracer`] follows the path on this host, [`live`] watches
-//! sent packets. Everything blocks.
+//! address, the host of a subnet. [`targets`] resolves SRC and DST, [`tracer`] follows the path on this host, `networks` between the
+//! namespaces of isolated networks, [`live`] watches sent packets. Everything blocks.
 
 mod container;
 mod hop_log;
-mod host_view;
 pub mod live;
+pub mod namespace_view;
+mod networks;
 pub mod targets;
+#[cfg(test)]
+pub(crate) mod tests;
 pub mod tracer;
 mod tunnel;
 
 use std::net::IpAddr;
+use std::path::PathBuf;
 
 use overlay_agent::kernel::netns::NetnsError;
 use overlay_agent::plan::OpError;
@@ -50,7 +54,7 @@ pub enum TraceOutcome {
 /// One hop, or one query to the kernel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hop {
-    /// Location: `host`, or `container NAME`.
+    /// Location: `host`, `ov-NETWORK` for the namespace of an isolated network, or `container NAME`.
     pub place: String,
     /// Subject of the query: `route`, `next hop`, `neighbour`, `fdb`, `outer route`, `rules forward` and so on.
     pub step: String,
@@ -101,6 +105,9 @@ pub struct Trace {
     /// UDP port of the tunnel.
     #[serde(skip)]
     pub tunnel_port: u16,
+    /// Namespace of the source's isolated network.
+    #[serde(skip)]
+    pub netns: Option<PathBuf>,
 }
 
 /// Result of a watch.

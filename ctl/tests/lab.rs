@@ -3,9 +3,10 @@
 //! Needs root (or `unshare --user --map-root-user --mount --net` with a tmpfs on /run/netns) and etcd.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -162,8 +163,11 @@ fn exec_returns_exit_code_of_command() {
     lab.run_ok("exec", &["h1", "--", "true"]);
 
     // A process inside is ended too, even if it ignores SIGTERM.
-    let ignores_sigterm = ["h1", "--", "sh", "-c", "trap '' TERM; while :; do sleep 0.1; done"];
-    let mut child = lab.command("exec", &ignores_sigterm).spawn().expect("overlayctl runs");
+    let ignores_sigterm = ["h1", "--", "sh", "-c", "trap '' TERM; echo inside; while :; do sleep 0.1; done"];
+    let mut child = lab.command("exec", &ignores_sigterm).stdout(Stdio::piped()).spawn().expect("overlayctl runs");
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().expect("its output")).read_line(&mut line).expect("a line");
+    assert_eq!(line, "inside\n");
     lab.run_ok("down", &[]);
     assert!(!child.wait().expect("a child").success());
     lab.assert_gone();

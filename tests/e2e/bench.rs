@@ -19,6 +19,23 @@ fn quick_arguments(measurement: &str) -> &'static [&'static str] {
         "data" => &["--turns", "1", "--rules", "1", "--time", "50"],
         "join" => &["--peers", "0", "--samples", "3", "--hosts", "1"],
         "attach" => &["--samples", "3", "--endpoints", "2"],
+        "networks" => &[
+            "--networks",
+            "1",
+            "--networks",
+            "2",
+            "--peers",
+            "5",
+            "--runs",
+            "1",
+            "--no-wakes",
+            "--samples",
+            "2",
+            "--turns",
+            "1",
+            "--time",
+            "50",
+        ],
         // A fleet is quiet for a minute; check only that the measurement exists.
         _ => &["--help"],
     }

@@ -126,6 +126,7 @@ fn api_examples_match_agent_output() {
             "AttachRequest" => assert_round_trips::<api::AttachRequest>(json),
             "Attached" => assert_round_trips::<api::AttachResponse>(json),
             "Detached" => assert_round_trips::<api::DetachResponse>(json),
+            "Networks" => assert_round_trips::<api::Networks>(json),
             "NetworkView" => assert_round_trips::<api::NetworkView>(json),
             "Mesh" => assert_round_trips::<api::Mesh>(json),
             "LogLevel" => assert_round_trips::<api::LogLevel>(json),
@@ -134,7 +135,7 @@ fn api_examples_match_agent_output() {
         result.unwrap_or_else(|error| panic!("{name}: {error}"));
         count += 1;
     }
-    assert_eq!(count, 11);
+    assert_eq!(count, 12);
     assert!(text.contains(&format!("GET /v{}/status", api::VERSION)));
 }
 

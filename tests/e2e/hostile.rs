@@ -118,7 +118,7 @@ async fn hostile_leases_are_refused() {
         assert!(text.lines().all(|line| line.len() < 2000), "no line is too long");
     }
     let metrics = http::request(&lab.host("h1").socket(), "GET", "/metrics", "").body;
-    assert!(metrics.contains(&format!("overlayd_refused_leases {count}\n")), "{metrics}");
+    assert!(metrics.contains(&format!("overlayd_refused_leases{{network=\"default\"}} {count}\n")), "{metrics}");
 
     assert_eq!(kernel::difference(&kernel::actual_state(&lab, "h1"), &before), "", "the kernel state is unchanged");
     assert_eq!(lab.host("h1").client().peers().await.expect_ok("peers").peers.len(), 1);

@@ -72,7 +72,10 @@ async fn metrics_pass_promtool() {
     etcd::kill(&lab);
     eventually("the loss of etcd is noticed", DETECT_TIMEOUT, || {
         let page = page();
-        match (sample(&page, "overlayd_store_connected"), sample(&page, "overlayd_store_request_failures_total")) {
+        match (
+            sample(&page, "overlayd_store_connected{network=\"default\"}"),
+            sample(&page, "overlayd_store_request_failures_total"),
+        ) {
             (Some(0.0), Some(failures)) if failures >= 1.0 => Ok(()),
             other => Err(format!("{other:?}")),
         }
@@ -82,17 +85,17 @@ async fn metrics_pass_promtool() {
     let seen = eventually("everything is counted", DETECT_TIMEOUT, || {
         let page = page();
         let wanted = [
-            ("overlayd_store_reconnects_total", 1.0),
+            ("overlayd_store_reconnects_total{network=\"default\"}", 1.0),
             ("overlayd_drift_repairs_total{kind=\"route\"}", 1.0),
             ("overlayd_drift_repairs_total{kind=\"sysctl\"}", 1.0),
-            ("overlayd_refused_values_total{reason=\"malformed\"}", 1.0),
-            ("overlayd_refused_leases", 1.0),
-            ("overlayd_ready", 1.0),
-            ("overlayd_lease_held", 1.0),
-            ("overlayd_store_connected", 1.0),
-            ("overlayd_peers", 1.0),
-            ("overlayd_leases", 3.0),
-            ("overlayd_endpoints", 1.0),
+            ("overlayd_refused_values_total{network=\"default\",reason=\"malformed\"}", 1.0),
+            ("overlayd_refused_leases{network=\"default\"}", 1.0),
+            ("overlayd_ready{network=\"default\"}", 1.0),
+            ("overlayd_lease_held{network=\"default\"}", 1.0),
+            ("overlayd_store_connected{network=\"default\"}", 1.0),
+            ("overlayd_peers{network=\"default\"}", 1.0),
+            ("overlayd_leases{network=\"default\"}", 3.0),
+            ("overlayd_endpoints{network=\"default\"}", 1.0),
             ("overlayd_failed_entries", 0.0),
         ];
         let wrong: Vec<String> = wanted

@@ -76,17 +76,6 @@ async fn docker_page_runs() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn networks_page_runs() {
-    let machines = DocHosts::boot(&["host-1", "etcd"]).await;
-    machines.start_etcd("etcd");
-    machines.configure("host-1", "10.244.7.0/24");
-    // Ready once the page has created the network.
-    machines.run("host-1", "START_LIMIT=1s systemctl start overlayd || test $? = 4");
-    machines.wait_for("host-1", "overlayctl status --brief || test $? = 3").await;
-    DocPage::open("docs/networks.md", &machines).run_to_end().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn etcd_page_runs() {
     require_program("openssl", "openssl");
     let members = ["etcd-1", "etcd-2", "etcd-3"];

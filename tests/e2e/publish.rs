@@ -1,18 +1,15 @@
 //! Published ports: reachable from every intended place and from nowhere else, for the endpoint's lifetime.
 
-#[path = "publish/calls.rs"]
-mod calls;
-
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
-use calls::Protocol::{self, Tcp, Udp};
-use calls::{Connection, observe_source, observe_source_within, serve};
 use nix::sys::signal::Signal;
 use overlay_agent::model::api::{AttachResponse, Endpoints};
 use overlay_agent::model::{Family, PerFamily};
+use overlay_tests::calls::Protocol::{self, Tcp, Udp};
+use overlay_tests::calls::{Connection, observe_source, observe_source_within, serve};
 use overlay_tests::notify::Notifications;
 use overlay_tests::packet_builder::{self, PacketSocket};
 use overlay_tests::test_lab::{CONVERGE_TIMEOUT, READY_TIMEOUT};

@@ -1,9 +1,11 @@
-//! Soak test: random steps with hosts, containers, agents, kernel faults and store faults, with checkpoints in between.
+//! Soak test: random steps with hosts, containers, isolated networks, agents, kernel faults and store faults, with checkpoints in between.
 //!
 //! At each checkpoint all faults have ended, and all invariants are checked. The seed is printed; it repeats the same steps.
 //!
 //! `OVERLAY_SOAK_MINUTES` sets the duration, `OVERLAY_SOAK_SEED` the seed.
 
+#[path = "soak/networks.rs"]
+mod networks;
 #[path = "soak/quiet.rs"]
 mod quiet;
 
@@ -69,6 +71,8 @@ struct Soak {
     max_fault_duration: Duration,
     /// Participating hosts, with their containers.
     containers_by_host: BTreeMap<&'static str, BTreeMap<String, AttachKind>>,
+    /// Containers in isolated networks: host, network and name.
+    in_networks: BTreeSet<(&'static str, &'static str, String)>,
     /// Peers that exist only as leases.
     peers: BTreeSet<u8>,
     /// The current lasting fault.
@@ -114,6 +118,7 @@ impl Soak {
             rng: SmallRng::seed_from_u64(seed),
             max_fault_duration: if long { Duration::from_secs(14) } else { Duration::from_millis(1500) },
             containers_by_host: BTreeMap::new(),
+            in_networks: BTreeSet::new(),
             peers: BTreeSet::new(),
             fault: None,
             next_container: 0,
@@ -122,6 +127,7 @@ impl Soak {
             counts: BTreeMap::new(),
             steps: Vec::new(),
         };
+        soak.create_networks();
         for host in &HOSTS[..3] {
             soak.join(host);
             soak.lab.host(host).wait_ready(overlay_tests::test_lab::READY_TIMEOUT).await.expect_ok(host);
@@ -151,17 +157,18 @@ impl Soak {
     async fn step(&mut self) {
         let host = self.random_host();
         match self.rng.random_range(0..100) {
-            0..12 => self.join_or_leave().await,
-            12..32 => self.attach(host).await,
-            32..44 => self.detach(host).await,
-            44..56 => self.restart(host).await,
-            56..76 => {
+            0..10 => self.join_or_leave().await,
+            10..24 => self.attach(host).await,
+            24..33 => self.detach(host).await,
+            33..50 => self.network_step(host).await,
+            50..60 => self.restart(host).await,
+            60..77 => {
                 let fault = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a kernel fault");
                 self.record_step(host, format!("kernel fault: {}", fault.name));
                 // The entries may be missing already.
                 fault.try_inject(&self.lab, host);
             }
-            76..86 => self.toggle_peer(),
+            77..86 => self.toggle_peer(),
             _ => self.inject_store_fault(host).await,
         }
         let pause = self.rng.random_range(0..200);
@@ -185,10 +192,11 @@ impl Soak {
         while !self.containers_by_host[host].is_empty() {
             self.detach(host).await;
         }
+        self.detach_all_in_networks(host).await;
         self.record_step(host, "host leaves");
         self.lab.host(host).agent_stop(Signal::SIGTERM).expect_ok("stop");
         let mut command = self.lab.overlayd_command(host, self.lab.host(host).run_dir(), self.lab.host(host).state_dir());
-        command.arg("cleanup");
+        command.env("OVERLAYD_NETNS_PREFIX", self.lab.layout().isolated_prefix(host)).arg("cleanup");
         let output: CommandOutput = self.lab.run_to_exit(host, command);
         output.assert_code(0);
         self.containers_by_host.remove(host);

@@ -49,7 +49,8 @@ async fn api_responses_have_expected_fields() {
     assert_eq!(request(&socket, "GET", "/healthz", "").status, 200);
     assert_eq!(request(&socket, "GET", "/readyz", "").status, 200);
     let metrics = request(&socket, "GET", "/metrics", "");
-    for line in ["overlayd_ready 1\n", "overlayd_peers 1\n", "overlayd_leases 2\n", "overlayd_endpoints 1\n"] {
+    for (name, value) in [("ready", 1), ("peers", 1), ("leases", 2), ("endpoints", 1)] {
+        let line = &format!("overlayd_{name}{{network=\"default\"}} {value}\n");
         assert!(metrics.body.contains(line), "{line} in {}", metrics.body);
     }
     // The same from overlayctl.

@@ -74,7 +74,10 @@ async fn bundle_is_complete_without_secrets() {
     assert_eq!(listed, names);
     assert!(listed.iter().all(|name| *name == "CONTENTS.txt" || part("CONTENTS.txt").contains(name)));
     // The agent's view, the kernel's, and the container's.
-    assert!(part("agent/status.json").contains("\"node\": \"h1\"") && part("agent/metrics.txt").contains("overlayd_ready 1"));
+    assert!(
+        part("agent/status.json").contains("\"node\": \"h1\"")
+            && part("agent/metrics.txt").contains("overlayd_ready{network=\"default\"} 1")
+    );
     assert!(part("kernel/fdb.txt").contains("ovx.1") && part("kernel/nftables.txt").contains("table inet overlayd"));
     let address = lab.host("h1").client().endpoints().await.expect_ok("endpoints").endpoints[0]
         .addresses()

@@ -121,7 +121,12 @@ fn addresses(number: u8) -> PerFamily<IpAddr> {
 fn own_host() -> LocalHost {
     let own = PeerEndpoint::Vxlan(Mac([2, 0, 0, 0, 0, OWN_LEASE.1]));
     let subnet = Subnet::from_key(OWN_LEASE.0).expect_ok("a key");
-    LocalHost { subnet, public_ip: addresses(OWN_LEASE.1), endpoints: PerFamily { v4: Some(own), v6: Some(own) } }
+    LocalHost {
+        subnet,
+        public_ip: addresses(OWN_LEASE.1),
+        endpoints: PerFamily { v4: Some(own), v6: Some(own) },
+        isolated: false,
+    }
 }
 
 fn host_entry((key, number): (&str, u8), revision: i64) -> StoreEntry {

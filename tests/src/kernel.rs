@@ -83,11 +83,8 @@ pub fn actual_state(lab: &Lab, target: &str) -> BTreeSet<String> {
             }
         }
     }
-    for name in ["ovx", "ovx6"] {
-        let device = format!("{name}.{}", vni(lab));
-        if link(lab, target, &device).is_none() {
-            continue;
-        }
+    let tunnels = list_json(lab, target, "ip", &["link", "show", "type", "vxlan"]).into_iter().map(|l| text(&l, "ifname"));
+    for device in tunnels.filter(|name| is_agent_device(name)) {
         for fdb in list_json(lab, target, "bridge", &["fdb", "show", "dev", &device]) {
             let flags = fdb["flags"].as_array().map(Vec::len);
             let is_permanent = fdb["state"] == "permanent" && flags == Some(1) && fdb["flags"][0] == "self";
@@ -272,7 +269,7 @@ fn backend(lab: &Lab, field: &str, default: u64) -> u64 {
 
 /// Whether a link is one of the agent's devices, without the bridge ports.
 pub fn is_agent_device(name: &str) -> bool {
-    ["ovx.", "ovx6.", "ovb."].iter().any(|prefix| name.starts_with(prefix))
+    ["ovx.", "ovx6.", "ovb.", "ovt.", "ovr."].iter().any(|prefix| name.starts_with(prefix))
 }
 
 fn link_line(link: &Value) -> Option<String> {
@@ -293,10 +290,12 @@ fn link_line(link: &Value) -> Option<String> {
     Some(match link["linkinfo"]["info_kind"].as_str() {
         Some("vxlan") => {
             let local = data["local"].as_str().or(data["local6"].as_str()).unwrap_or_default();
+            // The index of an interface in another namespace has no name here, or that of a device of ours.
+            let is_elsewhere = link["link_netnsid"].is_u64() || link["link_netns"].is_string();
+            let lower = if is_elsewhere { "of another namespace".to_owned() } else { text(data, "link") };
             format!(
-                "link {name} vxlan {} local {local} dev {} port {} learning {} mac {} {end}",
+                "link {name} vxlan {} local {local} dev {lower} port {} learning {} mac {} {end}",
                 number(data, "id"),
-                text(data, "link"),
                 number(data, "port"),
                 data["learning"],
                 text(link, "address")

@@ -91,6 +91,16 @@ impl KernelFault {
         kernel::attempt(lab, host, &["sh", "-c", &format!("{SHELL_FUNCTIONS}{}", self.script)]);
     }
 
+    /// The same in the namespace of an isolated network, whose devices are named after its VNI.
+    pub fn try_inject_in(&self, lab: &TestLab, target: &str, vni: u64) {
+        let own = |device: &str| (format!("{device}.1"), format!("{device}.{vni}"));
+        let script = ["ovx", "ovx6", "ovb"]
+            .map(own)
+            .iter()
+            .fold(self.script.to_owned(), |script, (of_default, of_network)| script.replace(of_default.as_str(), of_network));
+        kernel::attempt(lab, target, &["sh", "-c", &format!("{SHELL_FUNCTIONS}{script}")]);
+    }
+
     /// The shell script, for [`shell`].
     pub fn script(&self) -> &'static str {
         self.script

@@ -4,6 +4,7 @@
 //! A lab is the result of `overlayctl lab up`. Every test has its own lab with a unique name, so that tests run in parallel. The
 //! harness does not touch the machine's own network namespace. A missing program fails the test with advice; it is never skipped.
 
+pub mod calls;
 pub mod capture;
 pub mod churn;
 pub mod cluster;
@@ -23,13 +24,16 @@ pub mod invalid_values;
 pub mod kernel;
 pub mod kernel_fault;
 pub mod leftovers;
+pub mod networks;
 pub mod notify;
 pub mod output_match;
 pub mod packet_builder;
 pub mod ping;
+pub mod prober;
 pub mod process_memory;
 pub mod programs;
 pub mod proxy;
+pub mod recorded_host;
 pub mod rules;
 pub mod shell;
 pub mod synthetic_leases;

@@ -52,24 +52,40 @@ impl PacketSocket {
             .expect_ok(&format!("a packet socket at {interface}"))
     }
 
-    fn open_in_current_netns(interface: &str) -> io::Result<PacketSocket> {
+    /// Opens a packet socket at all interfaces of a namespace, those of the future too. It sends with
+    /// [`PacketSocket::try_send_at`].
+    #[track_caller]
+    pub fn open_all(netns: &Netns) -> PacketSocket {
+        netns.run(PacketSocket::new).expect_ok("enter the namespace").expect_ok("a packet socket")
+    }
+
+    fn new() -> io::Result<PacketSocket> {
         let protocol = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?.to_be();
         let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
         // SAFETY: no pointers; the result is checked.
         let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(protocol)) })?;
         // SAFETY: just opened, and without another owner.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-        // SAFETY: a plain structure of integers, for which all zeros is a value.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
-        address.sll_protocol = protocol;
-        let index = nix::net::if_::if_nametoindex(interface)?;
-        address.sll_ifindex = i32::try_from(index).map_err(io::Error::other)?;
-        let length = u32::try_from(size_of_val(&address)).map_err(io::Error::other)?;
-        // SAFETY: the address outlives the call and has that length.
-        Errno::result(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) })?;
         nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE)?;
         Ok(PacketSocket { socket })
+    }
+
+    fn open_in_current_netns(interface: &str) -> io::Result<PacketSocket> {
+        let opened = PacketSocket::new()?;
+        let (address, length) = link_address(nix::net::if_::if_nametoindex(interface)?)?;
+        // SAFETY: the address outlives the call and has that length.
+        Errno::result(unsafe { libc::bind(opened.socket.as_raw_fd(), (&raw const address).cast(), length) })?;
+        Ok(opened)
+    }
+
+    /// Sends a frame at the interface with this index. Returns whether the kernel accepted it.
+    pub fn try_send_at(&self, interface: u32, frame: &[u8]) -> bool {
+        let Ok((address, length)) = link_address(interface) else { return false };
+        // SAFETY: frame and address outlive the call and have these lengths.
+        let sent = unsafe {
+            libc::sendto(self.socket.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0, (&raw const address).cast(), length)
+        };
+        usize::try_from(sent) == Ok(frame.len())
     }
 
     /// Sends a frame.
@@ -93,6 +109,17 @@ impl PacketSocket {
             }
         }
     }
+}
+
+/// The address of an interface for packet sockets, and its length.
+fn link_address(interface: u32) -> io::Result<(libc::sockaddr_ll, libc::socklen_t)> {
+    // SAFETY: a plain structure of integers, for which all zeros is a value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).map_err(io::Error::other)?;
+    address.sll_protocol = u16::try_from(libc::ETH_P_ALL).map_err(io::Error::other)?.to_be();
+    address.sll_ifindex = i32::try_from(interface).map_err(io::Error::other)?;
+    let length = libc::socklen_t::try_from(size_of_val(&address)).map_err(io::Error::other)?;
+    Ok((address, length))
 }
 
 /// Builds a frame.
@@ -190,7 +217,7 @@ fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, payload
 }
 
 /// The Internet checksum (RFC 1071) of parts; all but the last have an even length.
-fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+pub fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let word = |pair: &[u8]| u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |low| u32::from(*low));
     let mut sum: u32 = parts.iter().flat_map(|part| part.chunks(2).map(word)).sum();
     while sum > 0xffff {

@@ -1,8 +1,13 @@
-//! The agent as the socket sees it.
+//! The agent as the socket sees it: a directory of networks, and each network.
+
+use std::sync::Arc;
 
 use tokio::sync::watch as channel;
 
-use crate::model::api::{AttachRequest, AttachResponse, DetachResponse, Endpoints, Mesh, NetworkView, Peers, Status, Subnets};
+use crate::model::NetworkName;
+use crate::model::api::{
+    AttachRequest, AttachResponse, DetachResponse, Endpoints, Mesh, NetworkView, Networks, Peers, Status, Subnets,
+};
 use crate::model::endpoint::EndpointName;
 
 /// The error of a request. The text names the value, the place and the remedy.
@@ -37,8 +42,27 @@ impl ApiError {
     }
 }
 
-/// The agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that has to
-/// complete.
+/// The networks that this host is in.
+pub trait Directory: Send + Sync + 'static {
+    /// One of them.
+    type Network: Backend;
+
+    /// The default network, which every host is in. It also answers for the whole agent: mesh, health, readiness, metrics, and
+    /// the log filter.
+    fn default_network(&self) -> Arc<Self::Network>;
+
+    /// The network of that name; `None` if this host is not in it.
+    fn network(&self, name: &NetworkName) -> Option<Arc<Self::Network>>;
+
+    /// All of them: the default network, then the others by name.
+    fn list(&self) -> impl Future<Output = Networks> + Send;
+
+    /// The network of that name, which this host joins if it is not in it. Fails if it does not exist.
+    fn join(&self, name: &NetworkName) -> impl Future<Output = Result<Arc<Self::Network>, ApiError>> + Send;
+}
+
+/// One network of the agent as seen by the socket. Futures may be dropped at any await: the implementation must protect work that
+/// has to complete.
 pub trait Backend: Send + Sync + 'static {
     /// The agent's health.
     fn status(&self) -> impl Future<Output = Result<Status, ApiError>> + Send;

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, Request, State};
+use axum::extract::{FromRequestParts, Path, Query, Request, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -18,9 +19,10 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
-use super::{ApiError, Backend, ErrorKind, watch};
+use super::{ApiError, Backend, Directory, ErrorKind, watch};
+use crate::model::NetworkName;
 use crate::model::api::{
-    AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Peers, Status,
+    AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, LogLevel, Mesh, NetworkView, Networks, Peers, Status,
 };
 use crate::model::endpoint::EndpointName;
 use crate::model::text::printable;
@@ -28,31 +30,37 @@ use crate::model::text::printable;
 /// The largest request body, in bytes. The largest sensible body has a few hundred.
 const MAX_BODY_SIZE: usize = 64 << 10;
 
-struct ApiState<B> {
-    backend: Arc<B>,
+struct ApiState<D> {
+    directory: Arc<D>,
     stop: CancellationToken,
 }
 
-impl<B> Clone for ApiState<B> {
+impl<D> Clone for ApiState<D> {
     fn clone(&self) -> Self {
-        ApiState { backend: Arc::clone(&self.backend), stop: self.stop.clone() }
+        ApiState { directory: Arc::clone(&self.directory), stop: self.stop.clone() }
     }
 }
 
+/// The paths of the default network, and those of any network.
+const NETWORK_PATHS: [&str; 2] = ["/v1", "/v1/networks/{network}"];
+
 /// The complete API.
-pub(super) fn api_router<B: Backend>(backend: Arc<B>, request_timeout: Duration, stop: CancellationToken) -> Router {
-    let shared = ApiState { backend: Arc::clone(&backend), stop };
-    let v1 = Router::new()
-        .route("/v1/status", get(status::<B>))
-        .route("/v1/subnets", get(subnets::<B>))
-        .route("/v1/peers", get(peers::<B>))
-        .route("/v1/mesh", get(mesh::<B>))
-        .route("/v1/network", get(network::<B>))
-        .route("/v1/endpoints", get(endpoints::<B>))
-        .route("/v1/endpoints/{name}", put(attach::<B>).delete(detach::<B>))
-        .route("/v1/log-level", get(log_level::<B>).put(set_log_level::<B>))
-        .with_state(shared);
-    with_fallbacks(v1.merge(health_router(backend)), request_timeout)
+pub(super) fn api_router<D: Directory>(directory: Arc<D>, request_timeout: Duration, stop: CancellationToken) -> Router {
+    let host = directory.default_network();
+    let mut v1 = Router::new()
+        .route("/v1/networks", get(networks::<D>))
+        .route("/v1/mesh", get(mesh::<D>))
+        .route("/v1/log-level", get(log_level::<D>).put(set_log_level::<D>));
+    for path in NETWORK_PATHS {
+        v1 = v1
+            .route(&format!("{path}/status"), get(status::<D>))
+            .route(&format!("{path}/subnets"), get(subnets::<D>))
+            .route(&format!("{path}/peers"), get(peers::<D>))
+            .route(&format!("{path}/network"), get(network::<D>))
+            .route(&format!("{path}/endpoints"), get(endpoints::<D>))
+            .route(&format!("{path}/endpoints/{{name}}"), put(attach::<D>).delete(detach::<D>));
+    }
+    with_fallbacks(v1.with_state(ApiState { directory, stop }).merge(health_router(host)), request_timeout)
 }
 
 /// Metrics and health only.
@@ -148,13 +156,61 @@ fn bad_request(text: impl ToString) -> ErrorResponse {
     ErrorResponse(StatusCode::BAD_REQUEST, text.to_string())
 }
 
-fn endpoint_name(path: Result<Path<String>, PathRejection>) -> Result<EndpointName, ErrorResponse> {
-    let Path(text) = path.map_err(|e| bad_request(e.body_text()))?;
-    EndpointName::try_from(text).map_err(bad_request)
+/// The parameters of a path.
+#[derive(Deserialize)]
+struct Names {
+    /// Of the network; the default one's paths have none.
+    #[serde(default)]
+    network: Option<String>,
+    /// Of the endpoint.
+    #[serde(default)]
+    name: String,
 }
 
-async fn status<B: Backend>(State(shared): State<ApiState<B>>) -> JsonResult<Status> {
-    Ok(Json(shared.backend.status().await?))
+impl Names {
+    fn network(&self) -> Result<NetworkName, ErrorResponse> {
+        self.network.as_deref().map_or(Ok(NetworkName::default()), |text| text.parse().map_err(bad_request))
+    }
+}
+
+/// The network and the endpoint that a path names.
+fn endpoint_names(path: Result<Path<Names>, PathRejection>) -> Result<(NetworkName, EndpointName), ErrorResponse> {
+    let Path(names) = path.map_err(|e| bad_request(e.body_text()))?;
+    Ok((names.network()?, EndpointName::try_from(names.name).map_err(bad_request)?))
+}
+
+/// The network that a path names. A network that this host is not in is an error.
+struct NetworkOf<D: Directory>(Arc<D::Network>);
+
+impl<D: Directory> FromRequestParts<ApiState<D>> for NetworkOf<D> {
+    type Rejection = ErrorResponse;
+
+    async fn from_request_parts(parts: &mut Parts, shared: &ApiState<D>) -> Result<Self, ErrorResponse> {
+        let Path(names) = Path::<Names>::from_request_parts(parts, shared).await.map_err(|e| bad_request(e.body_text()))?;
+        let name = names.network()?;
+        match shared.directory.network(&name) {
+            Some(network) => Ok(NetworkOf(network)),
+            None => Err(not_joined(&*shared.directory, &name).await),
+        }
+    }
+}
+
+async fn not_joined<D: Directory>(directory: &D, name: &NetworkName) -> ErrorResponse {
+    let joined: Vec<String> = directory.list().await.networks.into_iter().map(|entry| entry.name.to_string()).collect();
+    let text = format!(
+        "this host is not in network {name}, only in {}: `overlayctl network ls` lists all networks, and `overlayctl attach NAME \
+         --network {name}` joins it",
+        joined.join(", ")
+    );
+    ErrorResponse(StatusCode::NOT_FOUND, text)
+}
+
+async fn networks<D: Directory>(State(shared): State<ApiState<D>>) -> Json<Networks> {
+    Json(shared.directory.list().await)
+}
+
+async fn status<D: Directory>(NetworkOf(network): NetworkOf<D>) -> JsonResult<Status> {
+    Ok(Json(network.status().await?))
 }
 
 #[derive(Deserialize)]
@@ -164,25 +220,26 @@ struct SubnetsQuery {
     watch: bool,
 }
 
-async fn subnets<B: Backend>(
-    State(shared): State<ApiState<B>>,
+async fn subnets<D: Directory>(
+    State(shared): State<ApiState<D>>,
+    NetworkOf(network): NetworkOf<D>,
     query: Result<Query<SubnetsQuery>, QueryRejection>,
 ) -> Result<Response, ErrorResponse> {
     let Query(query) =
         query.map_err(|e| bad_request(format!("{}; the only parameter is watch=true", printable(&e.body_text()))))?;
     if query.watch {
-        let lines = watch::stream_subnets(shared.backend, shared.stop);
+        let lines = watch::stream_subnets(network, shared.stop);
         return Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))], lines).into_response());
     }
-    Ok(Json(shared.backend.subnets().await?).into_response())
+    Ok(Json(network.subnets().await?).into_response())
 }
 
-async fn peers<B: Backend>(State(shared): State<ApiState<B>>) -> JsonResult<Peers> {
-    Ok(Json(shared.backend.peers().await?))
+async fn peers<D: Directory>(NetworkOf(network): NetworkOf<D>) -> JsonResult<Peers> {
+    Ok(Json(network.peers().await?))
 }
 
-async fn mesh<B: Backend>(State(shared): State<ApiState<B>>) -> Json<Mesh> {
-    Json(shared.backend.mesh())
+async fn mesh<D: Directory>(State(shared): State<ApiState<D>>) -> Json<Mesh> {
+    Json(shared.directory.default_network().mesh())
 }
 
 /// The same over TCP: `overlayctl mesh --port` queries it on other hosts.
@@ -190,27 +247,27 @@ async fn mesh_over_tcp<B: Backend>(State(backend): State<Arc<B>>) -> Json<Mesh> 
     Json(backend.mesh())
 }
 
-async fn endpoints<B: Backend>(State(shared): State<ApiState<B>>) -> JsonResult<Endpoints> {
-    Ok(Json(shared.backend.endpoints().await?))
+async fn endpoints<D: Directory>(NetworkOf(network): NetworkOf<D>) -> JsonResult<Endpoints> {
+    Ok(Json(network.endpoints().await?))
 }
 
-async fn network<B: Backend>(State(shared): State<ApiState<B>>) -> JsonResult<NetworkView> {
-    Ok(Json(shared.backend.network().await?))
+async fn network<D: Directory>(NetworkOf(network): NetworkOf<D>) -> JsonResult<NetworkView> {
+    Ok(Json(network.network().await?))
 }
 
-async fn attach<B: Backend>(
-    State(shared): State<ApiState<B>>,
+async fn attach<D: Directory>(
+    State(shared): State<ApiState<D>>,
     Extension(connection): Extension<Connection>,
-    path: Result<Path<String>, PathRejection>,
+    path: Result<Path<Names>, PathRejection>,
     content: Body,
 ) -> JsonResult<AttachResponse> {
-    let name = endpoint_name(path)?;
+    let (network, name) = endpoint_names(path)?;
     let request: AttachRequest = parse_body(content).await?;
     // A runtime that gave up an ADD sends a DEL over another connection, which may have been served first.
     if connection.is_closed() {
         return Err(bad_request("the client has closed the connection"));
     }
-    Ok(Json(shared.backend.attach(name, request).await?))
+    Ok(Json(shared.directory.join(&network).await?.attach(name, request).await?))
 }
 
 #[derive(Deserialize)]
@@ -220,25 +277,30 @@ struct DetachQuery {
     force: bool,
 }
 
-async fn detach<B: Backend>(
-    State(shared): State<ApiState<B>>,
-    path: Result<Path<String>, PathRejection>,
+async fn detach<D: Directory>(
+    State(shared): State<ApiState<D>>,
+    path: Result<Path<Names>, PathRejection>,
     query: Result<Query<DetachQuery>, QueryRejection>,
 ) -> JsonResult<DetachResponse> {
-    let name = endpoint_name(path)?;
+    let (network, name) = endpoint_names(path)?;
     let Query(query) =
         query.map_err(|e| bad_request(format!("{}; the only parameter is force=true", printable(&e.body_text()))))?;
-    Ok(Json(shared.backend.detach(name, query.force).await?))
+    match shared.directory.network(&network) {
+        Some(network) => Ok(Json(network.detach(name, query.force).await?)),
+        // A host leaves a network some time after its last endpoint: a repeated detach still succeeds.
+        None => Ok(Json(DetachResponse { endpoint: None, sharers: Vec::new() })),
+    }
 }
 
-async fn log_level<B: Backend>(State(shared): State<ApiState<B>>) -> Json<LogLevel> {
-    Json(LogLevel { level: shared.backend.log_level() })
+async fn log_level<D: Directory>(State(shared): State<ApiState<D>>) -> Json<LogLevel> {
+    Json(LogLevel { level: shared.directory.default_network().log_level() })
 }
 
-async fn set_log_level<B: Backend>(State(shared): State<ApiState<B>>, content: Body) -> JsonResult<LogLevel> {
+async fn set_log_level<D: Directory>(State(shared): State<ApiState<D>>, content: Body) -> JsonResult<LogLevel> {
     let wanted: LogLevel = parse_body(content).await?;
-    shared.backend.set_log_level(&wanted.level)?;
-    Ok(Json(LogLevel { level: shared.backend.log_level() }))
+    let host = shared.directory.default_network();
+    host.set_log_level(&wanted.level)?;
+    Ok(Json(LogLevel { level: host.log_level() }))
 }
 
 async fn alive<B: Backend>(State(backend): State<Arc<B>>) -> Result<&'static str, ErrorResponse> {

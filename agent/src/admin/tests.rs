@@ -11,15 +11,16 @@ use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
 use super::*;
-use crate::model::api::{AttachResponse, Subnets};
-use backend::FakeBackend;
+use crate::model::api::{AttachResponse, Networks, Subnets};
+use backend::{FakeBackend, FakeDirectory};
 
 struct Agent {
     path: std::path::PathBuf,
     backend: Arc<FakeBackend>,
+    directory: Arc<FakeDirectory>,
     stop: CancellationToken,
     task: JoinHandle<()>,
-    _directory: tempfile::TempDir,
+    _temporary: tempfile::TempDir,
 }
 
 impl Agent {
@@ -30,10 +31,10 @@ impl Agent {
     fn start_with_limits(limits: Limits) -> Agent {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("overlayd.sock");
-        let (backend, stop) = (Arc::new(FakeBackend::default()), CancellationToken::new());
+        let (networks, stop) = (Arc::new(FakeDirectory::default()), CancellationToken::new());
         let socket = AdminSocket::bind(&path).unwrap();
-        let task = tokio::spawn(serve_with_limits(socket, Arc::clone(&backend), limits, stop.clone()));
-        Agent { path, backend, stop, task, _directory: directory }
+        let task = tokio::spawn(serve_with_limits(socket, Arc::clone(&networks), limits, stop.clone()));
+        Agent { path, backend: networks.default_network(), directory: networks, stop, task, _temporary: directory }
     }
 
     async fn connect(&self) -> UnixStream {
@@ -110,6 +111,59 @@ async fn every_path_responds() {
 }
 
 #[tokio::test]
+async fn each_network_has_its_paths() {
+    let agent = Agent::start();
+    agent.backend.add_subnet("10.244.1.0-24");
+    let blue = agent.directory.network(&"blue".into()).unwrap();
+    blue.add_subnet("10.9.1.0-24");
+    for (path, name, key) in [
+        ("/v1", "default", "10.244.1.0-24"),
+        ("/v1/networks/default", "default", "10.244.1.0-24"),
+        ("/v1/networks/blue", "blue", "10.9.1.0-24"),
+    ] {
+        let (status, body) = agent.get(&format!("{path}/network")).await;
+        assert_eq!((status, &body["name"]), (200, &json!(name)), "{path}");
+        assert_eq!(agent.get(&format!("{path}/subnets")).await.1["subnets"][0]["key"], json!(key), "{path}");
+        assert_eq!(agent.get(&format!("{path}/peers")).await, (200, json!({"peers": []})));
+        assert_eq!(agent.get(&format!("{path}/status")).await.0, 200);
+        assert_eq!(agent.get(&format!("{path}/endpoints")).await.0, 200);
+    }
+    let mut lines = open_watch_of(&agent, "/v1/networks/blue/subnets").await;
+    assert_eq!(next_keys(&mut lines).await, ["10.9.1.0-24"]);
+
+    let names = async |agent: &Agent| {
+        let (_, body) = agent.get("/v1/networks").await;
+        let networks: Networks = serde_json::from_value(body).expect("networks");
+        networks.networks.into_iter().map(|entry| entry.name.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&agent).await, ["default", "blue"]);
+    // An attach joins a network, and no other request does.
+    let expected = "this host is not in network green, only in default, blue: `overlayctl network ls`";
+    let (status, body) = agent.get("/v1/networks/green/endpoints").await;
+    assert!(status == 404 && body["error"].as_str().is_some_and(|e| e.starts_with(expected)), "{body}");
+    assert_eq!(agent.request("DELETE", "/v1/networks/green/endpoints/c1", "").await.0, 200);
+    assert_eq!(names(&agent).await, ["default", "blue"]);
+    let (status, body) = agent.request("PUT", "/v1/networks/green/endpoints/c1", r#"{"netns":"/run/netns/c1"}"#).await;
+    let attached: AttachResponse = serde_json::from_str(&body).expect(&body);
+    assert_eq!((status, attached.endpoint.network.as_str()), (200, "green"));
+    assert_eq!(names(&agent).await, ["default", "blue", "green"]);
+    // The default network's answers have no new field.
+    let (_, body) = agent.request("PUT", "/v1/endpoints/c1", r#"{"netns":"/run/netns/c1"}"#).await;
+    assert!(!body.contains(r#""network""#), "{body}");
+    for (method, path, status, expected) in [
+        ("PUT", "/v1/networks/red/endpoints/c1", 404, "there is no network red"),
+        ("GET", "/v1/networks/Blue/status", 400, "`Blue` is not a DNS label"),
+        ("GET", "/v1/networks/%ff/status", 400, "UTF-8"),
+        ("GET", "/v1/networks/blue/mesh", 404, "there is no /v1/networks/blue/mesh"),
+        ("GET", "/v1/networks/blue/endpoints/c1", 405, "/v1/networks/blue/endpoints/c1 does not support GET"),
+    ] {
+        let (got, text) = agent.request(method, path, r#"{"netns":"/a"}"#).await;
+        assert!(got == status && text.contains(expected), "{path}: {got} {text}");
+    }
+    agent.shut_down().await;
+}
+
+#[tokio::test]
 async fn errors_have_matching_status_and_body() {
     let agent = Agent::start();
     let attach = |name: &'static str, body: &'static str| ("PUT", format!("/v1/endpoints/{name}"), body);
@@ -173,8 +227,12 @@ async fn connection_is_kept_alive_between_requests() {
 }
 
 async fn open_watch(agent: &Agent) -> tokio::io::Lines<BufReader<UnixStream>> {
+    open_watch_of(agent, "/v1/subnets").await
+}
+
+async fn open_watch_of(agent: &Agent, path: &str) -> tokio::io::Lines<BufReader<UnixStream>> {
     let mut stream = agent.connect().await;
-    stream.write_all(b"GET /v1/subnets?watch=true HTTP/1.0\r\nhost: x\r\n\r\n").await.unwrap();
+    stream.write_all(format!("GET {path}?watch=true HTTP/1.0\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
     let mut lines = BufReader::new(stream).lines();
     while !lines.next_line().await.unwrap().expect("a head").is_empty() {}
     lines
@@ -249,7 +307,7 @@ async fn tcp_listener_serves_only_metrics_and_health() {
     let taken = bind_tcp(address).await.unwrap_err().to_string();
     assert!(taken.contains(&address.to_string()) && taken.contains("choose another port"), "{taken}");
     let stop = CancellationToken::new();
-    let task = tokio::spawn(serve_metrics(listener, Arc::new(FakeBackend::default()), stop.clone()));
+    let task = tokio::spawn(serve_metrics(listener, FakeDirectory::default().default_network(), stop.clone()));
     for (path, expected) in [("/metrics", 200), ("/healthz", 200), ("/readyz", 200), ("/v1/status", 404), ("/v1/log-level", 404)]
     {
         let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();

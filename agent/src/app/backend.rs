@@ -7,15 +7,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, watch};
 
 use super::queries::Queries;
+use super::shared::Host;
 use crate::admin::{ApiError, Backend, ErrorKind};
 use crate::endpoint::{EndpointError, Endpoints, ErrorClass};
 use crate::kernel::PortManager;
-use crate::metrics::Metrics;
 use crate::model::endpoint::EndpointName;
 use crate::model::{ExpiryId, NetworkName, api};
 use crate::plan::backend;
-use crate::store::{self, StoreConfig};
-use crate::telemetry::LevelHandle;
 
 /// How long fetched lease TTLs are reused, which bounds the queries to etcd of `overlayctl subnets --watch`.
 const TTL_CACHE_AGE: Duration = Duration::from_secs(10);
@@ -25,24 +23,22 @@ const TTL_QUERY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an attach waits for the network if the agent is ready.
 const NETWORK_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long an attach waits for the network that the host has just joined for it.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long the reconcile loop may be busy before it counts as stuck.
 ///
 /// The largest batches take a second or two, and `/healthz` must answer before the socket's request timeout.
 const STUCK_LOOP_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// The agent behind its socket.
+/// A network of the agent behind its socket.
 pub(super) struct AgentBackend {
-    pub(super) network_name: NetworkName,
+    pub(super) host: Arc<Host>,
+    pub(super) name: NetworkName,
     pub(super) queries: Queries,
     pub(super) endpoints: Endpoints<PortManager>,
     pub(super) port_manager: PortManager,
-    pub(super) mesh: Arc<super::mesh::MeshState>,
-    pub(super) masquerade: bool,
-    pub(super) store: StoreConfig,
     pub(super) ttl_cache: Mutex<Option<CachedTtls>>,
-    pub(super) metrics: Arc<Metrics>,
-    pub(super) changes: watch::Receiver<u64>,
-    pub(super) level: LevelHandle,
 }
 
 /// The remaining TTL of each etcd lease at the time of the query.
@@ -52,6 +48,26 @@ pub(super) struct CachedTtls {
 }
 
 impl AgentBackend {
+    /// Refuses to publish ports in a network without a way in.
+    fn check_publish(&self, request: &api::AttachRequest) -> Result<(), ApiError> {
+        let is_internal = self.host.records.borrow().get(&self.name).is_some_and(|record| record.internal);
+        let Some(port) = request.publish.first().filter(|_| is_internal) else { return Ok(()) };
+        let text = format!(
+            "port {port} cannot be published: network {} is internal, so nothing outside reaches it; leave --publish out, or attach to \
+             another network",
+            self.name
+        );
+        Err(ApiError::new(ErrorKind::BadValue, text))
+    }
+
+    /// The answer to an attach.
+    fn attached(&self, outcome: Result<api::AttachResponse, EndpointError>) -> Result<api::AttachResponse, ApiError> {
+        if outcome.is_ok() && !self.name.is_default() {
+            self.host.attached.notify_one();
+        }
+        outcome.map_err(api_error)
+    }
+
     async fn query_status(&self) -> Result<api::Status, ApiError> {
         self.queries.status().await.ok_or_else(stopping)
     }
@@ -85,7 +101,7 @@ impl AgentBackend {
     async fn remaining_seconds(&self, ids: Vec<ExpiryId>) -> BTreeMap<ExpiryId, i64> {
         let mut cache = self.ttl_cache.lock().await;
         if cache.as_ref().is_none_or(|cached| cached.fetched_at.elapsed() > TTL_CACHE_AGE) {
-            let remaining = match tokio::time::timeout(TTL_QUERY_TIMEOUT, store::remaining_ttls(&self.store, ids)).await {
+            let remaining = match tokio::time::timeout(TTL_QUERY_TIMEOUT, self.host.store.remaining_ttls(ids)).await {
                 Ok(Ok(remaining)) => remaining,
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "cannot read lease TTLs from etcd");
@@ -113,6 +129,13 @@ impl Backend for AgentBackend {
                 .push(format!("endpoints with an address outside this host's subnet, restart them: {}", names.join(", ")));
             status.health = status.health.max(api::Health::Degraded);
         }
+        if self.name.is_default() {
+            let problems = self.host.join_problems();
+            if !problems.is_empty() {
+                status.problems.extend(problems);
+                status.health = status.health.max(api::Health::Degraded);
+            }
+        }
         status.endpoints = self.endpoints.list().len();
         let dropped = self.dropped().await.unwrap_or_default();
         status.data_path.dropped = dropped.into_iter().map(|(reason, packets)| (reason.to_owned(), packets)).collect();
@@ -133,7 +156,7 @@ impl Backend for AgentBackend {
     }
 
     fn mesh(&self) -> api::Mesh {
-        self.mesh.view()
+        self.host.mesh.view()
     }
 
     async fn peers(&self) -> Result<api::Peers, ApiError> {
@@ -165,12 +188,12 @@ impl Backend for AgentBackend {
             }
         }
         Ok(api::NetworkView {
-            name: self.network_name.to_string(),
+            name: self.name.to_string(),
             driver: backend.name().to_owned(),
             vni: tunnel.and_then(|tunnel| tunnel.vni),
             port: tunnel.map(|tunnel| tunnel.port),
             mtu: status.data_path.mtu,
-            masquerade: self.masquerade,
+            masquerade: self.host.config.ip_masq,
             ipam: self.endpoints.ipam(&network),
             devices: snapshot.devices,
             bridge: snapshot.bridge,
@@ -180,15 +203,24 @@ impl Backend for AgentBackend {
 
     async fn attach(&self, name: EndpointName, request: api::AttachRequest) -> Result<api::AttachResponse, ApiError> {
         let attach = || self.endpoints.attach(name.clone(), request.clone());
-        let outcome = match attach().await {
+        self.check_publish(&request)?;
+        let timeout = match attach().await {
+            // The host has just joined the network for this container.
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => JOIN_TIMEOUT,
             // The agent is ready, so the endpoints receive the network's parameters within moments.
-            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => {
-                let _known = tokio::time::timeout(NETWORK_TIMEOUT, self.endpoints.wait_for_network()).await;
-                attach().await
-            }
-            outcome => outcome,
+            Err(EndpointError::NoSubnet) if self.ready().await.is_ok() => NETWORK_TIMEOUT,
+            outcome => return self.attached(outcome),
         };
-        outcome.map_err(api_error)
+        let _known = tokio::time::timeout(timeout, self.endpoints.wait_for_network()).await;
+        self.check_publish(&request)?;
+        match attach().await {
+            Err(EndpointError::NoSubnet) if !self.name.is_default() => {
+                let problems = self.ready().await.err().unwrap_or_default().join("; ");
+                let text = format!("network {} is not ready on this host: {problems}; repeat the attach", self.name);
+                Err(ApiError::new(ErrorKind::NotReady, text))
+            }
+            outcome => self.attached(outcome),
+        }
     }
 
     async fn detach(&self, name: EndpointName, force: bool) -> Result<api::DetachResponse, ApiError> {
@@ -210,24 +242,24 @@ impl Backend for AgentBackend {
     }
 
     fn changes(&self) -> watch::Receiver<u64> {
-        self.changes.clone()
+        self.host.changes.subscribe()
     }
 
     async fn metrics(&self) -> String {
         if let Some(dropped) = self.dropped().await {
-            self.metrics.set_dropped(dropped);
+            self.host.metrics.set_dropped(dropped);
         }
-        self.metrics.set_endpoints(self.endpoints.list().len());
-        self.mesh.update_metrics();
-        self.metrics.render()
+        self.host.metrics.set_endpoints(&self.name, self.endpoints.list().len());
+        self.host.mesh.update_metrics();
+        self.host.metrics.render()
     }
 
     fn log_level(&self) -> String {
-        self.level.get()
+        self.host.level.get()
     }
 
     fn set_log_level(&self, level: &str) -> Result<(), ApiError> {
-        self.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
+        self.host.level.set(level).map_err(|error| ApiError::new(ErrorKind::BadValue, error))?;
         tracing::info!(level, "log level changed through the socket");
         Ok(())
     }

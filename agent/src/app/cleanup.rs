@@ -8,13 +8,14 @@ use anyhow::{Context, bail};
 use super::{SOCKET_NAME, preflight, store_config};
 use crate::config::HostConfig;
 use crate::kernel::netns::Netns;
-use crate::kernel::{Kernel, KernelOptions};
+use crate::kernel::{Kernel, KernelOptions, delete_network_netns};
+use crate::model::NetworkName;
 use crate::plan::actual::ActualState;
 use crate::plan::diff::diff;
 use crate::plan::state::Entries;
 use crate::plan::{DataPath, Key, LinkKind, Op, PortDriver, State, Value};
 use crate::state::{DirLock, HostState, StateDir};
-use crate::store;
+use crate::store::{self, StoreConfig};
 
 /// Time limit for the release of the lease in etcd.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -22,19 +23,29 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Removes everything the agent created on this host and restores changed sysctls.
 ///
 /// Removes endpoints' interfaces, devices, routes and next hops with our protocol number, rules, the lease and the state.
-/// Continues after errors and returns all of them at the end; safe to repeat.
-pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
+/// Continues after errors and returns all of them at the end; safe to repeat. With `only`, leaves just these named networks: their
+/// namespaces, leases and states are removed, and the next start removes their entries from the host's namespace.
+pub async fn cleanup(config: HostConfig, only: &[NetworkName]) -> anyhow::Result<()> {
     preflight::check_capabilities()?;
     let run_lock = DirLock::acquire(&config.run_dir).context("cleanup needs the agent stopped")?;
     let _namespace_lock = preflight::lock_namespace().context("cleanup needs the agent stopped")?;
     let state = StateDir::open(&config.state_dir)?;
     let mut failures: Vec<String> = Vec::new();
+    if !only.is_empty() {
+        leave_networks(&config, &state, only, &mut failures).await?;
+        return report(&failures);
+    }
     let host = state.load_host().unwrap_or_else(|error| {
         failures.push(format!("the saved host state cannot be read, changed sysctls are not restored: {error}"));
         HostState::default()
     });
     clean_kernel(&host, &mut failures).await?;
-    release_lease(&config, &state, &mut failures).await;
+    let networks = state.networks().unwrap_or_else(|error| {
+        failures.push(format!("named networks are not left: {error}"));
+        Vec::new()
+    });
+    leave_networks(&config, &state, &networks, &mut failures).await?;
+    release_lease(&store_config(&config.etcd), &state, &mut failures).await;
     let files = [config.subnet_file.clone(), config.run_dir.join(SOCKET_NAME)];
     for path in &files {
         remove_file(path, &mut failures);
@@ -49,11 +60,43 @@ pub async fn cleanup(config: HostConfig) -> anyhow::Result<()> {
         // A directory with foreign files stays; that is not a failure.
         let _ = std::fs::remove_dir(&config.run_dir);
     }
+    report(&failures)
+}
+
+fn report(failures: &[String]) -> anyhow::Result<()> {
     if failures.is_empty() {
         tracing::info!("cleanup complete");
         return Ok(());
     }
     bail!("cleanup is not complete; fix these errors and repeat it:\n  {}", failures.join("\n  "))
+}
+
+/// Removes the namespaces, leases and states of named networks. The state of one that fails stays, so that cleanup can be repeated.
+async fn leave_networks(
+    config: &HostConfig,
+    state: &StateDir,
+    networks: &[NetworkName],
+    failures: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let present = state.networks()?;
+    for name in networks {
+        if !present.contains(name) {
+            let present: Vec<String> = present.iter().map(ToString::to_string).collect();
+            failures.push(format!("this host is not in network {name}; it is in: {}", present.join(", ")));
+            continue;
+        }
+        let before = failures.len();
+        if let Err(error) = delete_network_netns(&format!("{}{name}", config.netns_prefix)) {
+            failures.push(format!("the namespace of network {name} cannot be removed: {error}"));
+        }
+        release_lease(&store_config(&config.etcd).of_network(name)?, state, failures).await;
+        if failures.len() == before
+            && let Err(error) = state.network(name).and_then(StateDir::remove)
+        {
+            failures.push(error.to_string());
+        }
+    }
+    Ok(())
 }
 
 async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::Result<()> {
@@ -86,7 +129,7 @@ async fn clean_kernel(host: &HostState, failures: &mut Vec<String>) -> anyhow::R
     Ok(())
 }
 
-async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec<String>) {
+async fn release_lease(config: &StoreConfig, state: &StateDir, failures: &mut Vec<String>) {
     let id = match state.node_id() {
         Ok(id) => id,
         Err(error) => {
@@ -94,7 +137,7 @@ async fn release_lease(config: &HostConfig, state: &StateDir, failures: &mut Vec
             return;
         }
     };
-    match tokio::time::timeout(RELEASE_TIMEOUT, store::release(&store_config(&config.etcd), &id)).await {
+    match tokio::time::timeout(RELEASE_TIMEOUT, store::release(config, &id)).await {
         Ok(Ok(report)) => {
             for key in report.released {
                 tracing::info!(key, "lease released");

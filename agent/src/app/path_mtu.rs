@@ -7,13 +7,14 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::queries::Queries;
+use super::networks::HostNetworks;
 use crate::kernel::icmp::PingSocket;
 use crate::model::Family;
 
@@ -27,22 +28,28 @@ const PROBE_SPACING: Duration = Duration::from_millis(20);
 const SETTLE_DELAY: Duration = Duration::from_secs(1);
 
 /// Probes paths until `stop`; `changes` is incremented when the peers may have changed.
-pub(super) async fn run(queries: Queries, changes: watch::Receiver<u64>, stop: CancellationToken) {
+pub(super) async fn run(networks: Arc<HostNetworks>, changes: watch::Receiver<u64>, stop: CancellationToken) {
     tokio::select! {
         () = stop.cancelled() => {}
-        _gone = probe_peers(&queries, changes) => {}
+        _gone = probe_peers(&networks, changes) => {}
     }
     stop.cancelled().await;
 }
 
 /// Probes in rounds; returns `None` once the reconciler no longer answers.
-async fn probe_peers(queries: &Queries, mut changes: watch::Receiver<u64>) -> Option<()> {
+async fn probe_peers(networks: &HostNetworks, mut changes: watch::Receiver<u64>) -> Option<()> {
     let mut socket = None;
     let mut due: HashMap<IpAddr, Instant> = HashMap::new();
     loop {
         changes.mark_unchanged();
-        let underlay = queries.status().await?.underlay.filter(|underlay| underlay.public_ip.v6.is_some());
-        let peers = if underlay.is_some() { queries.peers().await?.peers } else { Vec::new() };
+        let (mut underlay, mut peers) = (None, Vec::new());
+        for network in networks.all() {
+            let status = network.queries.status().await?;
+            if let Some(used) = status.underlay.filter(|underlay| underlay.public_ip.v6.is_some()) {
+                underlay = Some(used);
+                peers.append(&mut network.queries.peers().await?.peers);
+            }
+        }
         let now = Instant::now();
         due = peers
             .iter()

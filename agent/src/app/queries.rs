@@ -15,9 +15,11 @@ use crate::reconcile::{DataPathReport, PeerState, ReconcilerQuery};
 pub struct Queries {
     /// To the network.
     pub network: mpsc::Sender<NetworkQuery>,
-    /// To the reconciler of its network namespace.
-    pub reconciler: mpsc::Sender<ReconcilerQuery>,
-    /// Failures of either.
+    /// To the reconciler of the host's network namespace.
+    pub host: mpsc::Sender<ReconcilerQuery>,
+    /// To the reconciler of the network's own namespace, if it is isolated.
+    pub own: Option<mpsc::Sender<ReconcilerQuery>>,
+    /// Failures of any of them.
     pub failures: Failures,
 }
 
@@ -25,7 +27,10 @@ impl Queries {
     /// The agent's status, without what the endpoints know.
     pub async fn status(&self) -> Option<Status> {
         let network = send_query(&self.network, NetworkQuery::Status).await?;
-        let data_path = send_query(&self.reconciler, ReconcilerQuery::Status).await?;
+        let mut data_path = send_query(&self.host, ReconcilerQuery::Status).await?;
+        if let Some(own) = &self.own {
+            data_path = merge_reports(data_path, send_query(own, ReconcilerQuery::Status).await?, &network.status.name);
+        }
         Some(merge_status(network, data_path, self.failures.problems()))
     }
 
@@ -38,7 +43,8 @@ impl Queries {
     pub async fn peers(&self) -> Option<Peers> {
         let mut rows = send_query(&self.network, NetworkQuery::Peers).await?;
         let keys: Arc<[_]> = rows.iter_mut().map(|row| std::mem::take(&mut row.entries)).collect();
-        let states = send_query(&self.reconciler, |reply| ReconcilerQuery::Peers(Arc::clone(&keys), reply)).await?;
+        let reconciler = self.own.as_ref().unwrap_or(&self.host);
+        let states = send_query(reconciler, |reply| ReconcilerQuery::Peers(Arc::clone(&keys), reply)).await?;
         let mut peers: Vec<PeerEntry> = rows.into_iter().zip(states).map(peer_entry).collect();
         peers.sort_by_key(|peer| peer.subnet);
         Some(Peers { peers })
@@ -53,6 +59,18 @@ async fn send_query<Q, T>(queries: &mpsc::Sender<Q>, query: impl Fn(oneshot::Sen
         if let Ok(answer) = response.await {
             return Some(answer);
         }
+    }
+}
+
+/// The reports of the host's namespace and of an isolated network's own.
+fn merge_reports(host: DataPathReport, own: DataPathReport, network: &str) -> DataPathReport {
+    let own_problems = own.problems.into_iter().map(|problem| format!("network {network}: {problem}"));
+    DataPathReport {
+        failed: host.failed.into_iter().chain(own.failed).collect(),
+        drift_repairs: host.drift_repairs + own.drift_repairs,
+        last_drift: [host.last_drift, own.last_drift].into_iter().flatten().max_by_key(|drift| drift.at),
+        nexthop_objects: own.nexthop_objects,
+        problems: host.problems.into_iter().chain(own_problems).collect(),
     }
 }
 

@@ -8,16 +8,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex as BlockingMutex, PoisonError};
+use std::sync::{Arc, Mutex as BlockingMutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
@@ -86,26 +86,22 @@ impl Failures {
     }
 }
 
-/// Owner of the networks and reconcilers that run.
+/// Owner of the networks and reconcilers that run. Clones share them.
+#[derive(Clone)]
 pub struct Supervisor {
-    units: BTreeMap<Unit, Keeper>,
-    /// Input of the reconciler that each network contributes to.
-    contributes_to: BTreeMap<NetworkName, mpsc::Sender<ReconcilerInput>>,
+    units: Arc<BlockingMutex<BTreeMap<Unit, Keeper>>>,
     failures: Failures,
     metrics: Arc<Metrics>,
     shutdown: CancellationToken,
+    /// A keeper that panicked.
+    panicked: CancellationToken,
 }
 
 struct Keeper {
     stop: CancellationToken,
     task: JoinHandle<()>,
-}
-
-impl Keeper {
-    /// Waits until it has ended.
-    async fn join(mut self) -> Result<(), JoinError> {
-        (&mut self.task).await
-    }
+    /// Inputs of the reconcilers that a network contributes to.
+    contributes_to: Vec<mpsc::Sender<ReconcilerInput>>,
 }
 
 impl Drop for Keeper {
@@ -117,13 +113,13 @@ impl Drop for Keeper {
 impl Supervisor {
     /// A supervisor without units. `shutdown` stops all units and leaves the data path unchanged.
     pub fn new(failures: Failures, metrics: Arc<Metrics>, shutdown: CancellationToken) -> Supervisor {
-        Supervisor { units: BTreeMap::new(), contributes_to: BTreeMap::new(), failures, metrics, shutdown }
+        Supervisor { units: Arc::default(), failures, metrics, shutdown, panicked: CancellationToken::new() }
     }
 
     /// Starts a network. `make` makes it, without any state; `follow_store` sends it the store's events, from a snapshot on, and
     /// keeps its lease.
     pub fn start_network<M, F, E>(
-        &mut self,
+        &self,
         name: NetworkName,
         channels: network::Channels,
         make: impl Fn() -> Network<M> + Send + Sync + 'static,
@@ -133,30 +129,34 @@ impl Supervisor {
         F: Future<Output = Result<(), E>> + Send + 'static,
         E: fmt::Display + 'static,
     {
-        self.contributes_to.insert(name.clone(), channels.reconciler.clone());
+        let links = std::iter::once(&channels.host).chain(&channels.own);
+        let contributes_to = links.map(|link| link.input.clone()).collect();
         let channels = Arc::new(Mutex::new(channels));
-        self.start(Unit::Network(name), move |delay, stop| {
+        let span = log_span(&name);
+        self.start(Unit::Network(name), contributes_to, move |delay, stop| {
             let (sender, events) = mpsc::channel(STORE_EVENT_CAPACITY);
             let (network, channels, stop_network) = (make(), Arc::clone(&channels), stop.clone());
             let store = follow_store(sender, stop.clone());
             let mut tasks = Tasks::new();
-            tasks.spawn_infallible("network", async move {
+            let network = async move {
                 let mut channels = channels.lock().await;
                 network.run(events, &mut channels, delay, stop_network).await;
-            });
-            tasks.spawn("store", async move {
+            };
+            tasks.spawn_infallible("network", network.instrument(span.clone()));
+            let store = async move {
                 match stop.run_until_cancelled(tokio::time::sleep(delay)).await {
                     Some(()) => store.await,
                     None => Ok(()),
                 }
-            });
+            };
+            tasks.spawn("store", store.instrument(span.clone()));
             tasks
         });
     }
 
     /// Starts the reconciler of a network namespace. `make` makes it, without any state.
     pub fn start_reconciler<D, S>(
-        &mut self,
+        &self,
         namespace: NamespaceName,
         channels: reconcile::Channels,
         make: impl Fn() -> Reconciler<D, S> + Send + Sync + 'static,
@@ -165,39 +165,67 @@ impl Supervisor {
         S: SysctlStore + 'static,
     {
         let channels = Arc::new(Mutex::new(channels));
-        self.start(Unit::Reconciler(namespace), move |delay, stop| {
+        let span = match &namespace {
+            NamespaceName::Host => Span::none(),
+            NamespaceName::Network(network) => log_span(network),
+        };
+        self.start(Unit::Reconciler(namespace), Vec::new(), move |delay, stop| {
             let (reconciler, channels) = (make(), Arc::clone(&channels));
             let mut tasks = Tasks::new();
-            tasks.spawn_infallible("reconcile", async move {
+            let reconcile = async move {
                 let mut channels = channels.lock().await;
                 reconciler.run(&mut channels, delay, stop).await;
-            });
+            };
+            tasks.spawn_infallible("reconcile", reconcile.instrument(span.clone()));
             tasks
         });
     }
 
-    fn start(&mut self, unit: Unit, start: impl Fn(Duration, CancellationToken) -> Tasks + Send + Sync + 'static) {
-        let stop = self.shutdown.child_token();
-        let task = tokio::spawn(keep(unit.clone(), start, self.failures.clone(), stop.clone()));
-        self.units.insert(unit, Keeper { stop, task });
+    fn start(
+        &self,
+        unit: Unit,
+        contributes_to: Vec<mpsc::Sender<ReconcilerInput>>,
+        start: impl Fn(Duration, CancellationToken) -> Tasks + Send + Sync + 'static,
+    ) {
+        let (stop, panicked) = (self.shutdown.child_token(), self.panicked.clone());
+        let keeper = keep(unit.clone(), start, self.failures.clone(), stop.clone());
+        let task = tokio::spawn(async move {
+            // Cancels the token also if the keeper panics.
+            let guard = panicked.drop_guard();
+            keeper.await;
+            guard.disarm();
+        });
+        self.units().insert(unit, Keeper { stop, task, contributes_to });
     }
 
     /// Stops a network. With `withdraw`, its entries are removed from the kernel; otherwise they stay.
-    pub async fn stop_network(&mut self, name: &NetworkName, withdraw: bool) {
-        let unit = Unit::Network(name.clone());
-        let Some(keeper) = self.units.remove(&unit) else { return };
-        keeper.stop.cancel();
-        if let Err(error) = keeper.join().await {
-            tracing::error!(%unit, %error, "cannot stop");
-        }
-        if let Some(reconciler) = self.contributes_to.remove(name)
-            && withdraw
-        {
+    pub async fn stop_network(&self, name: &NetworkName, withdraw: bool) {
+        let contributes_to = self.stop(&Unit::Network(name.clone())).await;
+        for reconciler in contributes_to.into_iter().filter(|_| withdraw) {
             // Fails only if the reconciler was stopped before.
             let _ = reconciler.send(ReconcilerInput::Withdraw(name.clone())).await;
         }
-        self.failures.remove(&unit);
         self.metrics.remove_network(name);
+    }
+
+    /// Stops the reconciler of a network namespace. Its entries stay.
+    pub async fn stop_reconciler(&self, namespace: NamespaceName) {
+        self.stop(&Unit::Reconciler(namespace)).await;
+    }
+
+    /// Stops a unit; returns what it contributes to.
+    async fn stop(&self, unit: &Unit) -> Vec<mpsc::Sender<ReconcilerInput>> {
+        let Some(mut keeper) = self.units().remove(unit) else { return Vec::new() };
+        keeper.stop.cancel();
+        if let Err(error) = (&mut keeper.task).await {
+            tracing::error!(%unit, %error, "cannot stop");
+        }
+        self.failures.remove(unit);
+        std::mem::take(&mut keeper.contributes_to)
+    }
+
+    fn units(&self) -> MutexGuard<'_, BTreeMap<Unit, Keeper>> {
+        self.units.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The task: waits until all units were stopped by the shutdown.
@@ -205,8 +233,23 @@ impl Supervisor {
     /// # Errors
     /// A keeper panicked.
     pub async fn run(self) -> Result<(), JoinError> {
-        try_join_all(self.units.into_values().map(Keeper::join)).await.map(|_| ())
+        tokio::select! {
+            () = self.shutdown.cancelled() => {}
+            () = self.panicked.cancelled() => {}
+        }
+        let units = std::mem::take(&mut *self.units());
+        units.values().for_each(|keeper| keeper.stop.cancel());
+        for mut keeper in units.into_values() {
+            (&mut keeper.task).await?;
+        }
+        Ok(())
     }
+}
+
+/// Names the network in the log lines of its tasks, unless it is the default one.
+fn log_span(network: &NetworkName) -> Span {
+    // At this level the span is there whatever the log's level is.
+    if network.is_default() { Span::none() } else { tracing::error_span!("unit", %network) }
 }
 
 /// Runs a unit until `stop`. `start` starts its tasks, after the given delay, until its token is cancelled.

@@ -65,6 +65,14 @@ pub const SETTINGS: &[Setting] = &[
     text("iface-can-reach", "IP", "", "External interface by the kernel's route to this address"),
     text("public-ip", "IPV4", "", "IPv4 address that peers send to, if not the interface's (behind NAT)"),
     text("public-ipv6", "IPV6", "", "IPv6 address that peers send to, if not the interface's"),
+    list("networks", "NAME", "", "Named networks that this host joins at the start; all others with its first container there"),
+    text("leave-after", "DURATION", "5m", "How long the host stays in a named network without containers there"),
+    text(
+        "netns-prefix",
+        "TEXT",
+        "ov-",
+        "Start of the names of isolated networks' namespaces, for several agents with one /run/netns",
+    ),
     text("node-name", "NAME", "", "Display name of this host [default: the system's host name]"),
     boolean("ip-masq", "true", "Masquerade traffic that leaves the overlay"),
     boolean("docker", "false", "Reserve the upper half of the subnet for Docker's containers on the host's bridge"),
@@ -107,6 +115,9 @@ pub const SECRET_FILES: [&str; 2] = ["etcd-keyfile", "etcd-password-file"];
 /// The default path of the file, used without `--config`; this file may be missing.
 pub const DEFAULT_CONFIG_FILE: &str = "/etc/overlayd/overlayd.toml";
 
+/// The subcommand that names an isolated network's namespace for the agent, whose request is on standard input.
+pub const SERVE_NETNS_NAME: &str = "serve-netns-name";
+
 /// The command line of `overlayd`.
 pub fn command() -> Command {
     let mut command = Command::new("overlayd")
@@ -126,8 +137,17 @@ pub fn command() -> Command {
         )
         .subcommand(
             Command::new("cleanup")
-                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running"),
-        );
+                .about("Removes everything the agent created on this host and releases its lease; the agent must not be running")
+                .arg(
+                    Arg::new("network")
+                        .long("network")
+                        .value_name("NAME")
+                        .action(ArgAction::Append)
+                        .help("Leave only this named network; can be repeated"),
+                ),
+        )
+        // For the unit overlayd-netns@.service alone.
+        .subcommand(Command::new(SERVE_NETNS_NAME).hide(true));
     for setting in SETTINGS {
         let arg =
             Arg::new(setting.name).long(setting.name).env(env_variable(setting.name)).value_name(setting.value).global(true);

@@ -3,11 +3,12 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use super::id::EndpointId;
 use super::ipam::IpamError;
 use crate::model::device::bridge_full_message;
 use crate::model::endpoint::EndpointName;
 use crate::model::publish::PublishError;
-use crate::model::{Endpoint, Family, Mac, Mode, PublishedPort, Subnet};
+use crate::model::{Endpoint, Family, Mac, Mode, NetworkName, PublishedPort, Subnet};
 use crate::plan::OpError;
 use crate::state::StateError;
 
@@ -49,6 +50,14 @@ pub enum EndpointError {
         /// The mode.
         mode: Mode,
     },
+    /// A named network does not support the mode.
+    #[error("network {network} does not support mode {mode}: omit the network, or use mode overlay")]
+    UnsupportedInNetwork {
+        /// The mode.
+        mode: Mode,
+        /// The network.
+        network: NetworkName,
+    },
     /// The owner is not printable text of valid length.
     #[error("invalid owner `{owner}`: expected 1 to 256 bytes of text without control characters")]
     Owner {
@@ -68,13 +77,14 @@ pub enum EndpointError {
     },
     /// Another endpoint has published the port.
     #[error(
-        "{wanted} cannot be published: endpoint {holder} has {held}; choose another port, or `overlayctl detach {holder}` first"
+        "{wanted} cannot be published: endpoint {holder} has {held}; choose another port, or `{}` first",
+        holder.detach_command()
     )]
     PublishInUse {
         /// The requested port.
         wanted: PublishedPort,
         /// The other endpoint.
-        holder: EndpointName,
+        holder: EndpointId,
         /// The other endpoint's published port.
         held: PublishedPort,
     },
@@ -117,12 +127,12 @@ pub enum EndpointError {
         mac: Mac,
     },
     /// Another endpoint has the requested MAC.
-    #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
+    #[error("MAC {mac} is in use by endpoint {holder}: choose another one, or `{}` first", holder.detach_command())]
     MacInUse {
         /// The requested MAC.
         mac: Mac,
         /// The other endpoint.
-        holder: EndpointName,
+        holder: EndpointId,
     },
     /// The endpoint whose namespace is to be shared does not exist.
     #[error("there is no endpoint {target} whose network namespace could be shared: list endpoints with `overlayctl endpoints`")]
@@ -151,13 +161,15 @@ pub enum EndpointError {
     },
     /// Another endpoint uses the namespace exclusively.
     #[error(
-        "{netns} belongs to endpoint {holder} in mode {mode}: attach with mode container:{holder}, or `overlayctl detach {holder}` first"
+        "{netns} belongs to endpoint {holder} in mode {mode}: {}`{}` first",
+        share_remedy(holder),
+        holder.detach_command()
     )]
     NetnsInUse {
         /// The namespace.
         netns: PathBuf,
         /// The other endpoint.
-        holder: EndpointName,
+        holder: EndpointId,
         /// The other endpoint's mode.
         mode: Mode,
     },
@@ -194,18 +206,18 @@ pub enum EndpointError {
     #[error("{}", bridge_full_message())]
     BridgeFull,
     /// Another endpoint has the requested address.
-    #[error("address {address} is in use by endpoint {holder}: choose another one, or `overlayctl detach {holder}` first")]
+    #[error("address {address} is in use by endpoint {holder}: choose another one, or `{}` first", holder.detach_command())]
     AddressInUse {
         /// The requested address.
         address: IpAddr,
         /// The other endpoint.
-        holder: EndpointName,
+        holder: EndpointId,
     },
     /// The name is attached with other values than the requested ones.
-    #[error("endpoint {name} is attached with {held}, not {asked}: `overlayctl detach {name}` first, or choose another name")]
+    #[error("endpoint {name} is attached with {held}, not {asked}: `{}` first, or choose another name", name.detach_command())]
     NameInUse {
-        /// The name.
-        name: EndpointName,
+        /// The endpoint.
+        name: EndpointId,
         /// The present value, such as `network namespace /run/netns/a`.
         held: String,
         /// The requested value.
@@ -213,7 +225,8 @@ pub enum EndpointError {
     },
     /// Another endpoint has the interface of that namespace.
     #[error(
-        "interface {interface} in {netns} belongs to endpoint {holder}: choose another interface, or `overlayctl detach {holder}` first"
+        "interface {interface} in {netns} belongs to endpoint {holder}: choose another interface, or `{}` first",
+        holder.detach_command()
     )]
     InterfaceInUse {
         /// The interface.
@@ -221,15 +234,16 @@ pub enum EndpointError {
         /// The namespace.
         netns: PathBuf,
         /// The other endpoint.
-        holder: EndpointName,
+        holder: EndpointId,
     },
     /// The endpoint's address is outside the present subnet.
     #[error(
-        "endpoint {name} has {address}, outside the present subnet {subnet}: `overlayctl detach {name}`, then attach it again"
+        "endpoint {name} has {address}, outside the present subnet {subnet}: `{}`, then attach it again",
+        name.detach_command()
     )]
     Stale {
-        /// The name.
-        name: EndpointName,
+        /// The endpoint.
+        name: EndpointId,
         /// The address.
         address: IpAddr,
         /// The host's subnet.
@@ -288,9 +302,14 @@ fn names(names: &[EndpointName]) -> String {
     names.iter().map(EndpointName::as_str).collect::<Vec<_>>().join(", ")
 }
 
+/// How to use the namespace of another endpoint. Only the default network has mode container.
+fn share_remedy(holder: &EndpointId) -> String {
+    if holder.network.is_default() { format!("attach with mode container:{}, or ", holder.name) } else { String::new() }
+}
+
 impl EndpointError {
     /// The endpoint that holds the requested resource.
-    pub(super) fn holder(&self) -> Option<&EndpointName> {
+    pub(super) fn holder(&self) -> Option<&EndpointId> {
         match self {
             EndpointError::PublishInUse { holder, .. }
             | EndpointError::MacInUse { holder, .. }
@@ -303,7 +322,7 @@ impl EndpointError {
 
     /// Whether the endpoint holds the requested resource now; for a full subnet or bridge, whether it is in it.
     pub(super) fn is_caused_by(&self, endpoint: &Endpoint) -> bool {
-        let is_holder = self.holder() == Some(&endpoint.name);
+        let is_holder = self.holder() == Some(&EndpointId::of(endpoint));
         match self {
             EndpointError::Address(IpamError::Full { range, .. }) => {
                 endpoint.addresses().iter().any(|(_, address)| range.contains(*address))
@@ -328,6 +347,7 @@ impl EndpointError {
             | EndpointError::NetnsNotFound { .. }
             | EndpointError::HostNetns { .. }
             | EndpointError::UnsupportedInMode { .. }
+            | EndpointError::UnsupportedInNetwork { .. }
             | EndpointError::Owner { .. }
             | EndpointError::Publish(_)
             | EndpointError::PublishConflict { .. }

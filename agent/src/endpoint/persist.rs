@@ -7,7 +7,8 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::table::{EndpointRecord, EndpointTable, JournalEntry, Phase, StoredTable};
+use super::record::{EndpointRecord, JournalEntry, Phase, StoredTable};
+use super::table::EndpointTable;
 use crate::model::Endpoint;
 use crate::state::{Journal, StateDir, StateError};
 

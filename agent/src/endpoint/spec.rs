@@ -7,7 +7,7 @@ use super::EndpointError;
 use crate::model::api::AttachRequest;
 use crate::model::endpoint::EndpointName;
 use crate::model::text::printable;
-use crate::model::{Cidr, Device, Family, Mac, Mode, PerFamily, PublishedPort, Subnet};
+use crate::model::{Cidr, Device, Family, Mac, Mode, NetworkName, PerFamily, PublishedPort, Subnet};
 
 /// Default name of the interface in the container.
 const DEFAULT_INTERFACE: &str = "eth0";
@@ -205,11 +205,14 @@ fn check_ports(publish: &[PublishedPort]) -> Result<(), EndpointError> {
 }
 
 /// Name of the host end of an endpoint's veth pair: `ove` and 11 hex digits of the name's hash, 14 of the kernel's 15 characters.
-/// `attempt` counts the names that were in use already.
-pub(super) fn veth_name(name: &EndpointName, attempt: u32) -> String {
+/// In a named network the hash is of `NETWORK/NAME`, since networks share the host's namespace. `attempt` counts the names that
+/// were in use already.
+pub(super) fn veth_name(network: &NetworkName, name: &EndpointName, attempt: u32) -> String {
+    let prefix = if network.is_default() { ["", ""] } else { [network.as_str(), "/"] };
+    let text = prefix.into_iter().chain([name.as_str()]).flat_map(str::bytes);
     // FNV-1a, 64 bits: a name has the same interface after a restart, so that a leftover interface is found again.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in name.as_str().bytes().chain(attempt.to_be_bytes()) {
+    for byte in text.chain(attempt.to_be_bytes()) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     }
     format!("ove{:011x}", hash >> 20)
@@ -298,10 +301,15 @@ mod tests {
     #[test]
     fn veth_names_and_macs_are_well_formed() {
         let name: EndpointName = "c1".parse().unwrap();
-        let first = veth_name(&name, 0);
+        let network = NetworkName::default();
+        let first = veth_name(&network, &name, 0);
         assert!(first.len() == 14 && first.starts_with("ove") && first[3..].bytes().all(|b| b.is_ascii_hexdigit()), "{first}");
-        assert_eq!(first, veth_name(&name, 0));
-        assert_ne!(first, veth_name(&name, 1));
+        assert_eq!(first, veth_name(&network, &name, 0));
+        assert_ne!(first, veth_name(&network, &name, 1));
+        let [blue, green] = ["blue", "green"].map(|network| veth_name(&network.into(), &name, 0));
+        assert!(blue.len() == 14 && blue != green && blue != first, "{blue} {green}");
+        // Fixed for every version: an agent finds the interfaces of the one before.
+        assert_eq!([&first, &blue], ["ovef32c32bdd43", "ovef3e4f4a64f3"]);
         let mac = free_mac(|m| m.0[5] < 0x80);
         assert!(mac.is_unicast() && mac.0[0] & 2 == 2 && mac.0[5] >= 0x80);
     }

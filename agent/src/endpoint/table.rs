@@ -1,85 +1,29 @@
-//! Table of this host's endpoints, in memory and as stored in `endpoints.json`. Pure: no files, no kernel, no tasks.
+//! Table of a network's endpoints on this host. Pure: no files, no kernel, no tasks.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use serde::{Deserialize, Serialize};
 
 use super::EndpointError;
+use super::claims::{Claims, HostClaims};
+use super::id::EndpointId;
 use super::ipam::Ipam;
+use super::record::{EndpointRecord, JournalEntry, Phase, StoredTable};
 use super::spec::{AttachMode, AttachSpec, EndpointNetwork, NetnsRef, free_mac, veth_name};
 use crate::model::api::AttachResponse;
 use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Cidr, Endpoint, Family, Mac, Mode, PerFamily, Port, PublishedPort, Subnet};
+use crate::model::{Cidr, Endpoint, Family, Mac, Mode, NetworkName, PerFamily, Port, PublishedPort, Subnet};
 use crate::plan::PortSpec;
 use crate::plan::desired::source_elements;
 
-/// Phase of an endpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Phase {
-    /// Persisted; its port does not exist yet, or is incomplete.
-    Attaching,
-    /// Its port is complete.
-    Attached,
-    /// Being removed.
-    Detaching,
-}
-
-/// An endpoint and its phase.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct EndpointRecord {
-    pub(super) phase: Phase,
-    #[serde(flatten)]
-    pub(super) endpoint: Arc<Endpoint>,
-    /// Id that distinguishes its namespace from a later one at the same path; absent if the kernel has none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) netns_id: Option<String>,
-}
-
-/// The content of `endpoints.json`.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct StoredTable {
-    /// The endpoints, by name.
-    pub(super) endpoints: Vec<EndpointRecord>,
-    /// Each family's allocation cursor, so that a restart does not reuse an address that was just released.
-    #[serde(default)]
-    pub(super) cursor: PerFamily<IpAddr>,
-}
-
-/// A change of one endpoint: a line of `endpoints.journal`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct JournalEntry {
-    name: EndpointName,
-    /// Its new record; absent if the endpoint was removed.
-    record: Option<EndpointRecord>,
-    /// As in [`StoredTable`].
-    #[serde(default)]
-    cursor: PerFamily<IpAddr>,
-}
-
-impl StoredTable {
-    /// The table after the changes.
-    pub(super) fn replay(self, changes: Vec<JournalEntry>) -> StoredTable {
-        let mut records: BTreeMap<_, _> = self.endpoints.into_iter().map(|r| (r.endpoint.name.clone(), r)).collect();
-        let mut cursor = self.cursor;
-        for change in changes {
-            cursor = change.cursor;
-            match change.record {
-                Some(record) => records.insert(change.name, record),
-                None => records.remove(&change.name),
-            };
-        }
-        StoredTable { endpoints: records.into_values().collect(), cursor }
-    }
-}
-
-/// The endpoints of this host, and the network that they are attached to.
-#[derive(Debug, Default)]
+/// A network's endpoints on this host. Its records' claims end with it.
+#[derive(Debug)]
 pub(super) struct EndpointTable {
+    name: NetworkName,
+    claims: HostClaims,
     records: BTreeMap<EndpointName, EndpointRecord>,
     network: Option<EndpointNetwork>,
     /// The allocators of the last known subnet; kept while no subnet is leased.
@@ -93,9 +37,25 @@ pub(super) struct EndpointTable {
 }
 
 impl EndpointTable {
-    pub(super) fn from_stored(stored: StoredTable) -> EndpointTable {
-        let records = stored.endpoints.into_iter().map(|record| (record.endpoint.name.clone(), record)).collect();
-        EndpointTable { records, cursor: stored.cursor, ..EndpointTable::default() }
+    /// The stored table of a network; claims what its endpoints have.
+    pub(super) fn from_stored(stored: StoredTable, name: NetworkName, claims: HostClaims) -> EndpointTable {
+        let mut records = BTreeMap::new();
+        for mut record in stored.endpoints {
+            // One name for all, instead of a copy each.
+            Arc::make_mut(&mut record.endpoint).network = name.clone();
+            claims.lock().insert(&record.endpoint);
+            records.insert(record.endpoint.name.clone(), record);
+        }
+        EndpointTable {
+            name,
+            claims,
+            records,
+            network: None,
+            pools: PerFamily::default(),
+            cursor: stored.cursor,
+            version: 0,
+            changed: BTreeSet::new(),
+        }
     }
 
     pub(super) fn stored(&self) -> StoredTable {
@@ -202,7 +162,7 @@ impl EndpointTable {
     /// Checks that an attached endpoint matches a request, so that a repeated attach can return it.
     pub(super) fn matches(&self, endpoint: &Endpoint, spec: &AttachSpec) -> Result<(), EndpointError> {
         let name_in_use = |existing: String, requested: String| EndpointError::NameInUse {
-            name: endpoint.name.clone(),
+            name: EndpointId::of(endpoint),
             held: existing,
             asked: requested,
         };
@@ -233,7 +193,7 @@ impl EndpointTable {
         }
         let subnet = self.network()?.subnet;
         match address_outside(endpoint, &subnet) {
-            Some(address) => Err(EndpointError::Stale { name: endpoint.name.clone(), address, subnet }),
+            Some(address) => Err(EndpointError::Stale { name: EndpointId::of(endpoint), address, subnet }),
             None => Ok(()),
         }
     }
@@ -242,14 +202,16 @@ impl EndpointTable {
     pub(super) fn reserve(&mut self, name: EndpointName, spec: AttachSpec, now: u64) -> Result<Endpoint, EndpointError> {
         let mode = self.mode(&spec.mode);
         let AttachSpec { mode: attach_mode, publish, source_check, default_route, owner } = spec;
+        let claims = self.claims.clone();
+        let mut claims = claims.lock();
         let (netns, port) = match attach_mode {
             AttachMode::Overlay { netns, interface, addresses, mac } => {
-                self.check_published(&publish)?;
-                let port = self.reserve_port(&name, &netns, interface, &addresses, mac)?;
+                self.check_published(&claims, &publish)?;
+                let port = self.reserve_port(&claims, &name, &netns, interface, &addresses, mac)?;
                 (netns, Some(port))
             }
             AttachMode::None(netns) => {
-                self.check_netns_free(&netns, |_| true)?;
+                claims.check_netns_free(&netns, |_| true)?;
                 (netns, None)
             }
             AttachMode::Host(netns) => (NetnsRef { path: netns, id: None }, None),
@@ -263,6 +225,7 @@ impl EndpointTable {
         let phase = if matches!(mode, Mode::Overlay | Mode::None) { Phase::Attaching } else { Phase::Attached };
         let endpoint = Endpoint {
             name: name.clone(),
+            network: self.name.clone(),
             mode,
             netns: netns.path,
             port,
@@ -273,23 +236,14 @@ impl EndpointTable {
             attached_at: now,
         };
         self.mark_changed(&name);
-        self.records.insert(name, EndpointRecord { phase, endpoint: Arc::new(endpoint.clone()), netns_id: netns.id });
+        let shared = Arc::new(endpoint.clone());
+        claims.insert(&shared);
+        self.records.insert(name, EndpointRecord { phase, endpoint: shared, netns_id: netns.id });
         Ok(endpoint)
     }
 
-    /// Checks that no endpoint of these modes uses the namespace exclusively.
-    fn check_netns_free(&self, netns: &NetnsRef, conflicts: impl Fn(&Mode) -> bool) -> Result<(), EndpointError> {
-        let has_own_netns = |mode: &Mode| matches!(mode, Mode::Overlay | Mode::None) && conflicts(mode);
-        match self.records.values().map(|r| &*r.endpoint).find(|e| has_own_netns(&e.mode) && netns.is_at(&e.netns)) {
-            Some(Endpoint { name, mode, netns, .. }) => {
-                Err(EndpointError::NetnsInUse { netns: netns.clone(), holder: name.clone(), mode: mode.clone() })
-            }
-            None => Ok(()),
-        }
-    }
-
     /// Checks that the ports can be published on this host, and that no other endpoint has them.
-    fn check_published(&self, publish: &[PublishedPort]) -> Result<(), EndpointError> {
+    fn check_published(&self, claims: &Claims, publish: &[PublishedPort]) -> Result<(), EndpointError> {
         for wanted in publish {
             let subnet = self.network()?.subnet;
             if let Some(family) = wanted.family().filter(|family| subnet.get(*family).is_none()) {
@@ -298,12 +252,7 @@ impl EndpointTable {
                 }
                 return Err(EndpointError::PublishFamily { wanted: *wanted, family, subnet });
             }
-            for endpoint in self.records.values().map(|r| &*r.endpoint) {
-                let mut in_effect = endpoint.published.iter().filter(|published| endpoint.has_address_for(published));
-                if let Some(existing) = in_effect.find(|published| published.conflicts_with(wanted)) {
-                    return Err(EndpointError::PublishInUse { wanted: *wanted, holder: endpoint.name.clone(), held: *existing });
-                }
-            }
+            claims.check_published(wanted)?;
         }
         Ok(())
     }
@@ -311,6 +260,7 @@ impl EndpointTable {
     /// Allocates addresses, MAC and host interface of an endpoint on the bridge.
     fn reserve_port(
         &mut self,
+        claims: &Claims,
         name: &EndpointName,
         netns: &NetnsRef,
         interface: String,
@@ -321,33 +271,26 @@ impl EndpointTable {
         for (family, address) in requested.iter() {
             let pool = self.pools.get(family).ok_or(EndpointError::FamilyNotAvailable { address: *address, family, subnet })?;
             if let Some(holder) = self.records.values().find(|r| r.endpoint.addresses().get(family) == Some(address)) {
-                return Err(EndpointError::AddressInUse { address: *address, holder: holder.endpoint.name.clone() });
+                return Err(EndpointError::AddressInUse { address: *address, holder: EndpointId::of(&holder.endpoint) });
             }
             pool.check(*address)?;
         }
         let find_by_mac = |mac: Mac| self.records.values().find(|r| r.endpoint.port.as_ref().is_some_and(|port| port.mac == mac));
         if let Some((mac, holder)) = mac.and_then(|mac| Some((mac, find_by_mac(mac)?))) {
-            return Err(EndpointError::MacInUse { mac, holder: holder.endpoint.name.clone() });
+            return Err(EndpointError::MacInUse { mac, holder: EndpointId::of(&holder.endpoint) });
         }
-        self.check_netns_free(netns, |mode| *mode == Mode::None)?;
-        let same_interface = |port: &Port| port.interface == interface;
-        let same_interface_in_netns =
-            |r: &&EndpointRecord| r.endpoint.port.as_ref().is_some_and(same_interface) && netns.is_at(&r.endpoint.netns);
-        if let Some(holder) = self.records.values().find(same_interface_in_netns) {
-            let holder = holder.endpoint.name.clone();
-            return Err(EndpointError::InterfaceInUse { interface, netns: netns.path.clone(), holder });
-        }
+        claims.check_netns_free(netns, |mode| *mode == Mode::None)?;
+        claims.check_interface_free(netns, &interface)?;
         if self.records.values().filter(|r| r.endpoint.port.is_some()).count() >= MAX_BRIDGE_PORTS {
             return Err(EndpointError::BridgeFull);
         }
         let addresses = self.allocate(requested)?;
         let ports = || self.records.values().filter_map(|r| r.endpoint.port.as_ref());
-        let is_used = |interface: &str| ports().any(|port| port.host_interface == interface);
         let mut attempt = 0;
-        let mut host_end = veth_name(name, attempt);
-        while is_used(&host_end) {
+        let mut host_end = veth_name(&self.name, name, attempt);
+        while claims.has_host_interface(&host_end) {
             attempt += 1;
-            host_end = veth_name(name, attempt);
+            host_end = veth_name(&self.name, name, attempt);
         }
         let mac = mac.unwrap_or_else(|| free_mac(|mac| ports().any(|port| port.mac == mac)));
         Ok(Port { interface, host_interface: host_end, mac, addresses })
@@ -422,9 +365,10 @@ impl EndpointTable {
         self.version != version
     }
 
-    /// Removes an endpoint and releases its addresses.
+    /// Removes an endpoint and releases its addresses and claims.
     pub(super) fn remove(&mut self, name: &EndpointName) {
         if let Some(record) = self.records.remove(name) {
+            self.claims.lock().remove(&record.endpoint);
             self.release(&record.endpoint.addresses());
             self.mark_changed(name);
         }
@@ -468,7 +412,7 @@ impl EndpointTable {
             sources: source_elements(port, endpoint.source_check).collect(),
         };
         for (family, address) in port.addresses.iter() {
-            let stale = || EndpointError::Stale { name: endpoint.name.clone(), address: *address, subnet: network.subnet };
+            let stale = || EndpointError::Stale { name: EndpointId::of(endpoint), address: *address, subnet: network.subnet };
             let range = network.subnet.get(family).filter(|range| range.contains(*address)).ok_or_else(stale)?;
             let gateway = network.subnet.gateway(family).ok_or_else(stale)?;
             spec.addresses.push(IpNetwork::new(*address, range.length()).map_err(|_| stale())?);
@@ -481,6 +425,13 @@ impl EndpointTable {
             *attached.gateway.slot(family) = Some(gateway);
         }
         Ok((Some(spec), attached))
+    }
+}
+
+impl Drop for EndpointTable {
+    fn drop(&mut self) {
+        let mut claims = self.claims.lock();
+        self.records.values().for_each(|record| claims.remove(&record.endpoint));
     }
 }
 

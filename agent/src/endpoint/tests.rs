@@ -4,11 +4,12 @@ mod crash;
 mod fake_kernel;
 mod holders;
 mod modes;
+mod networks;
 
 use std::net::IpAddr;
 
 use super::persist::{FILE, JOURNAL};
-use super::table::StoredTable;
+use super::record::StoredTable;
 use super::*;
 use crate::model::device::MAX_BRIDGE_PORTS;
 use crate::model::{Cidr, Device, PerFamily, Subnet, Vni};
@@ -28,7 +29,8 @@ impl TestHost {
     /// Starts an agent, and sets the network unless `subnet` is empty.
     async fn start(&self, subnet: &str) -> Endpoints<FakeKernel> {
         let state = Arc::new(StateDir::open(self.directory.path()).unwrap());
-        let endpoints = Endpoints::restore(state, self.kernel.clone()).await.unwrap();
+        let endpoints =
+            Endpoints::restore(state, self.kernel.clone(), NetworkName::default(), HostClaims::default()).await.unwrap();
         if !subnet.is_empty() {
             endpoints.set_network(Some(network(subnet)));
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::table::{EndpointRecord, Phase};
+use super::record::{EndpointRecord, Phase};
 use super::{Endpoints, lock};
 use crate::model::PerFamily;
 use crate::model::api::{EndpointView, IpamView};

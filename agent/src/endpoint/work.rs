@@ -6,12 +6,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 
+use super::record::{EndpointRecord, Phase};
 use super::spec::{AttachMode, AttachSpec, veth_name};
-use super::table::{EndpointRecord, Phase};
 use super::{APPLY_TIMEOUT, EndpointError, ErrorClass, Inner, lock};
 use crate::model::api::AttachResponse;
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Mode, Port, PublishedPort};
+use crate::model::{Endpoint, Mode, NetworkName, Port, PublishedPort};
 use crate::plan::{HostSocket, OpError, PortDriver, PortSpec, SourceFilter};
 use crate::state::StateError;
 
@@ -78,7 +78,7 @@ impl<C: PortDriver + 'static> Inner<C> {
             tracing::info!(endpoint = %name, %published, "published port has no effect: the container has no address of that family");
         }
         tracing::info!(
-            endpoint = %name, mode = %endpoint.mode, netns = %endpoint.netns.display(),
+            endpoint = %name, network = self.named_network(), mode = %endpoint.mode, netns = %endpoint.netns.display(),
             interface = endpoint.port.as_ref().map(|port| &port.interface),
             host_interface = endpoint.port.as_ref().map(|port| &port.host_interface),
             addresses = %endpoint.addresses(), "attached"
@@ -105,9 +105,8 @@ impl<C: PortDriver + 'static> Inner<C> {
         };
         let Some((previous_phase, sharers)) = detaching else {
             // An agent whose state was lost may have left an interface with the name's hash in the kernel.
-            let leftover = veth_name(&name, 0);
-            let uses_leftover = |r: &EndpointRecord| r.endpoint.port.as_ref().is_some_and(|port| port.host_interface == leftover);
-            if !lock(&self.table).records().any(uses_leftover) {
+            let leftover = veth_name(&self.network, &name, 0);
+            if !self.claims.lock().has_host_interface(&leftover) {
                 let kernel = |source| EndpointError::Kernel { name: name.clone(), source };
                 self.driver.detach_port(&leftover).await.map_err(kernel)?;
             }
@@ -116,7 +115,7 @@ impl<C: PortDriver + 'static> Inner<C> {
             return written.map(|()| None).map_err(|source| EndpointError::State { name, source });
         };
         self.finish_detach(&name, previous_phase).await?;
-        tracing::info!(endpoint = %name, ?sharers, "detached");
+        tracing::info!(endpoint = %name, network = self.named_network(), ?sharers, "detached");
         Ok(Some(sharers))
     }
 
@@ -128,7 +127,10 @@ impl<C: PortDriver + 'static> Inner<C> {
             return Ok(false);
         }
         self.teardown(&name).await?;
-        tracing::info!(endpoint = %name, netns = %record.endpoint.netns.display(), "detached: its namespace is gone");
+        tracing::info!(
+            endpoint = %name, network = self.named_network(), netns = %record.endpoint.netns.display(),
+            "detached: its namespace is gone"
+        );
         Ok(true)
     }
 
@@ -172,6 +174,11 @@ impl<C: PortDriver + 'static> Inner<C> {
         let netns = &record.endpoint.netns;
         self.driver.netns_exists(netns)
             && record.netns_id.as_ref().is_none_or(|id| self.driver.netns_id(netns).as_ref() == Some(id))
+    }
+
+    /// The network as a field of log lines; none for the default network.
+    fn named_network(&self) -> Option<tracing::field::DisplayValue<&NetworkName>> {
+        (!self.network.is_default()).then(|| tracing::field::display(&self.network))
     }
 
     /// Records that an endpoint's namespace exists.

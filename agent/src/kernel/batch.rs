@@ -16,6 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::cache::KernelCache;
 use super::nlmsg::messages;
 use super::peer_messages;
+use super::receive_buffer;
 use super::route_socket::{KernelError, parse_ack};
 use crate::plan::state::RouteTarget;
 use crate::plan::{ApplyReport, Key, Op, OpError, Value};
@@ -25,8 +26,6 @@ const OPS_PER_SEND: usize = 200;
 /// Size of each socket buffer in bytes, one pair per network namespace. An error takes some hundred bytes, and 1 KiB of kernel
 /// memory; this is four times the room for one per message of a chunk.
 const SOCKET_BUFFER_SIZE: usize = 1 << 20;
-/// Size of the receive buffer in bytes. Replies are datagrams of some hundred bytes each.
-const RECEIVE_SIZE: usize = 16 * 1024;
 
 /// The netlink socket for batches.
 #[derive(Debug)]
@@ -35,7 +34,6 @@ pub struct BatchSocket {
     port_id: u32,
     sequence: u32,
     output: Vec<u8>,
-    input: Vec<u8>,
     /// The messages of the current chunk, in order.
     sent: Vec<SentMessage>,
 }
@@ -70,7 +68,7 @@ impl BatchSocket {
         if setsockopt(&socket, sockopt::SndBufForce, &SOCKET_BUFFER_SIZE).is_err() {
             setsockopt(&socket, sockopt::SndBuf, &SOCKET_BUFFER_SIZE)?;
         }
-        Ok(BatchSocket { socket, port_id, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE], sent: Vec::new() })
+        Ok(BatchSocket { socket, port_id, sequence: 0, output: Vec::new(), sent: Vec::new() })
     }
 
     /// The port id that identifies this socket in the kernel's events.
@@ -106,6 +104,8 @@ impl BatchSocket {
             failed.dedup_by_key(|(i, _)| *i);
             report.failed.extend(failed.into_iter().map(|(i, error)| (first + i, op_error(&chunk[i], &error))));
         }
+        // Not kept while the socket is idle.
+        (self.output, self.sent) = Default::default();
     }
 
     /// Sends a chunk and collects its failures. Returns false if the outcome is unknown.
@@ -126,15 +126,16 @@ impl BatchSocket {
         if let Err(error) = self.socket.send(&self.output, 0) {
             tracing::debug!(%error, bytes = self.output.len(), "cannot send batch");
         }
-        self.read_replies(base, failed)
+        receive_buffer::with(|input| self.read_replies(base, input, failed))
     }
 
     /// Reads all replies to the messages from sequence number `base` on.
-    fn read_replies(&mut self, base: u32, failed: &mut Vec<(usize, KernelError)>) -> bool {
+    fn read_replies(&self, base: u32, input: &mut Vec<u8>, failed: &mut Vec<(usize, KernelError)>) -> bool {
         let (mut complete, mut lost) = (false, false);
         loop {
-            let received = match self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_DONTWAIT) {
-                Ok(received) => received,
+            input.clear();
+            match self.socket.recv(input, libc::MSG_DONTWAIT) {
+                Ok(_) => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return complete && !lost,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(e) => {
@@ -145,8 +146,8 @@ impl BatchSocket {
                     }
                     return false;
                 }
-            };
-            for (header, body) in messages(self.input.get(..received).unwrap_or_default()) {
+            }
+            for (header, body) in messages(input) {
                 let position = usize::try_from(header.sequence_number.wrapping_sub(base)).unwrap_or(usize::MAX);
                 let Some(sent) = self.sent.get(position) else { continue };
                 if header.message_type != NLMSG_ERROR {

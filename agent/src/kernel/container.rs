@@ -44,13 +44,14 @@ const RUNNING_POLL_INTERVAL: Duration = Duration::from_micros(500);
 #[derive(Clone)]
 pub struct PortManager {
     netns: Netns,
+    host: Netns,
     shared: Arc<Mutex<Shared>>,
     connections: Arc<ConntrackCleaner>,
 }
 
 impl PortManager {
-    pub(super) fn new(netns: Netns, shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
-        PortManager { netns, shared, connections }
+    pub(super) fn new(netns: Netns, host: Netns, shared: Arc<Mutex<Shared>>, connections: Arc<ConntrackCleaner>) -> PortManager {
+        PortManager { netns, host, shared, connections }
     }
 
     /// Reads the current state of the bridge, its ports and the VXLAN devices. Does not wait for running changes; blocks.
@@ -143,13 +144,15 @@ impl PortDriver for PortManager {
     }
 
     fn is_host_netns(&self, netns: &Path) -> bool {
-        Netns::open(netns).and_then(|netns| netns.is_same(&self.netns)).unwrap_or(false)
+        let is_own = |netns: Netns| [&self.host, &self.netns].iter().any(|own| netns.is_same(own).unwrap_or(false));
+        Netns::open(netns).is_ok_and(is_own)
     }
 
     fn host_netns(&self) -> PathBuf {
         // For users the host's namespace is that of process 1; name it if the agent runs there.
         let first = Path::new("/proc/1/ns/net");
-        if self.is_host_netns(first) { first.to_owned() } else { format!("/proc/{}/ns/net", std::process::id()).into() }
+        let is_host = Netns::open(first).is_ok_and(|first| first.is_same(&self.host).unwrap_or(false));
+        if is_host { first.to_owned() } else { format!("/proc/{}/ns/net", std::process::id()).into() }
     }
 
     async fn set_loopback_up(&self, netns: &Path) -> Result<(), OpError> {
@@ -161,7 +164,7 @@ impl PortDriver for PortManager {
     }
 
     fn host_ports(&self, wanted: &[PublishedPort]) -> Result<HostPorts, OpError> {
-        self.netns.run_in_place(|| host_ports::query(wanted)).map_err(|e| OpError::from(&e))?
+        self.host.run_in_place(|| host_ports::query(wanted)).map_err(|e| OpError::from(&e))?
     }
 }
 

@@ -10,7 +10,7 @@ use super::objects;
 use super::peer_messages::{EntryQuery, KernelEntry, KernelRouteTarget};
 use super::shared::Shared;
 use super::sysctl;
-use crate::model::{Family, Mac, Role};
+use crate::model::{Device, Family, Mac, Role};
 use crate::plan::state::{NEXTHOP_IDS, PROTOCOL, RouteTarget};
 use crate::plan::sysctls;
 use crate::plan::{Dump, Key, OpError, State, Value};
@@ -39,6 +39,8 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
     for (index, device) in shared.cache.devices() {
         if let Role::Vxlan(_) = device.role {
             queries.push(EntryQuery::Fdb(*index));
+        }
+        if has_neighbours(*device) {
             queries.extend(Family::ALL.map(|family| EntryQuery::Neigh(*index, family)));
         }
     }
@@ -53,6 +55,11 @@ fn read_all(shared: &mut Shared, nexthop_objects: bool) -> Result<State, OpError
         }
     }
     Ok(state)
+}
+
+/// Whether we write permanent neighbour entries for a device.
+fn has_neighbours(device: Device) -> bool {
+    matches!(device.role, Role::Vxlan(_) | Role::PeerLink)
 }
 
 /// Reads the remotes of our VXLAN devices' permanent FDB entries.
@@ -106,7 +113,8 @@ pub fn state_change(cache: &KernelCache, entry: &KernelEntry, present: bool) -> 
             Some((Key::Fdb(vxlan(index)?, mac), value))
         }
         KernelEntry::Neigh { index, address, mac } => {
-            Some((Key::Neigh(vxlan(index)?, address), mac.filter(|_| present).map(Value::Neigh)))
+            let device = cache.device(index).filter(|device| has_neighbours(*device))?;
+            Some((Key::Neigh(device, address), mac.filter(|_| present).map(Value::Neigh)))
         }
         KernelEntry::Nexthop { id, protocol, hop } => {
             let ours = is_own_protocol(protocol);
@@ -190,7 +198,7 @@ fn read_sysctls(shared: &Shared) -> Result<(), OpError> {
     for (_, device) in cache.devices() {
         let name = device.name();
         paths.insert(sysctl::accept_ra(&name));
-        if device.role == Role::Bridge {
+        if matches!(device.role, Role::Bridge | Role::Transit) {
             paths.insert(sysctl::route_localnet(&name));
         }
         let families = Family::ALL.into_iter().filter(|family| device.carries(*family));

@@ -1,13 +1,17 @@
 //! Creates, changes and removes our links.
 //!
-//! VXLAN devices and bridges are created, changed in place and removed; veth ports are only changed and removed. A foreign link
-//! with one of our names is never touched.
+//! VXLAN devices, bridges and the pairs between namespaces (`pair`) are created, changed in place and removed; veth ports are only
+//! changed and removed. A foreign link with one of our names is never touched.
+
+mod pair;
 
 use std::net::IpAddr;
+use std::os::fd::{AsFd, AsRawFd};
 use std::panic::resume_unwind;
 
 use netlink_packet_route::link::{
-    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkMessage,
+    BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState, InfoBridge, InfoBridgePort, InfoKind, LinkAttribute,
+    LinkMessage,
 };
 use rtnetlink::{LinkBridge, LinkBridgePort, LinkMessageBuilder, LinkUnspec, LinkVxlan};
 
@@ -43,6 +47,8 @@ pub struct Links<'a> {
     pub sysctls: &'a Sysctls,
     /// The namespace of all of them.
     pub netns: &'a Netns,
+    /// The host's namespace, if `netns` is a network's.
+    pub host: Option<&'a Netns>,
     /// The cache; updated with each change.
     pub cache: &'a mut KernelCache,
 }
@@ -66,7 +72,11 @@ impl Links<'_> {
         };
         let link = match existing {
             Some(link) => link,
-            None => self.create(name, wanted)?,
+            None => {
+                self.create(name, wanted)?;
+                let created = objects::link(self.socket, name);
+                created.map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?
+            }
         };
         self.ensure_alias(&link)?;
         if let LinkKind::Vxlan(vxlan) = &wanted.kind {
@@ -142,7 +152,8 @@ impl Links<'_> {
             (Some(LinkKind::Vxlan(is)), LinkKind::Vxlan(wanted)) => is.changes_in_place(wanted),
             (Some(LinkKind::Bridge), LinkKind::Bridge)
             | (Some(LinkKind::Port), LinkKind::Port)
-            | (Some(LinkKind::Pair(_)), LinkKind::Pair(_)) => true,
+            | (Some(LinkKind::Pair(_)), LinkKind::Pair(None)) => true,
+            (Some(LinkKind::Pair(_)), LinkKind::Pair(Some(target))) => self.leads_to(&link, target)?,
             _ => false,
         };
         if keep {
@@ -152,11 +163,12 @@ impl Links<'_> {
         Ok(None)
     }
 
-    fn create(&mut self, name: &str, wanted: &LinkState) -> Result<LinkInfo, OpError> {
-        let link = match &wanted.kind {
+    fn create(&mut self, name: &str, wanted: &LinkState) -> Result<(), OpError> {
+        match &wanted.kind {
             LinkKind::Vxlan(vxlan) => {
                 let link = LinkVxlan::new(name, vxlan.vni.get()).port(vxlan.port).learning(vxlan.learning).ttl(TTL);
-                build_with_defaults(with_underlay(link, vxlan), wanted)
+                let created = self.add_vxlan(build_with_defaults(with_underlay(link, vxlan), wanted));
+                created.map_err(|e| self.vxlan_error(name, vxlan, &e))
             }
             LinkKind::Bridge => {
                 let link = LinkMessageBuilder::<LinkBridge>::new(name)
@@ -166,35 +178,39 @@ impl Links<'_> {
                     // net/bridge/br_input.c). The bridge must not learn from them, or a container could attract another
                     // container's frames.
                     .append_info_data(InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value: NO_LL_LEARN, mask: NO_LL_LEARN }));
-                build_with_defaults(link, wanted)
+                let created = self.socket.add_link(build_with_defaults(link, wanted));
+                created.map_err(|e| e.context(format!("cannot create bridge {name}")))
             }
-            LinkKind::Port | LinkKind::Pair(_) | LinkKind::Foreign { .. } => {
-                return Err(error(
-                    libc::ENODEV,
-                    format!("interface {name} is gone: attach its container again to create a new pair"),
-                ));
+            LinkKind::Pair(Some(target)) => self.create_pair(name, target, wanted),
+            LinkKind::Pair(None) => Err(error(
+                libc::ENODEV,
+                format!("interface {name} does not exist yet: the network namespace of its other end creates the pair"),
+            )),
+            LinkKind::Port | LinkKind::Foreign { .. } => {
+                Err(error(libc::ENODEV, format!("interface {name} is gone: attach its container again to create a new pair")))
             }
-        };
-        match (self.socket.add_link(link), &wanted.kind) {
-            (Ok(()), _) => {}
-            (Err(e), LinkKind::Vxlan(vxlan)) => return Err(self.vxlan_error(name, vxlan, &e)),
-            (Err(e), _) => return Err(e.context(format!("cannot create bridge {name}"))),
         }
-        let link =
-            objects::link(self.socket, name).map_err(|e| e.context(format!("cannot find interface {name} after creating it")))?;
-        // Set before the link comes up for the first time.
-        self.sysctls.write_if_exists(&sysctl::accept_ra(name), "0")?;
-        Ok(link)
     }
 
-    /// Gives a link our alias and disables IPv6's automatic configuration, unless it has the alias.
+    /// Creates a VXLAN device. That of an isolated network is created in the host's namespace and moved by the same request: it
+    /// keeps the UDP socket, the external interface and the routes of the namespace in which it was created (`vxlan_newlink` in
+    /// the kernel's `drivers/net/vxlan/vxlan_core.c`). All later requests about it go to its own namespace; the index of the
+    /// external interface is then still one of the host's namespace.
+    fn add_vxlan(&mut self, mut link: LinkMessage) -> Result<(), KernelError> {
+        let Some(host) = self.host else { return self.socket.add_link(link) };
+        link.attributes.push(LinkAttribute::NetNsFd(self.netns.as_fd().as_raw_fd()));
+        open_socket(host)?.add_link(link)
+    }
+
+    /// Gives a link our alias and disables IPv6's automatic configuration, unless it has the alias: before it comes up for the
+    /// first time.
     fn ensure_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
         if link.alias == LINK_ALIAS { Ok(()) } else { self.set_alias(link) }
     }
 
     /// Like [`Links::ensure_alias`], but regardless of the current alias.
     fn set_alias(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        let ipv6 = self.sysctls.read(&sysctl::accept_ra(&link.name))?.is_some();
+        let ipv6 = self.sysctls.write_if_exists(&sysctl::accept_ra(&link.name), sysctl::OFF)?;
         let change = alias_message(link.index, ipv6);
         self.socket.change_link(change).map_err(|e| alias_error(&link.name, &e))
     }
@@ -251,7 +267,6 @@ impl Links<'_> {
     /// Undoes IPv6's automatic configuration on a link where the kernel has just started IPv6. A link-local address exists by
     /// then.
     fn disable_ipv6_autoconf(&mut self, link: &LinkInfo) -> Result<(), OpError> {
-        self.sysctls.write_if_exists(&sysctl::accept_ra(&link.name), "0")?;
         self.set_alias(link)?;
         let switch = sysctl::disable_ipv6(&link.name);
         if self.sysctls.read(&switch)?.as_deref() == Some(sysctl::OFF) {
@@ -279,10 +294,19 @@ impl Links<'_> {
         let mut e = cause.context(format!("cannot create VXLAN device {name}"));
         let remedy = match cause.errno {
             libc::EEXIST => {
-                let conflict = objects::links(self.socket).unwrap_or_default().into_iter().find(|l| {
+                // The kernel keeps VNIs apart in each namespace in which devices are created.
+                let links = match self.host {
+                    None => objects::links(self.socket),
+                    Some(host) => host.route_socket().and_then(|mut socket| objects::links(&mut socket)),
+                };
+                let conflict = links.unwrap_or_default().into_iter().find(|l| {
                     l.name != name && l.vxlan.as_ref().is_some_and(|v| v.id == wanted.vni.get() && v.port == wanted.port)
                 });
-                let conflict = conflict.map_or_else(|| "another device".to_owned(), |l| format!("interface {}", l.name));
+                let hidden = match self.host {
+                    None => "another device",
+                    Some(_) => "a device in another network namespace, or in one that was deleted a moment ago",
+                };
+                let conflict = conflict.map_or_else(|| hidden.to_owned(), |l| format!("interface {}", l.name));
                 format!(
                     "; VNI {} on UDP port {} is in use by {conflict}: stop the program that created it (flanneld creates flannel.{}) and delete it, or choose another VNI or port",
                     wanted.vni, wanted.port, wanted.vni
@@ -318,11 +342,14 @@ pub fn delete_links(netns: &Netns, indexes: &[u32]) -> Vec<Result<(), KernelErro
 }
 
 fn delete_link(netns: &Netns, index: u32) -> Result<(), KernelError> {
-    let mut socket = netns.route_socket().map_err(|e| KernelError { errno: e.errno, detail: e.message })?;
-    match socket.delete_link(index) {
+    match open_socket(netns)?.delete_link(index) {
         Err(e) if e.errno != libc::ENODEV => Err(e),
         _ => Ok(()),
     }
+}
+
+fn open_socket(netns: &Netns) -> Result<RouteSocket, KernelError> {
+    netns.route_socket().map_err(|e| KernelError { errno: e.errno, detail: e.message })
 }
 
 /// The change that gives a link our alias. If the link has IPv6, it also disables what the kernel would do by itself: a

@@ -18,6 +18,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::task::Context;
 use std::time::Duration;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
@@ -33,14 +34,25 @@ use super::nlmsg::messages;
 use super::route_socket::KernelError;
 use super::subscription::{EventSubscriptions, MissedEventsQueue, join_groups};
 use super::uapi::MONITORED_GROUPS;
-use super::{Shared, blocking, dump};
+use super::{Shared, blocking, dump, receive_buffer};
 use crate::model::{Family, Mac};
 use crate::plan::{KernelEvent, Key, OpError, Value};
 
-/// Size of the socket's receive buffer in bytes: an event takes some 800 bytes of kernel memory.
-const RECEIVE_BUFFER_SIZE: usize = 32 << 20;
-/// Bytes per receive. Each event is a datagram of its own; link events are the largest with some 2 KiB.
-const MAX_DATAGRAM_SIZE: usize = 32 * 1024;
+/// Sizes of the receive buffers of the rtnetlink and the nf_tables socket, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ReceiveBuffers {
+    route: usize,
+    nft: usize,
+}
+
+/// Those of the host's namespace. An rtnetlink event takes some 800 bytes of kernel memory. A restart of `kube-proxy` or Docker
+/// writes some thousand rules at once.
+pub(super) const HOST_RECEIVE_BUFFERS: ReceiveBuffers = ReceiveBuffers { route: 32 << 20, nft: 4 << 20 };
+
+/// Those of an isolated network's namespace, of which a host may have hundreds. Few processes change anything there; lost events
+/// cost a dump.
+pub(super) const NETWORK_RECEIVE_BUFFERS: ReceiveBuffers = ReceiveBuffers { route: 2 << 20, nft: 512 << 10 };
+
 /// Messages read per acquisition of the shared lock, so that other waiters get it in between.
 const MESSAGES_PER_LOCK: usize = 8192;
 
@@ -59,7 +71,6 @@ pub struct Monitor {
     missed: Arc<MissedEventsQueue>,
     own_ports: [u32; OWN_SOCKETS],
     first_message: Vec<u8>,
-    input: Vec<u8>,
 }
 
 impl Monitor {
@@ -71,9 +82,11 @@ impl Monitor {
         nft_port: u32,
         host_interfaces: HostInterfaces,
         sender: mpsc::Sender<KernelEvent>,
+        receive_buffers: ReceiveBuffers,
     ) -> Result<Monitor, OpError> {
-        let nft = NftMonitor::open(Some(nft_port))?;
-        let socket = open_socket(own_ports).map_err(|e| KernelError::from(e).context("cannot subscribe to kernel events"))?;
+        let nft = NftMonitor::open(Some(nft_port), receive_buffers.nft)?;
+        let socket = open_socket(own_ports, receive_buffers.route)
+            .map_err(|e| KernelError::from(e).context("cannot subscribe to kernel events"))?;
         Ok(Monitor {
             socket,
             nft,
@@ -84,8 +97,7 @@ impl Monitor {
             forward_drops: None,
             missed: Arc::default(),
             own_ports,
-            first_message: Vec::with_capacity(MAX_DATAGRAM_SIZE),
-            input: vec![0; MAX_DATAGRAM_SIZE],
+            first_message: Vec::new(),
         })
     }
 
@@ -109,7 +121,7 @@ impl Monitor {
                     let mut shared = self.shared.lock().await;
                     let mut decoder = EventDecoder { shared: &mut shared, host_interfaces: &mut self.host_interfaces, pending: &mut self.pending };
                     decoder.handle(received.map(|()| self.first_message.as_slice())).map_err(read_error)?;
-                    decoder.drain(self.socket.socket_ref(), &mut self.input).map_err(read_error)?;
+                    decoder.drain(self.socket.socket_ref()).map_err(read_error)?;
                     self.pending.read_links(&mut shared);
                     self.pending.drop_reverted();
                 }
@@ -228,11 +240,18 @@ async fn sleep_until(deadline: Option<Instant>) {
 }
 
 /// Receives a message. Cancel-safe: the message is read only when the wait ends.
-async fn receive_first(socket: &TokioSocket, buffer: &mut Vec<u8>) -> io::Result<()> {
-    buffer.clear();
-    poll_fn(|context| socket.poll_recv(context, buffer)).await?;
-    // A full buffer means that the message was truncated.
-    if buffer.len() == buffer.capacity() { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
+async fn receive_first(socket: &TokioSocket, message: &mut Vec<u8>) -> io::Result<()> {
+    let receive = |context: &mut Context<'_>| {
+        receive_buffer::with(|buffer| {
+            let received = socket.poll_recv(context, buffer);
+            received.map_ok(|()| {
+                *message = buffer.clone();
+                // A full buffer means that the message was truncated.
+                buffer.len() == buffer.capacity()
+            })
+        })
+    };
+    if poll_fn(receive).await? { Err(io::Error::from_raw_os_error(libc::EMSGSIZE)) } else { Ok(()) }
 }
 
 /// Decodes events while the shared state is locked.
@@ -244,16 +263,19 @@ struct EventDecoder<'a> {
 
 impl EventDecoder<'_> {
     /// Reads all queued messages, up to a limit.
-    fn drain(&mut self, socket: &Socket, input: &mut [u8]) -> io::Result<()> {
-        for _ in 0..MESSAGES_PER_LOCK {
-            let received = socket.recv(&mut &mut *input, libc::MSG_DONTWAIT | libc::MSG_TRUNC);
-            let bytes = received.and_then(|n| input.get(..n).ok_or_else(|| io::Error::from_raw_os_error(libc::EMSGSIZE)));
-            match bytes {
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                other => self.handle(other)?,
+    fn drain(&mut self, socket: &Socket) -> io::Result<()> {
+        receive_buffer::with(|input| {
+            for _ in 0..MESSAGES_PER_LOCK {
+                input.clear();
+                let received = socket.recv(input, libc::MSG_DONTWAIT | libc::MSG_TRUNC);
+                let bytes = received.and_then(|n| input.get(..n).ok_or_else(|| io::Error::from_raw_os_error(libc::EMSGSIZE)));
+                match bytes {
+                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                    other => self.handle(other)?,
+                }
             }
-        }
-        Ok(())
+            Ok(())
+        })
     }
 
     /// Applies the received messages, or records the receive error.
@@ -278,13 +300,13 @@ impl EventDecoder<'_> {
     }
 }
 
-fn open_socket(own_ports: [u32; OWN_SOCKETS]) -> io::Result<TokioSocket> {
+fn open_socket(own_ports: [u32; OWN_SOCKETS], receive_buffer: usize) -> io::Result<TokioSocket> {
     let mut listener = TokioSocket::new(NETLINK_ROUTE)?;
     let socket = listener.socket_mut();
     // Without CAP_NET_ADMIN in the initial user namespace the kernel caps the size at net.core.rmem_max. That only makes overruns
     // more likely.
-    if setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER_SIZE).is_err() {
-        setsockopt(socket, sockopt::RcvBuf, &RECEIVE_BUFFER_SIZE)?;
+    if setsockopt(socket, sockopt::RcvBufForce, &receive_buffer).is_err() {
+        setsockopt(socket, sockopt::RcvBuf, &receive_buffer)?;
     }
     attach_filter(socket.as_fd(), own_ports, true)?;
     socket.bind_auto()?;

@@ -3,7 +3,11 @@
 //! Code that must run inside a namespace runs on a new thread. If that would cost more than the work, it runs on the calling
 //! thread, which returns before anything else can run on it ([`Netns::run_in_place`]).
 //!
+//! `names` gives namespaces their names.
+//!
 //! Everything also works inside a user namespace, if the caller owns a mount namespace and has a writable `/run/netns`.
+
+mod names;
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,9 +19,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::LinkUnspec;
+
+pub use names::{NETWORK_PREFIX, serve_name_request};
 
 use super::route_socket::RouteSocket;
 use crate::plan::OpError;
@@ -69,6 +74,14 @@ pub enum NetnsError {
         #[source]
         source: io::Error,
     },
+    /// The helper outside the agent's mount namespace refused.
+    #[error("cannot name network namespace {path}: {reason}")]
+    Helper {
+        /// Its path.
+        path: PathBuf,
+        /// The helper's answer.
+        reason: String,
+    },
     /// The loopback device of a new namespace did not come up.
     #[error("cannot bring up the loopback device of {path}: {source}")]
     Loopback {
@@ -103,26 +116,14 @@ impl Netns {
     /// Creates a named namespace with its loopback device up. Leaves nothing behind if it fails.
     pub fn create(name: &str) -> Result<Netns, NetnsError> {
         let path = named_path(name)?;
-        prepare_directory()?;
-        File::options().write(true).create_new(true).open(&path).map_err(|source| match source.kind() {
-            io::ErrorKind::AlreadyExists => NetnsError::AlreadyExists { path: path.clone() },
-            _ => NetnsError::Io { action: "create", path: path.clone(), source },
-        })?;
         let created = run_on_thread(&path, || {
             unshare(CloneFlags::CLONE_NEWNET).map_err(io_error("create a network namespace for", &path))?;
-            mount(Some(CURRENT_NETNS), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-                .map_err(io_error("mount on", &path))?;
-            set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })
-        });
-        match created.and_then(|up| up).and_then(|()| Netns::open(&path)) {
-            Ok(netns) => Ok(netns),
-            Err(error) => {
-                if let Err(second) = Netns::delete(name) {
-                    tracing::warn!(error = %second, "cannot remove incomplete network namespace");
-                }
-                Err(error)
-            }
-        }
+            set_loopback_up().map_err(|source| NetnsError::Loopback { path: path.clone(), source })?;
+            Netns::current()
+        })??;
+        let netns = Netns { path, fd: created.fd };
+        netns.bind_name()?;
+        Ok(netns)
     }
 
     /// Opens the namespace of a file: `/run/netns/NAME`, `/proc/PID/ns/net`. Refuses any other file.
@@ -156,21 +157,6 @@ impl Netns {
     /// The calling thread's namespace.
     pub fn current() -> Result<Netns, NetnsError> {
         Netns::open(CURRENT_NETNS)
-    }
-
-    /// Unmounts and removes a named namespace. The kernel frees it when its last process and open file are gone. Succeeds if the
-    /// name does not exist.
-    pub fn delete(name: &str) -> Result<(), NetnsError> {
-        let path = named_path(name)?;
-        match umount2(&path, MntFlags::MNT_DETACH) {
-            // EINVAL: the file is not a mount point, as after a crash between its creation and the mount.
-            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
-            Err(errno) => return Err(io_error("unmount", &path)(errno)),
-        }
-        match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(NetnsError::Io { action: "remove", path, source }),
-            _ => Ok(()),
-        }
     }
 
     /// The names in `/run/netns`, sorted; empty if the directory does not exist.
@@ -279,21 +265,6 @@ pub fn named_path(name: &str) -> Result<PathBuf, NetnsError> {
         return Err(NetnsError::InvalidName { name: name.chars().take(80).collect() });
     }
     Ok(Path::new(NETNS_RUN_DIR).join(name))
-}
-
-/// Makes `/run/netns` a shared mount point, as `ip netns add` does, so that a deletion in one mount namespace reaches the others.
-fn prepare_directory() -> Result<(), NetnsError> {
-    let path = Path::new(NETNS_RUN_DIR);
-    fs::create_dir_all(path).map_err(|source| NetnsError::Io { action: "create", path: path.to_owned(), source })?;
-    let share = || mount(None::<&str>, path, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
-    match share() {
-        Err(nix::Error::EINVAL) => {
-            mount(Some(path), path, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
-                .map_err(io_error("mount on itself", path))?;
-            share().map_err(io_error("share", path))
-        }
-        other => other.map_err(io_error("share", path)),
-    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(nix::Error) -> NetnsError {

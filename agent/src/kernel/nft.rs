@@ -22,6 +22,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod trace_monitor;
+mod translation;
 mod xtables;
 
 use std::collections::BTreeMap;
@@ -31,10 +32,10 @@ pub(super) use codec::NFNLGRP_NFTABLES;
 pub(super) use conntrack::{ConntrackCleaner, NatMappings, StaleFilter};
 pub use eval::EvalResult;
 pub use monitor::{NftChange, NftMonitor};
-pub use registers::Translation;
 pub use snapshot::{RuleRef, RulesetSnapshot, legacy_tables};
 pub use table::CounterValue;
 pub use trace_monitor::{TraceEvent, TraceMonitor, TraceRead};
+pub use translation::{PossibleTranslation, Translation};
 
 use nfnl_socket::NfnlSocket;
 

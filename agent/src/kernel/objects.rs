@@ -228,9 +228,10 @@ impl AddressInfo {
         Some(AddressInfo { index: header.index, address, scope: header.scope, flags })
     }
 
-    /// Its key as an address of one of our devices: of global scope, or link-local on the bridge.
+    /// Its key as an address of one of our devices: of global scope, or link-local on the bridge or a transit.
     pub fn address_key(&self, device: Device) -> Option<Key> {
-        let is_relevant = self.is_global() || (device.role == Role::Bridge && self.scope == AddressScope::Link);
+        let has_link_local = matches!(device.role, Role::Bridge | Role::Transit);
+        let is_relevant = self.is_global() || (has_link_local && self.scope == AddressScope::Link);
         is_relevant.then_some(Key::Address(device, self.address))
     }
 

@@ -118,6 +118,8 @@ pub struct Packet {
     pub untracked: bool,
     /// The marks of the packet and its connection; `None` if unknown.
     pub mark: Option<u32>,
+    /// It stands for all packets of its source: destination, protocol and ports are unknown.
+    pub any_destination: bool,
 }
 
 impl Packet {
@@ -136,19 +138,26 @@ impl Packet {
             destination_translated: false,
             untracked: false,
             mark: Some(0),
+            any_destination: false,
         }
     }
 
     /// The fields of the IP header that a real packet has otherwise: DSCP, lengths, the fragment ID, TTL, checksum, flow label.
     pub fn assumed_network_bytes(&self) -> &'static [Range<usize>] {
-        match self.family {
-            Family::V4 => &[1..6, 8..9, 10..12],
-            Family::V6 => &[1..6, 7..8],
+        match (self.family, self.any_destination) {
+            (Family::V4, false) => &[1..6, 8..9, 10..12],
+            (Family::V6, false) => &[1..6, 7..8],
+            (Family::V4, true) => &[1..12, 16..20],
+            (Family::V6, true) => &[1..8, 24..40],
         }
     }
 
     /// The fields of the transport header that a real packet has otherwise: sequence numbers, lengths, checksums.
     pub fn assumed_transport_bytes(&self) -> &'static [Range<usize>] {
+        if self.any_destination {
+            // Ports, and all that follows.
+            return &[0..4, 4..usize::MAX];
+        }
         match self.protocol {
             TCP => &[4..12, 14..20],
             ICMP | ICMPV6 => &[2..4, 4..8],

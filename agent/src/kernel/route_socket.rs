@@ -20,13 +20,12 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
 use super::nlmsg::{attributes, messages, text};
+use super::receive_buffer;
 use super::uapi::NLMSGERR_ATTR_MSG;
 use crate::plan::OpError;
 
 /// Receive timeout. The kernel answers before `send` returns; this only limits the cost of a defect.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
-/// Size of the receive buffer in bytes. A dump's datagrams are at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
-const RECEIVE_SIZE: usize = 64 * 1024;
 /// Maximum attempts at a dump that changes interrupt.
 const MAX_DUMP_ATTEMPTS: u32 = 5;
 
@@ -113,7 +112,6 @@ pub struct RouteSocket {
     socket: Socket,
     sequence: u32,
     output: Vec<u8>,
-    input: Vec<u8>,
 }
 
 impl RouteSocket {
@@ -130,7 +128,7 @@ impl RouteSocket {
         socket.set_netlink_get_strict_chk(true)?;
         let timeout = TimeVal::new(i64::try_from(ANSWER_TIMEOUT.as_secs()).unwrap_or(i64::MAX), 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &timeout)?;
-        Ok(RouteSocket { socket, sequence: 0, output: Vec::new(), input: vec![0; RECEIVE_SIZE] })
+        Ok(RouteSocket { socket, sequence: 0, output: Vec::new() })
     }
 
     /// Sends a request that changes an object, with these flags, and reads its acknowledgement.
@@ -192,33 +190,36 @@ impl RouteSocket {
         self.output.clear();
         request.write(&mut self.output, flags, self.sequence);
         self.socket.send(&self.output, 0)?;
-        loop {
-            let received = self.socket.recv(&mut self.input.as_mut_slice(), libc::MSG_TRUNC)?;
-            let Some(bytes) = self.input.get(..received) else {
-                return Err(KernelError {
-                    errno: libc::EMSGSIZE,
-                    detail: format!("a reply of {received} bytes exceeds the receive buffer"),
-                });
-            };
-            for (header, body) in messages(bytes) {
-                if header.sequence_number != self.sequence {
-                    continue;
+        receive_buffer::with(|input| {
+            loop {
+                input.clear();
+                let received = self.socket.recv(input, libc::MSG_TRUNC)?;
+                if received > input.len() {
+                    return Err(KernelError {
+                        errno: libc::EMSGSIZE,
+                        detail: format!("a reply of {received} bytes exceeds the receive buffer"),
+                    });
                 }
-                match header.message_type {
-                    NLMSG_ERROR => return parse_ack(body),
-                    NLMSG_DONE => {
-                        each(header, &[]);
-                        // A dump that fails midway reports the error in its last message.
-                        let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
-                        return if code < 0 {
-                            Err(KernelError { errno: code.saturating_neg(), detail: String::new() })
-                        } else {
-                            Ok(())
-                        };
+                for (header, body) in messages(input) {
+                    if header.sequence_number != self.sequence {
+                        continue;
                     }
-                    _ => each(header, body),
+                    match header.message_type {
+                        NLMSG_ERROR => return parse_ack(body),
+                        NLMSG_DONE => {
+                            each(header, &[]);
+                            // A dump that fails midway reports the error in its last message.
+                            let code = DoneBuffer::new_checked(body).map_or(0, |done| done.code());
+                            return if code < 0 {
+                                Err(KernelError { errno: code.saturating_neg(), detail: String::new() })
+                            } else {
+                                Ok(())
+                            };
+                        }
+                        _ => each(header, body),
+                    }
                 }
             }
-        }
+        })
     }
 }

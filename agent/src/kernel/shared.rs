@@ -18,13 +18,15 @@ pub struct Shared {
     pub nft: Nft,
     pub sysctls: Sysctls,
     pub netns: Netns,
+    /// The host's namespace, if `netns` is a network's.
+    pub host: Option<Netns>,
     pub cache: KernelCache,
 }
 
 impl Shared {
     /// The links, with what their changes need.
     pub fn links(&mut self) -> Links<'_> {
-        let Shared { socket, ethtool, sysctls, netns, cache, .. } = self;
-        Links { socket, ethtool, sysctls, netns, cache }
+        let Shared { socket, ethtool, sysctls, netns, host, cache, .. } = self;
+        Links { socket, ethtool, sysctls, netns, host: host.as_ref(), cache }
     }
 }

@@ -2,9 +2,12 @@
 
 mod container;
 mod handle;
+mod isolated;
+mod isolated_cost;
 mod links;
 mod monitor;
 mod netns;
 mod peers;
 mod rtnl;
 mod support;
+mod tables;

@@ -4,9 +4,10 @@
 //! route. Live captures report the interfaces and rules that packets of a flow pass.
 //!
 //! Queries change nothing. A live trace creates one table that marks packets ([`TraceMonitor`]); it disappears with its socket.
-//! All calls block, and apply to the network namespace of the calling thread ([`super::netns::Netns::run`]).
+//! All calls block. They apply to the network namespace that was given, or to the calling thread's.
 
 mod capture;
+mod tables;
 
 use std::net::IpAddr;
 
@@ -15,6 +16,8 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoBridgePort, InfoPortData, LinkAttribute, LinkInfo as Info, LinkMessage, State};
 use serde::{Deserialize, Serialize};
 
+use super::cache::LINK_GROUP;
+use super::netns::Netns;
 use super::nft::{Nft, NftState};
 use super::nlmsg::{Message, address, attributes, mac, u16_at, u32_at};
 use super::objects::{self, LinkInfo, raw_attributes};
@@ -26,9 +29,12 @@ use crate::plan::OpError;
 use crate::plan::ruleset::{Expr, Field, OVERLAY_CHAIN, Table};
 use crate::plan::state::PROTOCOL;
 
-pub use super::nft::{EvalResult, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation, legacy_tables};
+pub use super::nft::{
+    EvalResult, PossibleTranslation, RuleRef, RulesetSnapshot, TraceEvent, TraceMonitor, TraceRead, Translation, legacy_tables,
+};
 pub use super::packet;
 pub use capture::{Capture, CaptureFilter, CapturedPacket};
+pub use tables::{PolicyRule, RouteEntry};
 
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
@@ -38,6 +44,10 @@ const NDMSG_LEN: usize = 12;
 const RTMSG_LEN: usize = 12;
 /// `linux/rtnetlink.h`: return the matching route entry instead of the lookup result.
 const RTM_F_FIB_MATCH: u32 = 0x2000;
+/// `linux/if_link.h`.
+const IFLA_LINK_NETNSID: u16 = 37;
+const IFLA_XDP: u16 = 43;
+const IFLA_XDP_ATTACHED: u16 = 2;
 /// `linux/rtnetlink.h`.
 const RTA_SRC: u16 = 2;
 const RTA_IIF: u16 = 3;
@@ -60,10 +70,19 @@ pub struct Link {
     pub mac: Option<Mac>,
     /// MTU in bytes.
     pub mtu: u32,
+    /// Interface group; 0 by default.
+    #[serde(default)]
+    pub group: u32,
     /// Interface index of its bridge.
     pub master: Option<u32>,
-    /// Interface index of a veth pair's other end.
+    /// Interface index of a veth pair's other end, or of the device below.
     pub peer: Option<u32>,
+    /// The kernel's number for the other end's network namespace, if that is another one.
+    #[serde(default)]
+    pub peer_netns: Option<u32>,
+    /// Whether an XDP program handles its packets before the kernel does.
+    #[serde(default)]
+    pub xdp: bool,
     /// The bridge port state: `forwarding`, `disabled`, ...
     pub port_state: Option<String>,
     /// VXLAN settings: VNI, UDP port, local address and underlay interface.
@@ -195,6 +214,7 @@ impl Request for NeighbourRequest {
 
 /// A connection for kernel queries.
 pub struct KernelQuery {
+    netns: Netns,
     socket: RouteSocket,
 }
 
@@ -204,7 +224,15 @@ impl KernelQuery {
     /// # Errors
     /// No file descriptors left, or no netlink.
     pub fn open() -> Result<KernelQuery, OpError> {
-        Ok(KernelQuery { socket: RouteSocket::open()? })
+        KernelQuery::open_in(&Netns::current().map_err(|e| OpError::from(&e))?)
+    }
+
+    /// Opens a namespace.
+    ///
+    /// # Errors
+    /// As [`KernelQuery::open`], or the namespace cannot be entered.
+    pub fn open_in(netns: &Netns) -> Result<KernelQuery, OpError> {
+        Ok(KernelQuery { netns: netns.clone(), socket: netns.route_socket()? })
     }
 
     /// All interfaces.
@@ -315,7 +343,8 @@ impl KernelQuery {
     /// # Errors
     /// No permission, or no nf_tables.
     pub fn overlay_ranges(&mut self) -> Result<OverlayRanges, OpError> {
-        let state: NftState = Nft::open()?.dump()?;
+        let open = self.netns.run_in_place(Nft::open).map_err(|e| OpError::from(&e))?;
+        let state: NftState = open?.dump()?;
         let mut overlay = OverlayRanges::default();
         let chains = state.ruleset(Table::Inet).map(|ruleset| ruleset.chains.as_slice()).unwrap_or_default();
         for rule in chains.iter().filter(|chain| chain.name == OVERLAY_CHAIN).flat_map(|chain| &chain.rules) {
@@ -335,6 +364,11 @@ impl Link {
         Device::from_name(&self.name)
     }
 
+    /// Whether it has the group of the agent's links.
+    pub fn is_marked(&self) -> bool {
+        self.group == LINK_GROUP
+    }
+
     /// Whether it is the VXLAN device of a family.
     pub fn is_tunnel(&self, family: Family) -> bool {
         self.device().is_some_and(|device| device.role == Role::Vxlan(family))
@@ -343,8 +377,15 @@ impl Link {
 
 fn read_link(body: &[u8]) -> Option<Link> {
     let info = LinkInfo::read(body)?;
-    let (mut running, mut port_state) = (info.up(), None);
+    let (mut running, mut port_state, mut peer_netns, mut xdp) = (info.up(), None, None, false);
     for attribute in raw_attributes(body, IFINFOMSG_LEN) {
+        match attribute.kind() {
+            IFLA_LINK_NETNSID => peer_netns = u32_at(attribute.value(), 0),
+            IFLA_XDP => {
+                xdp = attributes(attribute.value(), 0).any(|(kind, value)| kind == IFLA_XDP_ATTACHED && value != [0]);
+            }
+            _ => {}
+        }
         match LinkAttribute::parse_with_param(&attribute, netlink_packet_route::AddressFamily::Unspec) {
             // Some drivers do not report a state. UNKNOWN counts as up, as in the kernel.
             Ok(LinkAttribute::OperState(state)) => {
@@ -372,8 +413,11 @@ fn read_link(body: &[u8]) -> Option<Link> {
         running,
         mac: info.mac,
         mtu: info.mtu,
+        group: info.group,
         master: info.master,
         peer: info.peer,
+        peer_netns,
+        xdp,
         port_state: port_state.map(str::to_owned),
         vxlan: info.vxlan.map(|v| Vxlan { vni: v.id, port: v.port, local: v.local, link: v.link }),
     })

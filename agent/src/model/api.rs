@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config_fields::FieldError;
 use super::endpoint::{EndpointName, Mode};
-use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
+use super::{Cidr, Endpoint, LeaseRecord, Mac, NetworkConfig, NetworkName, PerFamily, PublishedPort, RejectedLease, Subnet, Vni};
 
 pub use mesh::{Mesh, MeshEntry, PathView, Reachability};
 pub use view::{BridgeView, Counters, DeviceView, EndpointView, IpamView, NetworkView, PortView};
@@ -31,9 +31,26 @@ pub enum Health {
     Waiting,
 }
 
+/// Where a network lives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetworkKind {
+    /// In the host's network namespace.
+    #[default]
+    Routed,
+    /// In a network namespace of its own.
+    Isolated,
+}
+
 /// `GET /v1/status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
+    /// The network's name.
+    #[serde(default = "default_network")]
+    pub name: String,
+    /// The network's kind.
+    #[serde(default)]
+    pub kind: NetworkKind,
     /// The agent's version.
     pub version: String,
     /// The host's name.
@@ -60,6 +77,11 @@ pub struct Status {
     pub data_path: DataPathStatus,
     /// Number of endpoints on this host.
     pub endpoints: usize,
+}
+
+/// The name in the status of agents that know no other network.
+fn default_network() -> String {
+    NetworkName::default().to_string()
 }
 
 /// The store's part of the status.
@@ -250,6 +272,30 @@ pub struct PeerEntry {
     pub state: String,
     /// Seconds since the epoch of the last drift repair.
     pub last_repair: Option<u64>,
+}
+
+/// `GET /v1/networks`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Networks {
+    /// The networks that this host is in: the default one, then the others by name.
+    pub networks: Vec<NetworkEntry>,
+}
+
+/// A network on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkEntry {
+    /// Its name.
+    pub name: NetworkName,
+    /// Its kind.
+    pub kind: NetworkKind,
+    /// This host's subnet; absent until it is leased.
+    pub subnet: Option<Subnet>,
+    /// As in [`Status`].
+    pub ready: bool,
+    /// Number of its endpoints on this host.
+    pub endpoints: usize,
+    /// Number of its problems, which its status has.
+    pub problems: usize,
 }
 
 /// `GET /v1/endpoints`.

@@ -12,6 +12,12 @@ pub const PORT_PREFIX: &str = "ove";
 /// The start of a bridge's name.
 pub const BRIDGE_PREFIX: &str = "ovb.";
 
+/// The start of a transit's name, at both ends.
+pub const TRANSIT_PREFIX: &str = "ovt.";
+
+/// The starts of the names of VXLAN devices.
+pub const VXLAN_PREFIXES: [&str; 2] = ["ovx.", "ovx6."];
+
 /// Maximum number of ports of a bridge in the kernel (`BR_MAX_PORTS` in `net/bridge/br_private.h`, minus number 0).
 pub const MAX_BRIDGE_PORTS: usize = 1023;
 
@@ -117,7 +123,15 @@ mod tests {
     fn names_round_trip_and_fit_the_kernel() {
         let largest = Vni::try_from((1 << 24) - 1).expect("a VNI");
         for vni in [Vni::DEFAULT, largest] {
-            for device in [Device::vxlan(Family::V4, vni), Device::vxlan(Family::V6, vni), Device::bridge(vni)] {
+            let [v4, v6] = Family::ALL.map(|family| Device::vxlan(family, vni));
+            for (device, prefix) in [
+                (v4, VXLAN_PREFIXES[0]),
+                (v6, VXLAN_PREFIXES[1]),
+                (Device::bridge(vni), BRIDGE_PREFIX),
+                (Device::transit(vni), TRANSIT_PREFIX),
+                (Device::peer_link(vni), "ovr."),
+            ] {
+                assert!(device.name().starts_with(prefix));
                 assert!(device.name().len() <= 15);
                 assert_eq!(Device::from_name(&device.name()), Some(device));
             }

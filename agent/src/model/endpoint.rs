@@ -6,13 +6,16 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Mac, PerFamily, PublishedPort};
+use super::{Mac, NetworkName, PerFamily, PublishedPort};
 
 /// A container's attachment, as stored in the state directory and shown by `overlayctl endpoints`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// The name, unique on the host.
+    /// The name, unique in the network on this host.
     pub name: EndpointName,
+    /// Its overlay network; left out of the JSON if it is the default one.
+    #[serde(default, skip_serializing_if = "NetworkName::is_default")]
+    pub network: NetworkName,
     /// The container's network mode.
     #[serde(default)]
     pub mode: Mode,
@@ -48,6 +51,7 @@ impl Endpoint {
     pub fn on_bridge(name: &str, port: Port) -> Endpoint {
         Endpoint {
             name: name.parse().expect(name),
+            network: NetworkName::default(),
             mode: Mode::Overlay,
             netns: PathBuf::from("/run/netns").join(name),
             port: Some(port),

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use super::lease::Node;
 use super::network::ConfigErrors;
-use super::{BackendData, ExpiryId, LeaseRecord, NetworkConfig, PerFamily, RejectedLease, StorePosition, Subnet};
+use super::{BackendData, ExpiryId, LeaseRecord, NetworkConfig, NetworkRecord, PerFamily, RejectedLease, StorePosition, Subnet};
 
 /// One entry below `<prefix>/subnets/`: the last part of its key, and its decoded value.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,8 +19,8 @@ pub struct StoreEntry {
 /// Event of the store, in the order of the store's history.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StoreEvent {
-    /// The network's configuration; `None` while the key does not exist. Sent before the first snapshot and at each change.
-    Config(Option<Result<NetworkConfig, ConfigErrors>>),
+    /// The network's record; `None` while the key does not exist. Sent before the first snapshot and at each change.
+    Config(Option<Result<NetworkRecord, ConfigErrors>>),
     /// All entries at one position. Any entry that is missing here was removed.
     Snapshot(Vec<StoreEntry>),
     /// An entry was created or changed.

@@ -4,11 +4,17 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::text::printable;
 
 /// The name of an overlay network.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct NetworkName(Arc<str>);
+
+/// The name of the default network.
+const DEFAULT: &str = "default";
 
 /// Longest name, in bytes: with its prefix it is the name of a network namespace and part of host names.
 const MAX_LENGTH: usize = 32;
@@ -27,7 +33,12 @@ pub struct NetworkNameError {
 impl NetworkName {
     /// Whether this is the network whose configuration is under `<prefix>/config`.
     pub fn is_default(&self) -> bool {
-        *self == NetworkName::default()
+        self.as_str() == DEFAULT
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 
@@ -48,7 +59,21 @@ impl FromStr for NetworkName {
 impl Default for NetworkName {
     /// The network whose configuration is under `<prefix>/config`.
     fn default() -> Self {
-        NetworkName("default".into())
+        NetworkName(DEFAULT.into())
+    }
+}
+
+impl TryFrom<String> for NetworkName {
+    type Error = NetworkNameError;
+
+    fn try_from(text: String) -> Result<Self, NetworkNameError> {
+        text.parse()
+    }
+}
+
+impl From<NetworkName> for String {
+    fn from(name: NetworkName) -> String {
+        name.to_string()
     }
 }
 

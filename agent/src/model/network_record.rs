@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::config_fields::{ConfigErrors, FieldError, FieldReader};
+use super::config_fields::{ConfigErrors, FieldError, FieldReader, field_error};
 use super::{Cidr, NetworkConfig, NetworkName, Vni};
 
 /// The value of `Encryption` for packets that travel through the hosts' WireGuard devices.
@@ -16,6 +16,8 @@ const MAX_LABEL: usize = 63;
 /// A network as its record describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkRecord {
+    /// The JSON text.
+    pub text: Box<str>,
     /// Address space and backend.
     pub config: NetworkConfig,
     /// Whether it lives in a network namespace of its own on each host. Otherwise the host routes it.
@@ -51,9 +53,18 @@ impl NetworkRecord {
         let (errors, warnings) = reader.finish();
         match config {
             Some(config) if errors.is_empty() => {
-                Ok(NetworkRecord { config, isolated, internal, peers, encrypted, domain, warnings })
+                Ok(NetworkRecord { text: text.into(), config, isolated, internal, peers, encrypted, domain, warnings })
             }
             _ => Err(ConfigErrors(errors)),
+        }
+    }
+
+    /// Checks the record against its network's name.
+    pub fn check_name(&self, name: &NetworkName) -> Result<(), ConfigErrors> {
+        let rule = "is not possible: the default network is routed, flannel's hosts share it";
+        match name.is_default() && self.isolated {
+            true => Err(ConfigErrors(vec![field_error("Isolated", "true", rule)])),
+            false => Ok(()),
         }
     }
 

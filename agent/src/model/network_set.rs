@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::config_fields::{ConfigErrors, FieldError, field_error};
-use super::{NetworkName, NetworkRecord, Vni};
+use super::{NetworkName, NetworkRecord, Vni, transfer_range};
 
 /// All networks with a record, and the VNIs that are taken.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -34,14 +34,15 @@ impl NetworkSet {
     /// Each broken rule with its field and remedy.
     pub fn check(&self, name: &NetworkName, record: &NetworkRecord) -> Result<(), ConfigErrors> {
         let mut errors = Vec::new();
-        if name.is_default() && record.isolated {
-            errors.push(field_error(
-                "Isolated",
-                "true",
-                "is not possible: the default network is routed, flannel's hosts share it",
-            ));
-        }
+        errors.extend(record.check_name(name).err().into_iter().flat_map(|ConfigErrors(errors)| errors));
         errors.extend(self.vni_error(name, record));
+        // That of IPv4 is link-local, which no configuration may contain.
+        errors.extend(record.config.pools.iter().filter_map(|(family, pool)| {
+            let transfer = transfer_range(family);
+            let rule = format!("overlaps {transfer}, the addresses between isolated networks and their hosts: choose another");
+            let overlaps = pool.network.overlaps(transfer);
+            overlaps.then(|| field_error(&family.field_name("Network"), &pool.network.to_string(), &rule))
+        }));
         if !record.isolated {
             let routed = self.others(name).filter(|(_, other)| !other.isolated);
             errors.extend(routed.filter_map(|(other_name, other)| {
@@ -192,6 +193,11 @@ mod tests {
                 "new",
                 r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:20:0:100::/56","Backend":{"VNI":9}"#.to_owned(),
                 "IPv6Network: `fd00:20:0:100::/56` overlaps fd00:20::/48 of routed network shop",
+            ),
+            (
+                "new",
+                r#""EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd6f:7665:726c::/48","Backend":{"VNI":9}"#.to_owned(),
+                "IPv6Network: `fd6f:7665:726c::/48` overlaps fd6f:7665:726c:6179::/64, the addresses between isolated networks and their hosts",
             ),
             ("new", isolated(r#""Peers":["new"]"#), "Peers: `new` is the network itself"),
             ("new", isolated(r#""Peers":["nil"]"#), "Peers: `nil` is unknown; present: blue, default, green, hub, red, shop"),

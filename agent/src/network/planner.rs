@@ -3,22 +3,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
 
+use super::scope::Scopes;
 use super::{Dirty, Network, NetworkStateStore};
 use crate::metrics::Metrics;
 use crate::model::event::OwnLease;
 use crate::model::{BackendData, Device, Family, Mac, NetworkConfig, NetworkName, Peer, RejectedLease};
 use crate::plan::backend;
 use crate::plan::bulk::{is_bulk, merge};
-use crate::plan::contribution::{Contribution, EntryChange};
 use crate::plan::desired::HostSpec;
 use crate::plan::lease_table::{Classification, LeaseKey, LeaseTable, LocalHost};
-use crate::plan::shared::SharedSpec;
 use crate::plan::{Key, Value};
 use crate::telemetry::rate_limit::LogRateLimit;
 
-/// What is planned, and the change that the reconciler does not have yet.
-#[derive(Debug, Default)]
+/// What is planned, and the changes that the reconcilers do not have yet.
+#[derive(Debug)]
 pub(super) struct Planner {
+    /// The network's name.
+    network: NetworkName,
     /// This host; `None` until its first lease is held.
     pub(super) host: Option<HostSpec>,
     /// This host, as far as other leases can conflict with it.
@@ -27,51 +28,58 @@ pub(super) struct Planner {
     pub(super) peers: BTreeMap<LeaseKey, Peer>,
     /// Rejected leases.
     pub(super) rejected: BTreeMap<LeaseKey, RejectedLease>,
-    /// The last contribution that changed `host`.
-    pub(super) host_sequence: u64,
-    /// The shared input that the reconciler has.
-    shared: Option<SharedSpec>,
-    pending: Option<EntryChange>,
-    /// Number of the last contribution.
+    /// The namespaces that the entries belong to.
+    pub(super) scopes: Scopes,
+    /// Number of the last contribution to any scope.
     pub(super) sequence: u64,
     rejection_log: LogRateLimit,
 }
 
 impl Planner {
-    /// The change since the last call, if there is any, for this run of the reconciler.
-    pub(super) fn take_contribution(&mut self, network: &NetworkName, run: u64) -> Option<Contribution> {
-        let change = self.pending.take()?;
-        self.sequence += 1;
-        let changed_host = self.host.as_ref().filter(|_| self.host_sequence == self.sequence);
-        let shared = changed_host.map(HostSpec::shared).filter(|shared| self.shared.as_ref() != Some(shared));
-        if let Some(shared) = &shared {
-            self.shared = Some(shared.clone());
+    /// A planner without any state.
+    pub(super) fn new(network: NetworkName, isolated: bool) -> Planner {
+        Planner {
+            network,
+            host: None,
+            local_host: None,
+            peers: BTreeMap::new(),
+            rejected: BTreeMap::new(),
+            scopes: Scopes::new(isolated),
+            sequence: 0,
+            rejection_log: LogRateLimit::default(),
         }
-        Some(Contribution { network: network.clone(), run, sequence: self.sequence, shared, change })
     }
 
     /// Plans this host's entries. If the peers' entries depend on the change, plans these too.
     fn set_host(&mut self, host: HostSpec, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
         match &self.host {
-            Some(current) if *current == host => return,
+            Some(current) if *current == host => {}
             Some(current) if current.has_same_peer_entries(&host) => {
-                let (old_entries, entries) = current.changed_entries(&host);
-                let removed = old_entries.into_keys().filter(|key| !entries.contains_key(key)).collect();
+                for state in self.scopes.iter_mut() {
+                    let (old_entries, entries) = current.changed_entries(&host, state.scope);
+                    let removed = old_entries.into_keys().filter(|key| !entries.contains_key(key)).collect();
+                    state.update_host(host.shared(state.scope), removed, entries.into_iter().collect());
+                }
                 self.host = Some(host);
-                self.update(removed, entries.into_iter().collect());
             }
             _ => self.replan_all(host, leases, metrics, dirty, now),
         }
-        self.host_sequence = self.sequence + 1;
     }
 
-    /// Plans everything again, for a reconciler that has nothing of this network.
-    pub(super) fn start_over(&mut self, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
-        self.shared = None;
-        if let Some(host) = self.host.take() {
-            self.replan_all(host, leases, metrics, dirty, now);
-            self.host_sequence = self.sequence + 1;
+    /// Plans all entries of the scopes whose reconcilers were restarted: these have nothing of this network. Returns whether the
+    /// host's is one of them.
+    pub(super) fn start_over(&mut self) -> bool {
+        let host_restarted = self.scopes.host.restarted;
+        for state in self.scopes.iter_mut() {
+            if std::mem::take(&mut state.restarted)
+                && let Some(host) = &self.host
+            {
+                let peers = self.peers.values().flat_map(|peer| host.peer_entries(peer));
+                let peers = peers.filter(|(key, _)| host.peer_entry_scope(key) == state.scope);
+                state.start_over(host.shared(state.scope), host.entries(state.scope).into_iter().chain(peers).collect());
+            }
         }
+        host_restarted
     }
 
     /// Plans the entries of all peers whose leases changed.
@@ -104,37 +112,34 @@ impl Planner {
             self.classify(changed, &host, leases)
         };
         let added = self.record(&host, classified, &rejected_before, metrics, now);
+        let removed = self.scopes.divide(removed, |key| host.peer_entry_scope(key));
+        let added = self.scopes.divide(added, |(key, _)| host.peer_entry_scope(key));
+        for ((state, removed), added) in self.scopes.iter_mut().zip(removed).zip(added) {
+            state.update(removed, added);
+        }
         self.host = Some(host);
-        self.update(removed, added);
     }
 
     fn replan_all(&mut self, host: HostSpec, leases: &LeaseTable, metrics: &Metrics, dirty: &mut Dirty, now: Instant) {
-        self.local_host =
-            Some(LocalHost { subnet: host.subnet, public_ip: host.underlay.public_ip, endpoints: host.backend_data.endpoints() });
+        self.local_host = Some(LocalHost {
+            subnet: host.subnet,
+            public_ip: host.underlay.public_ip,
+            endpoints: host.backend_data.endpoints(),
+            isolated: host.isolation.is_some(),
+        });
         self.peers.clear();
         let rejected_before = std::mem::take(&mut self.rejected);
-        let mut entries: Vec<(Key, Value)> = host.entries().into_iter().collect();
         let classified = self.classify_all(&host, leases);
-        entries.append(&mut self.record(&host, classified, &rejected_before, metrics, now));
+        let peer_entries = self.record(&host, classified, &rejected_before, metrics, now);
+        let peer_entries = self.scopes.divide(peer_entries, |(key, _)| host.peer_entry_scope(key));
+        for (state, mut peer_entries) in self.scopes.iter_mut().zip(peer_entries) {
+            let mut entries: Vec<(Key, Value)> = host.entries(state.scope).into_iter().collect();
+            entries.append(&mut peer_entries);
+            state.replace(host.shared(state.scope), entries);
+        }
         self.host = Some(host);
-        self.pending = Some(EntryChange::Replace(entries));
         dirty.leases.clear();
         dirty.all_leases = false;
-    }
-
-    fn update(&mut self, mut removed: Vec<Key>, mut added: Vec<(Key, Value)>) {
-        match &mut self.pending {
-            None => self.pending = Some(EntryChange::Update { removed, added }),
-            Some(EntryChange::Update { removed: removed_before, added: added_before }) => {
-                removed_before.append(&mut removed);
-                added_before.append(&mut added);
-            }
-            Some(EntryChange::Replace(entries)) => {
-                let removed: BTreeSet<Key> = removed.into_iter().collect();
-                entries.retain(|(key, _)| !removed.contains(key));
-                entries.append(&mut added);
-            }
-        }
     }
 
     fn classify(&self, keys: BTreeSet<LeaseKey>, host: &HostSpec, leases: &LeaseTable) -> Vec<(LeaseKey, Classification)> {
@@ -176,7 +181,7 @@ impl Planner {
                 }
                 Classification::Rejected(rejected) => {
                     if rejected_before.get(&key) != Some(&rejected) {
-                        metrics.count_rejected_value(rejected.kind.as_str());
+                        metrics.count_rejected_value(&self.network, rejected.kind.as_str());
                         if self.rejection_log.allows(now.into_std()) {
                             tracing::warn!(key = rejected.key, reason = rejected.kind.as_str(), "{rejected}");
                         }
@@ -207,7 +212,8 @@ impl<M: NetworkStateStore> Network<M> {
     /// This host's desired state; `None` while an input is missing. After the loss of the lease its subnet stays in use.
     fn desired_host(&mut self) -> Option<HostSpec> {
         let underlay = self.underlay.selected.clone()?;
-        let network = self.store.config.as_ref()?.restricted_to(underlay.local.families());
+        let record = self.store.record.as_ref()?;
+        let network = record.config.restricted_to(underlay.local.families());
         let subnet = match &self.store.own_lease {
             OwnLease::Held(held) => held.subnet,
             OwnLease::NotHeld { .. } => self.planner.host.as_ref()?.subnet,
@@ -215,24 +221,28 @@ impl<M: NetworkStateStore> Network<M> {
         if !self.store.has_snapshot {
             return None;
         }
-        let view = self.underlay.view.as_ref()?;
+        let view = self.planner.scopes.host.view.as_ref()?;
         let required = view.inventory.required_addresses().chain(self.store.servers.iter().copied());
+        // An isolated network's routes never meet the host's packets.
         let leasable = |address: &std::net::IpAddr| {
-            network.pools.get(Family::of(*address)).is_some_and(|pool| pool.covers_address(*address))
+            let pool = network.pools.get(Family::of(*address)).filter(|_| !self.settings.isolated);
+            pool.is_some_and(|pool| pool.covers_address(*address))
         };
         let reserved = required.filter(leasable).collect();
         let backend_data = self.lease_data(&network);
         let bridge_mac = self.device_mac(backend::of(&network).bridge());
+        let isolation = if self.settings.isolated { Some(self.isolation()?) } else { None };
         Some(HostSpec {
             subnet,
             backend_data,
             bridge_mac,
             masquerade: self.settings.masquerade,
-            numbered_sets: self.settings.name != NetworkName::default(),
+            numbered_sets: !self.settings.name.is_default(),
             tx_checksum: self.settings.tx_checksum,
             docker: self.settings.docker,
             ports: self.endpoints.iter().filter(|endpoint| endpoint.port.is_some()).cloned().collect(),
             reserved,
+            isolation,
             network,
             underlay,
         })
@@ -244,7 +254,7 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     fn device_mac(&mut self, device: Device) -> Mac {
-        let found = self.underlay.view.as_ref().and_then(|view| view.devices.get(&device)).and_then(|link| link.mac);
+        let found = self.planner.scopes.device_view().and_then(|view| view.devices.get(&device)).and_then(|link| link.mac);
         self.state_store.device_mac(device, found)
     }
 }

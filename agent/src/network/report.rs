@@ -1,10 +1,10 @@
 //! Answers queries to a network with the types of the admin socket's API.
 
 use super::{Network, NetworkQuery, NetworkStateStore, NetworkStatus, PeerRow, SubnetRow};
-use crate::model::api::{DataPathStatus, Health, LeaseStatus, Status, StoreStatus, SubnetEntry, UnderlayStatus};
+use crate::model::api::{DataPathStatus, Health, LeaseStatus, NetworkKind, Status, StoreStatus, SubnetEntry, UnderlayStatus};
 use crate::model::event::{Connection, OwnLease};
 use crate::model::network::IPV6_MIN_MTU;
-use crate::model::{Device, Family, StorePosition};
+use crate::model::{Device, Family, NetworkName, StorePosition};
 use crate::plan::Key;
 use crate::plan::desired::HostSpec;
 
@@ -22,7 +22,10 @@ impl<M: NetworkStateStore> Network<M> {
     }
 
     fn status(&self) -> NetworkStatus {
-        NetworkStatus { status: self.own_status(), rejected_problem: self.rejected_problem() }
+        NetworkStatus {
+            status: self.own_status(),
+            rejected_problem: self.rejected_problem().map(|problem| of_network(&self.settings.name, problem)),
+        }
     }
 
     fn own_status(&self) -> Status {
@@ -31,13 +34,15 @@ impl<M: NetworkStateStore> Network<M> {
             Connection::Down { error } => (false, StorePosition::default(), Some(error.clone())),
         };
         Status {
+            name: self.settings.name.to_string(),
+            kind: if self.settings.isolated { NetworkKind::Isolated } else { NetworkKind::Routed },
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: self.settings.node.name.clone(),
             node_id: self.settings.node.id.clone(),
             uptime_seconds: self.uptime_since.elapsed().as_secs(),
             ready: self.is_ready(),
             health: Health::Waiting,
-            problems: self.problems(),
+            problems: self.problems().into_iter().map(|problem| of_network(&self.settings.name, problem)).collect(),
             store: StoreStatus {
                 connected,
                 endpoints: self.settings.store_endpoints.clone(),
@@ -48,7 +53,7 @@ impl<M: NetworkStateStore> Network<M> {
                 leases: self.store.leases.len(),
                 refused: self.planner.rejected.values().take(MAX_LISTED).cloned().collect(),
             },
-            network: self.store.config.clone(),
+            network: self.store.config().cloned(),
             lease: match &self.store.own_lease {
                 OwnLease::Held(held) => Some(LeaseStatus { subnet: held.subnet, reservation: held.expiry.is_none() }),
                 OwnLease::NotHeld { .. } => None,
@@ -82,20 +87,9 @@ impl<M: NetworkStateStore> Network<M> {
                     .to_owned(),
             );
         }
-        let config = format!("{}/config", self.settings.store_prefix);
-        if self.store.config_missing {
-            problems.push(match self.store.config {
-                None => {
-                    format!("waiting for the network's configuration under {config}: write it with `overlayctl config set FILE`")
-                }
-                Some(_) => format!("the network's configuration under {config} was deleted; the last one stays in use"),
-            });
-        }
-        if let Some(errors) = &self.store.config_errors {
-            let kept = if self.store.config.is_some() { "; the last valid one stays in use" } else { "" };
-            problems.push(format!(
-                "the network's configuration under {config} is invalid: {errors}; correct it with `overlayctl config set FILE`{kept}"
-            ));
+        problems.extend(self.record_problem());
+        if !self.is_of_recorded_kind() {
+            problems.push(self.kind_problem());
         }
         problems.extend(self.underlay_problems());
         if let OwnLease::NotHeld { reason } = &self.store.own_lease
@@ -104,7 +98,45 @@ impl<M: NetworkStateStore> Network<M> {
             problems.push(format!("no subnet is leased: {reason}"));
         }
         problems.extend(self.planner.host.as_ref().and_then(ipv6_mtu_problem));
+        problems.extend(self.connection_problems());
         problems
+    }
+
+    /// The problem text if the record is missing or invalid.
+    fn record_problem(&self) -> Option<String> {
+        let (name, key) = (&self.settings.name, format!("{}/config", self.settings.store_prefix));
+        let write = match name.is_default() {
+            true => "`overlayctl config set FILE`".to_owned(),
+            false => format!("`overlayctl network create {name}`"),
+        };
+        if let Some(errors) = &self.store.config_errors {
+            let kept = if self.store.record.is_some() { "; the last valid one stays in use" } else { "" };
+            let correct = if name.is_default() { write } else { format!("`overlayctl network set {name}`") };
+            return Some(format!(
+                "the network's configuration under {key} is invalid: {errors}; correct it with {correct}{kept}"
+            ));
+        }
+        match &self.store.record {
+            _ if !self.store.config_missing => None,
+            None => Some(format!("waiting for the network's configuration under {key}: write it with {write}")),
+            Some(_) if name.is_default() => {
+                Some(format!("the network's configuration under {key} was deleted; the last one stays in use"))
+            }
+            Some(_) => Some(format!(
+                "the network's configuration under {key} was deleted; the last one stays in use: detach its containers, or write it \
+                 again with {write}"
+            )),
+        }
+    }
+
+    /// The problem text if the record has another kind than the network was started as.
+    fn kind_problem(&self) -> String {
+        let (name, routed) = (&self.settings.name, !self.settings.isolated);
+        let (present, recorded) = if routed { ("routed", "isolated") } else { ("isolated", "routed") };
+        format!(
+            "its configuration says {recorded} now, but it stays {present} and unchanged on this host: detach its containers, or set \
+             it back with `overlayctl network set {name} --routed={routed}`"
+        )
     }
 
     fn rejected_problem(&self) -> Option<String> {
@@ -169,4 +201,9 @@ fn ipv6_mtu_problem(host: &HostSpec) -> Option<String> {
             IPV6_MIN_MTU + overhead
         )
     })
+}
+
+/// The text with the network's name, unless it is the default one.
+pub fn of_network(name: &NetworkName, text: String) -> String {
+    if name.is_default() { text } else { format!("network {name}: {text}") }
 }

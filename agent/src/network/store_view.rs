@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::model::event::{Connection, OwnLease, StoreEvent};
 use crate::model::network::ConfigErrors;
-use crate::model::{NetworkConfig, Vni};
+use crate::model::{NetworkConfig, NetworkRecord, Vni};
 use crate::plan::backend;
 use crate::plan::lease_table::{LeaseKey, LeaseTable};
 
@@ -23,8 +23,6 @@ pub(super) struct Dirty {
     pub(super) all_leases: bool,
     /// The entries of the peers with these leases.
     pub(super) leases: BTreeSet<LeaseKey>,
-    /// Everything: the reconciler was restarted.
-    pub(super) reconciler: bool,
 }
 
 /// State of the store.
@@ -32,11 +30,11 @@ pub(super) struct Dirty {
 pub(super) struct StoreView {
     /// Whether the store answers.
     pub(super) connection: Connection,
-    /// The last valid configuration.
-    pub(super) config: Option<NetworkConfig>,
-    /// Whether there is no configuration now.
+    /// The last valid record.
+    pub(super) record: Option<NetworkRecord>,
+    /// Whether there is no record now.
     pub(super) config_missing: bool,
-    /// The errors of the configuration now, if it is invalid.
+    /// The errors of the record now, if it is invalid.
     pub(super) config_errors: Option<ConfigErrors>,
     /// Whether all leases were read once.
     pub(super) has_snapshot: bool,
@@ -52,6 +50,7 @@ pub(super) struct StoreView {
     /// `lease_expires_at` has passed: another host may have the subnet by now.
     lease_expired: bool,
     config_changed: bool,
+    record_changed: bool,
 }
 
 impl StoreView {
@@ -59,7 +58,7 @@ impl StoreView {
     pub(super) fn new(lease_ttl: Duration) -> StoreView {
         StoreView {
             connection: Connection::Down { error: "not connected yet".to_owned() },
-            config: None,
+            record: None,
             config_missing: false,
             config_errors: None,
             has_snapshot: false,
@@ -70,6 +69,7 @@ impl StoreView {
             lease_expires_at: None,
             lease_expired: false,
             config_changed: false,
+            record_changed: false,
         }
     }
 
@@ -81,23 +81,27 @@ impl StoreView {
                 self.config_errors = None;
             }
             StoreEvent::Config(Some(Err(errors))) => {
-                tracing::error!(%errors, "invalid network configuration in etcd: {}", match self.config {
+                tracing::error!(%errors, "invalid network configuration in etcd: {}", match self.record {
                     Some(_) => "keeping the last valid one",
                     None => "waiting for a valid one",
                 });
                 self.config_missing = false;
                 self.config_errors = Some(errors);
             }
-            StoreEvent::Config(Some(Ok(config))) => {
+            StoreEvent::Config(Some(Ok(record))) => {
                 self.config_missing = false;
                 self.config_errors = None;
-                if self.config.as_ref() != Some(&config) {
+                let config = &record.config;
+                if self.config() != Some(config) {
                     let ranges = config.pools.iter().map(|(_, pool)| pool.network.to_string()).collect::<Vec<_>>().join(" ");
-                    let tunnel = backend::of(&config).tunnel();
+                    let tunnel = backend::of(config).tunnel();
                     let (vni, port) = (tunnel.and_then(|tunnel| tunnel.vni).map(Vni::get), tunnel.map(|tunnel| tunnel.port));
                     tracing::info!(network = ranges, vni, port, "network configured");
-                    self.config = Some(config);
                     self.config_changed = true;
+                }
+                if self.record.as_ref() != Some(&record) {
+                    self.record = Some(record);
+                    self.record_changed = true;
                     dirty.host = true;
                 }
             }
@@ -149,6 +153,16 @@ impl StoreView {
     /// Whether the store answers.
     pub(super) fn is_connected(&self) -> bool {
         matches!(self.connection, Connection::Up { .. })
+    }
+
+    /// The last valid configuration.
+    pub(super) fn config(&self) -> Option<&NetworkConfig> {
+        self.record.as_ref().map(|record| &record.config)
+    }
+
+    /// The record, if it is new since the last call.
+    pub(super) fn take_new_record(&mut self) -> Option<&NetworkRecord> {
+        self.record.as_ref().filter(|_| std::mem::take(&mut self.record_changed))
     }
 
     /// Whether there is a new configuration since the last call.

@@ -1,7 +1,6 @@
 //! Selection of the external interface, and its problems.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -19,8 +18,6 @@ const IPV6_GRACE: Duration = Duration::from_secs(3);
 /// The external interface, and what it was selected from.
 #[derive(Debug, Default)]
 pub(super) struct UnderlayState {
-    /// The host as the reconciler read it.
-    pub(super) view: Option<Arc<HostView>>,
     /// The external interface.
     pub(super) selected: Option<Underlay>,
     /// Why its addresses were selected.
@@ -39,13 +36,20 @@ impl<M: NetworkStateStore> Network<M> {
     /// Selects the external interface.
     pub(super) fn select_underlay(&mut self, now: Instant) {
         self.underlay.reselect_at = None;
-        let (Some(network), Some(view)) = (&self.store.config, self.underlay.view.clone()) else { return };
+        let scopes = &self.planner.scopes;
+        let (Some(record), Some(view), Some(devices)) = (&self.store.record, scopes.host.view.clone(), scopes.device_view())
+        else {
+            return;
+        };
         if view.refreshes.get(&self.settings.name).copied().unwrap_or_default() < self.underlay.refresh {
             return;
         }
-        let pools = network.pools;
-        let in_use = self.current_underlay(network, &view);
-        let problems = match self.settings.selection.choose(&view.inventory, &pools, view.probe_route, &in_use) {
+        let pools = record.config.pools;
+        let in_use = self.current_underlay(&record.config, devices);
+        // The host has no route into an isolated network, so that any address of the host may be in its range.
+        let leasable = if self.settings.isolated { PerFamily::default() } else { pools };
+        let choice = self.settings.selection.choose(&view.inventory, pools.families(), &leasable, view.probe_route, &in_use);
+        let problems = match choice {
             _ if view.error.is_some() => view.error.iter().cloned().collect(),
             Ok(mut choice) => {
                 if !self.apply_ipv6_fallback(&pools, &mut choice, now) {
@@ -86,14 +90,14 @@ impl<M: NetworkStateStore> Network<M> {
 
     /// The underlay in use, or that of an earlier run: read from its devices, else from the last published addresses (after
     /// a reboot).
-    fn current_underlay(&self, network: &NetworkConfig, view: &HostView) -> CurrentUnderlay {
+    fn current_underlay(&self, network: &NetworkConfig, devices: &HostView) -> CurrentUnderlay {
         if let Some(underlay) = &self.underlay.selected {
             return CurrentUnderlay { link: Some(underlay.index), local: underlay.local, published: PerFamily::default() };
         }
         let published = self.state_store.published_addresses();
         let mut in_use = CurrentUnderlay::default();
         for family in network.families() {
-            let device = backend::of(network).device(family).and_then(|device| view.devices.get(&device));
+            let device = backend::of(network).device(family).and_then(|device| devices.devices.get(&device));
             let (link, local) = device.and_then(|link| link.kind.underlay()).unzip();
             in_use.link = in_use.link.or(link);
             // Behind NAT the published address is not the source.
@@ -112,7 +116,8 @@ impl<M: NetworkStateStore> Network<M> {
     /// The problem text if this host's address is in the overlay's leasable range. Packets to it would enter the tunnel, so peers
     /// reject the lease.
     fn own_address_in_overlay(&self) -> Option<String> {
-        let (network, underlay) = (self.store.config.as_ref()?, self.underlay.selected.as_ref()?);
+        let record = self.store.record.as_ref().filter(|_| !self.settings.isolated)?;
+        let (network, underlay) = (&record.config, self.underlay.selected.as_ref()?);
         let leased =
             |(family, address): &(Family, &IpAddr)| network.pools.get(*family).is_some_and(|pool| pool.covers_address(**address));
         let (family, address) = underlay.public_ip.iter().find(leased)?;

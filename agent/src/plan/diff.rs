@@ -217,7 +217,9 @@ pub fn is_satisfied(wanted: &Value, found: &Value) -> bool {
     match (wanted, found) {
         (Value::Link(wanted), Value::Link(found)) => {
             let LinkState { kind, mac, mtu, up, master, hairpin } = &**wanted;
-            *kind == found.kind
+            // The kernel does not report where a pair's other end is.
+            let is_same_kind = *kind == found.kind || matches!((kind, &found.kind), (LinkKind::Pair(_), LinkKind::Pair(_)));
+            is_same_kind
                 && mac.is_none_or(|mac| found.mac == Some(mac))
                 && *mtu == found.mtu
                 && *up == found.up

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use super::isolation::Isolation;
 use super::underlay::Underlay;
 use crate::model::{BackendData, Endpoint, Mac, NetworkConfig, Subnet};
 
@@ -32,4 +33,19 @@ pub struct HostSpec {
     pub ports: Vec<Arc<Endpoint>>,
     /// Underlay addresses in the overlay's leasable range that this host depends on.
     pub reserved: BTreeSet<IpAddr>,
+    /// What an isolated network needs besides; `None` for a routed one.
+    pub isolation: Option<Isolation>,
+}
+
+impl HostSpec {
+    /// Whether packets that leave the overlay are masqueraded. Nothing outside could answer an isolated network's containers, so
+    /// theirs always are.
+    pub fn masquerades(&self) -> bool {
+        self.masquerade || self.isolation.is_some()
+    }
+
+    /// Whether its containers' packets pass the host's namespace.
+    pub fn has_way_out(&self) -> bool {
+        self.isolation.as_ref().is_none_or(|isolation| isolation.transit.is_some())
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::model::{Cidr, Family, Mac, NetworkName, PerFamily, Vni};
+use crate::model::family::address_value;
+use crate::model::{Cidr, Family, Mac, NetworkName, PerFamily, Vni, transfer_range};
 
 /// Where a network's entries belong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -16,8 +17,6 @@ pub enum Scope {
 /// What an isolated network needs besides a routed one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Isolation {
-    /// The name of its network namespace.
-    pub namespace: String,
     /// Its way to the host; `None` if it has no way out.
     pub transit: Option<Transit>,
     /// The networks that it is routed to, by name.
@@ -33,6 +32,8 @@ pub struct Transit(u16);
 pub struct PeerNetwork {
     /// Its name.
     pub name: NetworkName,
+    /// The name of its network namespace.
+    pub namespace: String,
     /// Its VNI.
     pub vni: Vni,
     /// Its ranges.
@@ -43,10 +44,6 @@ pub struct PeerNetwork {
 pub const PEER_GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 127, 254);
 /// As [`PEER_GATEWAY_V4`].
 pub const PEER_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd6f, 0x7665, 0x726c, 0x6179, 0, 0, 0, 0x3ffe);
-
-/// First transfer addresses: 169.254.64.0/18 and fd6f:7665:726c:6179::/64.
-const FIRST_V4: u32 = Ipv4Addr::new(169, 254, 64, 0).to_bits();
-const FIRST_V6: u128 = Ipv6Addr::new(0xfd6f, 0x7665, 0x726c, 0x6179, 0, 0, 0, 0).to_bits();
 
 impl Transit {
     /// Number of networks with a transit that a host can be in. The last pair of addresses is [`PEER_GATEWAY_V4`]'s.
@@ -79,19 +76,7 @@ impl Transit {
 }
 
 fn transfer_address(family: Family, n: u32) -> IpAddr {
-    match family {
-        Family::V4 => Ipv4Addr::from_bits(FIRST_V4 + n).into(),
-        Family::V6 => Ipv6Addr::from_bits(FIRST_V6 + u128::from(n)).into(),
-    }
-}
-
-/// The range of all transfer addresses.
-pub fn transfer_range(family: Family) -> Cidr {
-    let (address, length) = match family {
-        Family::V4 => (IpAddr::from(Ipv4Addr::from_bits(FIRST_V4)), 18),
-        Family::V6 => (IpAddr::from(Ipv6Addr::from_bits(FIRST_V6)), 64),
-    };
-    Cidr::containing(address, length).unwrap_or_else(|| Cidr::host(address))
+    family.address(address_value(transfer_range(family).base()) + u128::from(n))
 }
 
 /// The MAC of a peer link's end in the namespace of the network with this VNI.

@@ -28,6 +28,8 @@ pub struct LocalHost {
     pub public_ip: PerFamily<IpAddr>,
     /// Its endpoints.
     pub endpoints: PerFamily<PeerEndpoint>,
+    /// Whether the network is isolated. Outer packets never meet its routes then, so hosts may have addresses in its range.
+    pub isolated: bool,
 }
 
 /// Classification of a lease from this host's view.
@@ -280,7 +282,7 @@ impl LeaseTable {
     ) -> Option<RejectReason> {
         record.subnet.iter().find_map(|(family, subnet)| {
             let pool = network.pools.get(family)?;
-            if pool.allows_subnet(subnet) {
+            if pool.allows_subnet(subnet) || own.is_some_and(|own| own.isolated) {
                 return None;
             }
             let own_address = own.and_then(|own| own.public_ip.get(family).copied());
@@ -415,7 +417,8 @@ fn check_record(record: &LeaseRecord, network: &NetworkConfig, own: Option<&Loca
                 return Err(endpoint.conflict(None));
             }
         }
-        if pool.covers_address(public_ip) || subnet.contains(public_ip) {
+        let isolated = own.is_some_and(|own| own.isolated);
+        if !isolated && (pool.covers_address(public_ip) || subnet.contains(public_ip)) {
             // The outer packet would be routed into the overlay.
             return Err(RejectReason::Field {
                 field: "PublicIP".to_owned(),

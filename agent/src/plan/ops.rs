@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::actual::LocalState;
 use super::ruleset::Element;
-use super::state::{Key, RouteTarget, State, Value, device_of};
+use super::state::{Key, LinkKind, RouteTarget, State, Value, device_of};
 use crate::model::Device;
 
 /// One change of the kernel. `Set` is idempotent: it replaces an entry with another value.
@@ -38,6 +38,12 @@ impl Op {
         match self {
             Op::Set(key, value) => {
                 let mut value = value.clone();
+                if let Value::Link(new) = &mut value
+                    && let LinkKind::Pair(target) = &mut new.kind
+                {
+                    // The kernel does not report the other end.
+                    *target = None;
+                }
                 if let Value::Link(new) = &mut value
                     && let Some(Value::Link(old)) = state.get(key)
                 {
@@ -205,7 +211,7 @@ pub trait PortDriver: Send + Sync {
     /// ids.
     fn netns_id(&self, netns: &std::path::Path) -> Option<String>;
 
-    /// Whether the path is that of the host's own namespace.
+    /// Whether the path is that of the host's own namespace, or of the ports' isolated network.
     fn is_host_netns(&self, netns: &std::path::Path) -> bool;
 
     /// A path of the host's own namespace, valid while the agent runs.

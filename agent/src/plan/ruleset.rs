@@ -7,6 +7,7 @@
 mod host;
 mod set;
 mod source_filter;
+mod spec;
 mod text;
 
 use std::net::IpAddr;
@@ -15,9 +16,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Cidr, Family};
 
-pub use host::{InetTableSpec, OVERLAY_CHAIN, Tunnel, inet_table};
+pub use host::{OVERLAY_CHAIN, inet_table};
 pub use set::{Element, PeerPair, SetFieldType, SetName, SetValue};
 pub use source_filter::source_filter;
+pub use spec::{InetTableSpec, Tunnel};
 
 /// The name of our tables, in either family.
 pub const TABLE: &str = "overlayd";
@@ -64,6 +66,9 @@ pub struct Ruleset {
 pub enum Counter {
     /// Containers' packets to the overlay's VXLAN port.
     Encapsulation,
+    /// Packets between an isolated network and this host's other networks, or from outside to its transit, that no published port
+    /// translated. Only present with isolated networks.
+    Isolation,
     /// Containers' packets from or to loopback addresses, which must not appear on a network.
     Loopback,
     /// VXLAN packets with our VNI and a forbidden source: the outer source is not a peer, or the inner source is outside that
@@ -79,13 +84,21 @@ pub enum Counter {
 
 impl Counter {
     /// All counters, in order.
-    pub const ALL: [Counter; 6] =
-        [Counter::Encapsulation, Counter::Loopback, Counter::Tunnel, Counter::Dhcp, Counter::Router, Counter::Source];
+    pub const ALL: [Counter; 7] = [
+        Counter::Encapsulation,
+        Counter::Isolation,
+        Counter::Loopback,
+        Counter::Tunnel,
+        Counter::Dhcp,
+        Counter::Router,
+        Counter::Source,
+    ];
 
     /// The name in the table, in metrics and in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Counter::Encapsulation => "encapsulation",
+            Counter::Isolation => "isolation",
             Counter::Loopback => "loopback",
             Counter::Tunnel => "tunnel",
             Counter::Dhcp => "dhcp",
@@ -97,7 +110,7 @@ impl Counter {
     /// The table that contains it.
     pub const fn table(self) -> Table {
         match self {
-            Counter::Encapsulation | Counter::Loopback | Counter::Tunnel => Table::Inet,
+            Counter::Encapsulation | Counter::Isolation | Counter::Loopback | Counter::Tunnel => Table::Inet,
             Counter::Dhcp | Counter::Router | Counter::Source => Table::Bridge,
         }
     }
@@ -272,6 +285,8 @@ pub enum Expr {
     ToThisHost,
     /// `ct status dnat`: the connection's destination was translated.
     Translated,
+    /// `ct status snat,dnat`: the connection's source or destination was translated.
+    AddressTranslated,
     /// The concatenation of the fields is in a set. Includes the match on the layer 3 protocol of a field that needs it.
     In {
         /// The fields.

@@ -12,7 +12,7 @@ use crate::model::{Cidr, Family, PerFamily};
 pub struct SharedSpec {
     /// The families of this host's subnet.
     pub families: Vec<Family>,
-    /// Index of the external interface.
+    /// Index of the external interface; 0 in an isolated network's own namespace.
     pub external: u32,
     /// The ranges whose packets iptables' FORWARD chain has to accept.
     pub forwarded: PerFamily<Cidr>,
@@ -56,12 +56,13 @@ pub fn shared_entries(specs: &[&SharedSpec], facts: &NamespaceFacts) -> State {
             sysctls::insert(&mut state, sysctls::interface_path(interface, Family::V6, "accept_ra"), "2");
         }
     }
-    if let Some(spec) = specs.iter().find(|spec| spec.inet.publishes && spec.families.contains(&Family::V6)) {
-        // For a published port of ::1: for a reply that arrives on the bridge, the kernel finds the address on no other device
+    let with_ipv6 = specs.iter().filter(|spec| spec.families.contains(&Family::V6));
+    if let Some(device) = with_ipv6.filter_map(|spec| spec.inet.loopback_device()).next() {
+        // For a published port of ::1: for a reply that arrives on the device, the kernel finds the address on no other device
         // (`ip6_route_input_lookup` in net/ipv6/route.c). Packets with that address from the wire are dropped before
         // (`ip6_rcv_core`). A route has one device, so of several networks the first has this.
         let loopback = Cidr::host(std::net::Ipv6Addr::LOCALHOST.into());
-        state.insert(Key::Route(loopback), Value::Route(RouteTarget::Local(spec.inet.bridge)));
+        state.insert(Key::Route(loopback), Value::Route(RouteTarget::Local(device)));
     }
     let inet: Vec<&InetTableSpec> = specs.iter().map(|spec| &spec.inet).collect();
     for ruleset in [inet_table(&inet), source_filter()] {

@@ -87,6 +87,19 @@ pub fn accept_ra_interfaces(
     inventory.links.iter().filter(is_kept).map(|link| link.name.clone()).collect()
 }
 
+/// Adds a device's sysctls for one family to a state.
+pub fn insert_device_settings(state: &mut State, device: Device, family: Family) {
+    for (path, value) in device_settings(device, family) {
+        insert(state, path, value);
+    }
+}
+
+/// Our devices accept no router advertisements, neither from a container nor through the tunnel. This also applies to a network
+/// without IPv6, because the host may have IPv6.
+pub fn ignore_router_advertisements(state: &mut State, device: Device) {
+    insert(state, interface_path(&device.name(), Family::V6, "accept_ra"), "0");
+}
+
 /// Adds a sysctl to a state.
 pub fn insert(state: &mut State, path: impl Into<Box<str>>, value: &str) {
     state.insert(Key::Sysctl(path.into()), Value::Sysctl(value.into()));

@@ -232,17 +232,18 @@ pub struct UnderlayChoice {
 }
 
 impl UnderlaySelector {
-    /// Selects the external interface and one of its addresses for each family of the pools. `reachable_link` is the interface of
-    /// the kernel's route to [`UnderlaySelector::can_reach`]; `None` without a route. If an interface or address in use is not
-    /// found, it stays in use and is reported as a problem.
+    /// Selects the external interface and one of its addresses for each family. Addresses in the leasable ranges are not usable.
+    /// `reachable_link` is the interface of the kernel's route to [`UnderlaySelector::can_reach`]; `None` without a route. If an
+    /// interface or address in use is not found, it stays in use and is reported as a problem.
     pub fn choose(
         &self,
         inventory: &HostInventory,
-        pools: &PerFamily<Pool>,
+        families: impl IntoIterator<Item = Family>,
+        leasable: &PerFamily<Pool>,
         reachable_link: Option<u32>,
         in_use: &CurrentUnderlay,
     ) -> Result<UnderlayChoice, UnderlayError> {
-        let families: Vec<Family> = pools.families().collect();
+        let families: Vec<Family> = families.into_iter().collect();
         let mut problems = Vec::new();
         let (link, configured) = match self.select_link(inventory, &families, reachable_link) {
             Ok(found) => found,
@@ -256,11 +257,11 @@ impl UnderlaySelector {
         let not_found = !problems.is_empty();
         let mut local = PerFamily::default();
         let mut reasons = PerFamily::default();
-        for family in families {
+        for family in families.iter().copied() {
             // Without IPv6, only an existing device's address can stay.
             let lacks_ipv6 = family == Family::V6 && link.lacks_ipv6();
             let current = if lacks_ipv6 { in_use.local.v6 } else { in_use.address(family) };
-            if lacks_ipv6 && current.is_none() && pools.get(Family::V4).is_some() {
+            if lacks_ipv6 && current.is_none() && families.contains(&Family::V4) {
                 continue;
             }
             // If an address is configured and missing, no other address replaces it.
@@ -269,7 +270,7 @@ impl UnderlaySelector {
                 Some(address) => (address, SelectionReason::Configured),
                 None => match configured_before
                     .map(|address| (address, SelectionReason::Retained))
-                    .or_else(|| best_address(inventory, link, pools, family, current))
+                    .or_else(|| best_address(inventory, link, leasable, family, current))
                 {
                     Some(found) => found,
                     None => {
@@ -347,11 +348,11 @@ impl UnderlaySelector {
 fn best_address(
     inventory: &HostInventory,
     link: &ForeignLink,
-    pools: &PerFamily<Pool>,
+    leasable: &PerFamily<Pool>,
     family: Family,
     in_use: Option<IpAddr>,
 ) -> Option<(IpAddr, SelectionReason)> {
-    let leased = |address| pools.get(family).is_some_and(|pool| pool.covers_address(address)).then_some(Flaw::Leased);
+    let leased = |address| leasable.get(family).is_some_and(|pool| pool.covers_address(address)).then_some(Flaw::Leased);
     let flaw = |address: &HostAddress| address.flaw.max(leased(address.address));
     let usable: Vec<&HostAddress> = link
         .addresses

@@ -54,7 +54,7 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
     }
 
     /// Whether the entry exists as ours, with any value.
-    fn exists(&self, key: &Key) -> bool {
+    pub(super) fn exists(&self, key: &Key) -> bool {
         let local = self.data_path.local();
         match (ActualState { local: &local, peers: &self.peers }).get(key) {
             Some(Value::Link(link)) => !matches!(link.kind, LinkKind::Foreign { .. }),

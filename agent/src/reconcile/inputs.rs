@@ -141,6 +141,11 @@ impl<D: DataPath, S: SysctlStore> Reconciler<D, S> {
         if !self.has_desired_state || self.is_in_sync(&key) {
             return false;
         }
+        // The other namespace's reconciler created the pair that this one waited for.
+        let is_awaited = matches!(self.desired.get(&key), Some(Value::Link(link)) if link.kind == LinkKind::Pair(None));
+        if is_awaited && self.exists(&key) {
+            self.retries.make_due(&key, (self.now)());
+        }
         let is_port = matches!(self.desired.get(&key), Some(Value::Link(link)) if link.kind == LinkKind::Port);
         self.port_lost |= is_port && self.data_path.local().get(&key).is_none();
         self.dirty.keys.insert(key.clone());

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::drift::CONTENTION_WINDOW;
 use crate::model::api::FailedOp;
 use crate::plan::diff::stage;
-use crate::plan::{Key, Op, OpError};
+use crate::plan::{Key, LinkKind, Op, OpError, Value};
 
 /// Shortest and longest pause before a retry.
 const MIN_BACKOFF: Duration = Duration::from_millis(50);
@@ -31,6 +31,11 @@ struct Pending {
     cause: Option<Key>,
 }
 
+/// Whether the reconciler of another network namespace makes the link, usually within milliseconds.
+fn is_made_elsewhere(op: &Op) -> bool {
+    matches!(op, Op::Set(_, Value::Link(link)) if link.kind == LinkKind::Pair(None))
+}
+
 impl RetryQueue {
     /// An empty queue. `random` returns a fraction from 0 to 1.
     pub(super) fn new(random: fn() -> f64) -> RetryQueue {
@@ -43,6 +48,8 @@ impl RetryQueue {
         // Logged at the first failure, then each time the pause has grown eightfold, to limit the log.
         if let Some(cause) = &cause {
             tracing::debug!(op = %op, errno = error.errno, error = %error, attempts, %cause, "entry rejected because of another failed entry");
+        } else if attempts == 1 && is_made_elsewhere(op) {
+            tracing::debug!(op = %op, error = %error, "waiting for the other end of a veth pair");
         } else if attempts == 1 || attempts.is_multiple_of(3) {
             tracing::warn!(op = %op, errno = error.errno, error = %error, attempts, "kernel rejected an entry, retrying");
         }
@@ -64,6 +71,13 @@ impl RetryQueue {
     fn retry_at(&self, attempts: u32, now: Instant) -> Instant {
         let pause = MIN_BACKOFF.saturating_mul(1 << attempts.clamp(1, 12)).min(MAX_BACKOFF);
         now + pause.mul_f64((1.0 + (self.random)()) / 2.0)
+    }
+
+    /// Makes the retry of an entry due now, if it is pending.
+    pub(super) fn make_due(&mut self, key: &Key, now: Instant) {
+        if let Some(entry) = self.pending.get_mut(key) {
+            entry.due = now;
+        }
     }
 
     /// Reschedules every due entry. Due entries that produced an op in this round are already rescheduled or no longer pending.

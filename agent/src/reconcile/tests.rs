@@ -3,19 +3,22 @@
 mod backend;
 mod failures;
 mod fake_kernel;
+mod isolated;
 mod liveness;
 mod local_entries;
+mod pairs;
 mod restarts;
+mod store_events;
 
 use self::fake_kernel::{FakeKernel, FakeStateStore, advance_clock, clock};
 use super::*;
 use crate::app::queries::Queries;
-use crate::app::supervisor::Supervisor;
+use crate::app::supervisor::{Failures, Supervisor};
 use crate::app::wiring;
 use crate::model::event::{Connection, HeldLease, LeaseOrigin, LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{
-    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, Node, PerFamily, RejectReason,
-    RejectedLease, StorePosition, Subnet, Vni, api,
+    BackendData, Endpoint, ExpiryId, Family, Lease, LeaseRecord, Mac, NetworkConfig, NetworkRecord, Node, PerFamily,
+    RejectReason, RejectedLease, StorePosition, Subnet, Vni, api,
 };
 use crate::network::{self, Network};
 use crate::plan::state::{LinkState, device_of};
@@ -25,15 +28,24 @@ use crate::plan::{LinkKind, Op, Value};
 /// TTL of the lease while the store does not answer.
 const LEASE_TTL: Duration = Duration::from_millis(500);
 
-/// A running network with its reconciler, and the other ends of their channels.
+/// A running network with its reconcilers, and the other ends of their channels.
 struct Fixture {
+    name: NetworkName,
+    /// The host's network namespace.
     kernel: FakeKernel,
+    /// An isolated network's own one.
+    own: Option<(FakeKernel, mpsc::Sender<KernelEvent>)>,
     state_store: FakeStateStore,
     /// To the network's present run.
     store: watch::Receiver<Option<mpsc::Sender<StoreEvent>>>,
     events: mpsc::Sender<KernelEvent>,
     queries: Queries,
     ready: watch::Receiver<bool>,
+    overlay: watch::Receiver<Option<network::Overlay>>,
+    /// What is applied, by scope.
+    progress: Vec<watch::Receiver<Progress>>,
+    record: watch::Receiver<Option<NetworkRecord>>,
+    others: watch::Sender<Arc<BTreeMap<NetworkName, NetworkRecord>>>,
     heartbeat: watch::Receiver<u64>,
     lease_request: watch::Receiver<Option<LeaseRequest>>,
     stop: CancellationToken,
@@ -49,8 +61,8 @@ impl Drop for Fixture {
     }
 }
 
-fn network() -> NetworkConfig {
-    NetworkConfig::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap().config
+fn network() -> NetworkRecord {
+    NetworkRecord::parse(r#"{"Network":"10.244.0.0/16"}"#).unwrap()
 }
 
 fn subnet(number: u8) -> Subnet {
@@ -80,19 +92,40 @@ impl Fixture {
     }
 
     fn start_with(kernel: FakeKernel, resync: Duration) -> Fixture {
+        Fixture::start_network(NetworkName::default(), kernel, None, resync)
+    }
+
+    fn start_network(name: NetworkName, kernel: FakeKernel, own_kernel: Option<FakeKernel>, resync: Duration) -> Fixture {
         let (stores, store) = watch::channel(None);
         let fail_store = Arc::new(tokio::sync::Notify::new());
         let store_fails = Arc::clone(&fail_store);
         let (events, kernel_events) = mpsc::channel(64);
         let (endpoints, endpoints_out) = watch::channel(Vec::new());
         let (applied, applied_endpoints) = watch::channel(Vec::new());
-        let inputs = wiring::Inputs { kernel: kernel_events, endpoints: endpoints_out, applied_endpoints: applied };
-        let (network_channels, channels, outputs) = wiring::connect(inputs);
-        let wiring::Outputs { queries, lease_request, ready, heartbeats: [_, heartbeat], .. } = outputs;
+        let (others, others_out) = watch::channel(Arc::default());
+        let changes = watch::Sender::new(0);
+        let host_ends = wiring::reconciler(kernel_events, changes.clone());
+        let own_ends = own_kernel.map(|kernel| {
+            let (events, kernel_events) = mpsc::channel(64);
+            (kernel, events, wiring::reconciler(kernel_events, changes.clone()))
+        });
+        let own_link = own_ends.as_ref().map(|(_, _, ends)| ends.link.clone());
+        let progress =
+            [Some(&host_ends.link), own_link.as_ref()].into_iter().flatten().map(|link| link.progress.clone()).collect();
+        let inputs = wiring::NetworkInputs { endpoints: endpoints_out, applied_endpoints: applied, others: others_out, changes };
+        let network_ends = wiring::network(inputs, host_ends.link, own_link);
+        let queries = Queries {
+            network: network_ends.queries,
+            host: host_ends.queries,
+            own: own_ends.as_ref().map(|(_, _, ends)| ends.queries.clone()),
+            failures: Failures::default(),
+        };
         let stop = CancellationToken::new();
         let metrics = Arc::new(Metrics::new());
         let settings = network::Settings {
-            name: NetworkName::default(),
+            name: name.clone(),
+            isolated: own_ends.is_some(),
+            netns_prefix: "ov-".to_owned(),
             node: Node { name: "h".to_owned(), id: "id".to_owned() },
             selection: UnderlaySelector::default(),
             masquerade: true,
@@ -102,12 +135,12 @@ impl Fixture {
             store_endpoints: Vec::new(),
             store_prefix: "/test".to_owned(),
         };
-        let mut supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+        let supervisor = Supervisor::new(queries.failures.clone(), Arc::clone(&metrics), stop.clone());
         let state_store = FakeStateStore::default();
         let (network_state, network_metrics) = (state_store.clone(), Arc::clone(&metrics));
         let network =
             move || Network::new(settings.clone(), network_state.clone(), Arc::clone(&network_metrics)).with_clock(clock);
-        supervisor.start_network(NetworkName::default(), network_channels, network, move |store, stop| {
+        supervisor.start_network(name.clone(), network_ends.channels, network, move |store, stop| {
             let (stores, fail) = (stores.clone(), Arc::clone(&store_fails));
             async move {
                 stores.send_replace(Some(store));
@@ -117,20 +150,32 @@ impl Fixture {
                 }
             }
         });
-        let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: true, resync, probe_address: None };
-        let (data_path, sysctls) = (kernel.clone(), state_store.clone());
-        let reconciler =
-            move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics)).with_clock(clock);
-        supervisor.start_reconciler(NamespaceName::Host, channels, reconciler);
+        let start_reconciler = |namespace: NamespaceName, kernel: &FakeKernel, channels| {
+            let settings = Settings { namespace: namespace.clone(), nexthop_objects: true, resync, probe_address: None };
+            let (data_path, sysctls, metrics) = (kernel.clone(), state_store.clone(), Arc::clone(&metrics));
+            let make = move || Reconciler::new(settings.clone(), data_path.clone(), sysctls.clone(), Arc::clone(&metrics));
+            supervisor.start_reconciler(namespace, channels, move || make().with_clock(clock));
+        };
+        start_reconciler(NamespaceName::Host, &kernel, host_ends.channels);
+        let own = own_ends.map(|(kernel, events, ends)| {
+            start_reconciler(NamespaceName::Network(name.clone()), &kernel, ends.channels);
+            (kernel, events)
+        });
         Fixture {
+            name,
             kernel,
+            own,
             state_store,
             store,
             events,
             queries,
-            ready,
-            heartbeat,
-            lease_request,
+            ready: network_ends.ready,
+            overlay: network_ends.overlay,
+            progress,
+            record: network_ends.record,
+            others,
+            heartbeat: host_ends.heartbeat,
+            lease_request: network_ends.lease_request,
             stop,
             endpoints,
             applied_endpoints,
@@ -149,8 +194,12 @@ impl Fixture {
 
     /// Sends the store events that a host needs to become ready, with these peers.
     async fn join(&self, peers: impl IntoIterator<Item = u8>) {
+        self.join_with(network(), peers).await;
+    }
+
+    async fn join_with(&self, record: NetworkRecord, peers: impl IntoIterator<Item = u8>) {
         self.send(StoreEvent::Connection(Connection::Up { position: StorePosition(1) })).await;
-        self.send(StoreEvent::Config(Some(Ok(network())))).await;
+        self.send(StoreEvent::Config(Some(Ok(record)))).await;
         self.send(StoreEvent::Snapshot(peers.into_iter().map(|n| entry(n, n)).collect())).await;
         self.send(held_lease(100)).await;
     }
@@ -380,83 +429,6 @@ async fn contended_entry_is_repaired_at_bounded_rate() {
     assert!((10..20).contains(&deletions), "{deletions} repairs in 600 ms");
     let status = fixture.status().await;
     assert!(status.problems.iter().any(|problem| problem.contains("changed by another process")), "{:?}", status.problems);
-}
-
-#[tokio::test]
-async fn lost_lease_keeps_data_path() {
-    let fixture = Fixture::ready([1, 2]).await;
-    fixture.kernel.lock().applied_ops.clear();
-    fixture.send(StoreEvent::Own(OwnLease::NotHeld { reason: "it expired".to_owned() })).await;
-    fixture.send(StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() })).await;
-    let status = fixture.status().await;
-    assert!(!status.ready && status.health == api::Health::Degraded, "{status:?}");
-    assert!(status.problems.iter().any(|problem| problem.contains("it expired")), "{:?}", status.problems);
-    assert!(fixture.kernel.lock().applied_ops.is_empty());
-    assert_eq!(fixture.lease_request.borrow().as_ref().and_then(|request| request.preferred), Some(subnet(100)));
-    // Drift is still repaired.
-    fixture.delete(route(1)).await;
-    fixture.status().await;
-    assert!(fixture.route(1).is_some());
-}
-
-#[tokio::test]
-async fn store_outage_beyond_lease_ttl_clears_readiness() {
-    let mut fixture = Fixture::ready([1]).await;
-    fixture.kernel.lock().applied_ops.clear();
-    let down = || StoreEvent::Connection(Connection::Down { error: "no route to host".to_owned() });
-    let begun = Instant::now();
-    fixture.send(down()).await;
-    // A second event with another error must not extend the lease's time.
-    fixture.send(StoreEvent::Connection(Connection::Down { error: "connection refused".to_owned() })).await;
-    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
-    assert!(begun.elapsed() >= LEASE_TTL, "ready until the lease expires");
-    let status = fixture.status().await;
-    assert!(status.problems.iter().any(|problem| problem.contains("another host may get its subnet")), "{:?}", status.problems);
-    assert_eq!(fixture.kernel.lock().applied_ops, [], "the data path is unchanged");
-    fixture.send(StoreEvent::Connection(Connection::Up { position: StorePosition(9) })).await;
-    fixture.ready.wait_for(|ready| *ready).await.unwrap();
-    // A reservation does not expire.
-    let reservation = HeldLease { subnet: subnet(100), expiry: None, origin: LeaseOrigin::Reused };
-    fixture.send(StoreEvent::Own(OwnLease::Held(reservation))).await;
-    fixture.send(down()).await;
-    fixture.status().await;
-    advance_clock(2 * LEASE_TTL);
-    assert!(fixture.status().await.ready);
-    // A lease that expires does, in the same outage.
-    fixture.send(held_lease(100)).await;
-    fixture.ready.wait_for(|ready| !*ready).await.unwrap();
-}
-
-#[tokio::test]
-async fn invalid_config_keeps_last_valid_one() {
-    let fixture = Fixture::ready([1]).await;
-    fixture.kernel.lock().applied_ops.clear();
-    let errors = NetworkConfig::parse(r#"{"Network":"10.244.0.1/16"}"#).unwrap_err();
-    fixture.send(StoreEvent::Config(Some(Err(errors)))).await;
-    let status = fixture.status().await;
-    assert!(status.ready && status.health == api::Health::Degraded);
-    assert_eq!(status.store.config_errors[0].field, "Network");
-    assert!(fixture.kernel.lock().applied_ops.is_empty());
-}
-
-#[tokio::test]
-async fn invalid_leases_are_reported_and_ignored() {
-    let fixture = Fixture::ready([1]).await;
-    let key = "10.244.7.0-24".to_owned();
-    let kind = RejectReason::Malformed { detail: "expected value at line 1".to_owned() };
-    fixture.send(StoreEvent::Upsert(StoreEntry { key: key.clone(), value: Err(RejectedLease { key: key.clone(), kind }) })).await;
-    let mut own_address = entry(8, 100);
-    if let Ok(record) = &mut own_address.value {
-        record.lease.backend = BackendData::Vxlan { vni: Vni::DEFAULT, vtep: PerFamily { v4: Some(Mac([2; 6])), v6: None } };
-    }
-    fixture.send(StoreEvent::Upsert(own_address)).await;
-    let status = fixture.status().await;
-    assert!(status.ready && status.health == api::Health::Degraded);
-    let words: Vec<_> = status.store.refused.iter().map(|refusal| refusal.kind.as_str()).collect();
-    assert_eq!(words, ["malformed", "own-address"]);
-    assert!(fixture.route(7).is_none() && fixture.route(8).is_none() && fixture.route(1).is_some());
-    fixture.send(StoreEvent::Remove { key }).await;
-    assert_eq!(fixture.status().await.store.refused.len(), 1);
 }
 
 #[tokio::test]

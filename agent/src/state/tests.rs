@@ -39,6 +39,47 @@ fn new_node_id_resets_macs() {
 }
 
 #[test]
+fn directory_of_network_is_private_and_under_the_same_lock() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("state");
+    let network_dir = |name: &str| root.join("networks").join(name);
+    let [blue, green] = ["blue", "green"].map(NetworkName::from);
+    {
+        let state = StateDir::open(&root).unwrap();
+        assert_eq!(state.networks().unwrap(), []);
+        let of_blue = state.network(&blue).unwrap();
+        drop(state);
+        for path in [root.join("networks"), network_dir("blue")] {
+            assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o7777, 0o700);
+        }
+        let error = StateDir::open(&root).unwrap_err();
+        assert!(matches!(error, StateError::Lock(LockError::Held { .. })), "{error}");
+        // The devices of a copied host get other MACs in each network.
+        let device = Device::vxlan(Family::V4, Vni::try_from(7).unwrap());
+        let mut host = HostState { record: Some("{}".to_owned()), ..HostState::default() };
+        let (mac, _) = host.device_mac(device, None);
+        of_blue.save_host(&host).unwrap();
+        drop(of_blue);
+        let state = StateDir::open(&root).unwrap();
+        state.node_id().unwrap();
+        let mut copy = state.network(&blue).unwrap().load_host().unwrap();
+        assert!(copy.device_mac(device, None) != (mac, false) && copy.record == host.record);
+        state.network(&green).unwrap().save_host(&host).unwrap();
+        std::fs::create_dir(network_dir("Not-ours")).unwrap();
+        assert_eq!(state.networks().unwrap(), [blue.clone(), green.clone()]);
+        // The network is left.
+        state.network(&green).unwrap().remove().unwrap();
+        assert_eq!(state.networks().unwrap(), [blue]);
+        state.remove().unwrap();
+    }
+    let left = |path: PathBuf| std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    assert_eq!((left(root.clone()), left(root.join("networks"))), (vec!["networks".into()], vec!["Not-ours".into()]));
+    std::fs::remove_dir(network_dir("Not-ours")).unwrap();
+    StateDir::open(&root).unwrap().remove().unwrap();
+    assert!(!root.exists());
+}
+
+#[test]
 fn corrupt_files_are_quarantined() {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::open(dir.path()).unwrap();

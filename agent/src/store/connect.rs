@@ -20,6 +20,7 @@ use super::keys::{DEFAULT_PREFIX, Keys};
 use super::{StoreError, certificate, discovery};
 use crate::config::secret::{self, SecretError};
 use crate::metrics::Metrics;
+use crate::model::NetworkName;
 
 /// Timeout for opening a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -112,6 +113,15 @@ impl StoreConfig {
             normalise_endpoint(endpoint, self.uses_tls())?;
         }
         Keys::new(&self.prefix)
+    }
+
+    /// The settings for requests to a network: the same servers, and the prefix of its keys.
+    ///
+    /// # Errors
+    /// [`StoreError::Prefix`].
+    pub fn of_network(&self, name: &NetworkName) -> Result<StoreConfig, StoreError> {
+        let prefix = Keys::new(&self.prefix)?.network(name).prefix().to_owned();
+        Ok(StoreConfig { prefix, ..self.clone() })
     }
 
     /// Minimum remaining validity of a lease when etcd stops answering: the TTL minus the maximum time since the last renewal.
@@ -378,6 +388,14 @@ impl Session {
 
     pub(super) fn watcher(&self) -> etcd_client::WatchClient {
         self.client.watch_client().max_decoding_message_size(MAX_RESPONSE_SIZE)
+    }
+
+    /// The same connection for requests to the keys of another network.
+    pub(super) fn of_network(&self, keys: Keys) -> Session {
+        let mut session = self.clone();
+        session.context.prefix = keys.prefix().to_owned();
+        session.keys = keys;
+        session
     }
 
     /// Awaits a response of this server with a timeout.

@@ -162,9 +162,19 @@ pub enum StoreError {
         /// The sizes.
         detail: String,
     },
-    /// Any other error response.
+    /// Any other error response. It concerns this request only.
     #[error("etcd {endpoint} could not {what}: {detail}")]
     RequestFailed {
+        /// The endpoint.
+        endpoint: String,
+        /// The request.
+        what: &'static str,
+        /// etcd's message.
+        detail: String,
+    },
+    /// The server cannot serve requests now, whatever they ask. It knows no leader, for example.
+    #[error("etcd {endpoint} could not {what}: {detail}")]
+    Unavailable {
         /// The endpoint.
         endpoint: String,
         /// The request.
@@ -186,13 +196,19 @@ pub enum StoreError {
         /// The revision found; 0 for none.
         found: i64,
     },
+    /// There is no connection to etcd now.
+    #[error("not connected to etcd, retrying: {error}")]
+    NotConnected {
+        /// The last error of the connection.
+        error: String,
+    },
     /// The receiver of store events was dropped.
     #[error("the receiver of store events was dropped")]
     ReceiverClosed,
 }
 
 impl StoreError {
-    /// Whether the connection is unusable. `false` for error responses over a working connection.
+    /// Whether the connection is unusable, for all networks. `false` for error responses over a working connection.
     pub(super) fn ends_session(&self) -> bool {
         use StoreError as E;
         matches!(
@@ -220,11 +236,13 @@ pub(super) struct Context {
 }
 
 // gRPC status codes (grpc.io, `statuscodes.md`).
+const INVALID_ARGUMENT: i32 = 3;
 const DEADLINE_EXCEEDED: i32 = 4;
 const NOT_FOUND: i32 = 5;
 const PERMISSION_DENIED: i32 = 7;
 const RESOURCE_EXHAUSTED: i32 = 8;
-const UNAVAILABLE: i32 = 14;
+const FAILED_PRECONDITION: i32 = 9;
+const OUT_OF_RANGE: i32 = 11;
 const UNAUTHENTICATED: i32 = 16;
 
 /// Error texts of a connection that the server closed after it was established.
@@ -249,6 +267,7 @@ impl Context {
             }
             E::TransportError(error) => self.map_transport_error(error_chain("", Some(&error))),
             E::IoError(error) => StoreError::Unreachable { endpoint, detail: error.to_string() },
+            E::WatchError(detail) => StoreError::Unreachable { endpoint, detail },
             E::InvalidUri(error) => StoreError::Endpoint { endpoint, rule: format!("is not a URL: {error}") },
             other => StoreError::RequestFailed { endpoint, what, detail: other.to_string() },
         }
@@ -269,6 +288,7 @@ impl Context {
         if contains("authentication failed")
             || contains("user name is empty")
             || contains("invalid auth token")
+            || contains("revision of auth store is old")
             || code == UNAUTHENTICATED
         {
             return StoreError::Login { endpoint, who: self.user_description(), detail };
@@ -278,11 +298,12 @@ impl Context {
                 StoreError::Permission { endpoint, who: self.user_description(), what, prefix: self.prefix.clone() }
             }
             NOT_FOUND if contains("lease not found") => StoreError::LeaseNotFound { lease: 0 },
-            UNAVAILABLE if !local => StoreError::RequestFailed { endpoint, what, detail },
-            UNAVAILABLE => self.map_transport_error(detail),
-            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::RequestFailed { endpoint, what, detail },
+            INVALID_ARGUMENT | NOT_FOUND | FAILED_PRECONDITION | OUT_OF_RANGE if !local => {
+                StoreError::RequestFailed { endpoint, what, detail }
+            }
+            DEADLINE_EXCEEDED | RESOURCE_EXHAUSTED => StoreError::Unavailable { endpoint, what, detail },
             _ if local => self.map_transport_error(detail),
-            _ => StoreError::RequestFailed { endpoint, what, detail },
+            _ => StoreError::Unavailable { endpoint, what, detail },
         }
     }
 

@@ -1,9 +1,10 @@
 //! Acquires, renews and releases this host's lease: executes the decisions of [`lease`].
 //!
-//! Runs concurrently with the watch in the task of [`Store::run`](super::Store::run) and never blocks it. It may be dropped at
-//! any await: the next snapshot contains every completed write, because the entry names this host. [`HolderState`] only saves
-//! work.
+//! Runs concurrently with the watch in the task of [`NetworkStore::run`](super::NetworkStore::run) and never blocks it. It may be
+//! dropped at any await: the next snapshot contains every completed write, because the entry names this host. [`HolderState`]
+//! only saves work. The etcd lease is that of all networks; [`HostLease`] renews it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::SeedableRng;
@@ -13,8 +14,9 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::connect::{Session, StoreConfig};
+use super::host_lease::{HostLease, UsedLease};
 use super::lease::{self, Action, HeldEntry, HeldLease, HolderState, LeaseSnapshot, RETRY_INTERVAL};
-use super::renew::{self, Liveness, Renewal};
+use super::renew::{self, Liveness};
 use super::watch::{WatchProgress, WatchState, send_event};
 use super::write::LeaseBinding;
 use super::{StoreError, codec};
@@ -31,8 +33,8 @@ const REVOKE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Keeps this host's lease across connections.
 pub(super) struct LeaseKeeper<'a> {
-    ttl: Duration,
     keep_alive: Duration,
+    host_lease: &'a HostLease,
     watch_state: &'a WatchState,
     events: mpsc::Sender<StoreEvent>,
     lease_request: watch::Receiver<Option<LeaseRequest>>,
@@ -41,9 +43,11 @@ pub(super) struct LeaseKeeper<'a> {
     last_reported: Option<OwnLease>,
     /// The held entry is known up to this revision.
     known_revision: i64,
-    /// An etcd lease that was granted and is not yet bound to a key.
-    unused_lease: Option<i64>,
-    /// The etcd lease of an entry that was lost.
+    /// The etcd lease of the held entry.
+    held_lease: Option<Arc<UsedLease>>,
+    /// The etcd lease for the next write.
+    next_lease: Option<Arc<UsedLease>>,
+    /// The etcd lease of an entry that was lost or bound to another one.
     stale_lease: Option<i64>,
     /// The etcd lease whose liveness is being checked, and the start of the check.
     probed_lease: Option<(i64, Instant)>,
@@ -60,27 +64,29 @@ enum ActionOutcome {
     LostRace,
     /// Read a new snapshot after this delay, or earlier on a change.
     RetryAfter(Duration),
-    /// Renew until a change.
-    Renew,
+    /// Hold the entry until a change.
+    Hold,
 }
 
 impl<'a> LeaseKeeper<'a> {
     pub(super) fn new(
         config: &StoreConfig,
+        host_lease: &'a HostLease,
         watch_state: &'a WatchState,
         events: mpsc::Sender<StoreEvent>,
         lease_request: watch::Receiver<Option<LeaseRequest>>,
     ) -> LeaseKeeper<'a> {
         LeaseKeeper {
-            ttl: config.lease_ttl,
             keep_alive: config.keep_alive,
+            host_lease,
             watch_state,
             events,
             lease_request,
             state: HolderState::default(),
             last_reported: None,
             known_revision: 0,
-            unused_lease: None,
+            held_lease: None,
+            next_lease: None,
             stale_lease: None,
             probed_lease: None,
             random: SmallRng::from_rng(&mut rand::rng()),
@@ -98,7 +104,9 @@ impl<'a> LeaseKeeper<'a> {
                 request_changed(&mut self.lease_request).await;
                 continue;
             };
-            if *address.get_or_insert(request.public_ip) != request.public_ip {
+            // A family that is added or removed changes no address that the connection may be bound to.
+            let before = address.replace(request.public_ip).unwrap_or_default();
+            if before.iter().any(|(family, ip)| request.public_ip.get(family).is_some_and(|new| new != ip)) {
                 return StoreError::AddressChanged;
             }
             self.watch_state.node_id.send_replace(Some(request.node.id.clone()));
@@ -119,11 +127,12 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Revokes an etcd lease that was granted and not used.
+    /// Revokes an etcd lease that was granted and not used, by any network.
     pub(super) async fn revoke_unused(&mut self, session: &Session) {
-        if let Some(id) = self.unused_lease.take()
-            && !matches!(tokio::time::timeout(REVOKE_TIMEOUT, session.revoke(id)).await, Ok(Ok(())))
-        {
+        let Some(lease) = self.next_lease.take() else { return };
+        let id = lease.id;
+        drop(lease);
+        if !matches!(tokio::time::timeout(REVOKE_TIMEOUT, self.host_lease.revoke_unused(session, id)).await, Ok(Ok(()))) {
             debug!(etcd_lease = format!("{id:x}"), "unused etcd lease not revoked; it will expire");
         }
     }
@@ -135,13 +144,13 @@ impl<'a> LeaseKeeper<'a> {
         if let Some((lost, reason)) = self.state.detect_loss(&snapshot, request) {
             warn!(subnet = %lost.lease.subnet, reason, "lease lost; acquiring a new one");
             self.stale_lease = lost.lease.etcd_lease.or(self.stale_lease);
+            self.held_lease = None;
             self.report_state(OwnLease::NotHeld { reason }).await?;
         }
-        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(*id))) {
-            // No entry is bound to it, so the revocation deletes none.
-            if let Err(error) = session.revoke(id).await {
-                debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
-            }
+        if let Some(id) = self.stale_lease.take_if(|id| !snapshot.entries.iter().any(|entry| entry.etcd_lease == Some(*id)))
+            && let Err(error) = self.host_lease.revoke_unused(session, id).await
+        {
+            debug!(%error, "etcd lease of the lost entry not revoked; it will expire");
         }
         let step = lease::decide(&snapshot, request, &self.state);
         debug!(revision = snapshot.revision, attempt = self.state.attempt, ?step, "decided");
@@ -154,11 +163,12 @@ impl<'a> LeaseKeeper<'a> {
             }
             ActionOutcome::RetryAfter(delay) => {
                 self.watch_state.held_key.send_replace(None);
+                self.held_lease = None;
                 self.revoke_unused(session).await;
                 self.wait_for_change(delay).await;
                 Ok(())
             }
-            ActionOutcome::Renew => self.renew_until_change(session, request).await,
+            ActionOutcome::Hold => self.hold_until_change(request).await,
         }
     }
 
@@ -195,10 +205,17 @@ impl<'a> LeaseKeeper<'a> {
                     self.known_revision = revision;
                 }
                 self.record_held(held);
-                Ok(ActionOutcome::Renew)
+                Ok(ActionOutcome::Hold)
             }
-            Action::Write(held) => {
+            Action::Write(mut held) => {
                 drop(snapshot);
+                // An entry with an etcd lease of its own, of an earlier agent, moves to the common one.
+                if held.lease.etcd_lease.is_some()
+                    && let Some(common) = self.host_lease.common().filter(|common| Some(common.id) != held.lease.etcd_lease)
+                {
+                    self.stale_lease = held.lease.etcd_lease.replace(common.id);
+                    self.next_lease = Some(common);
+                }
                 self.overwrite(session, request, held).await
             }
             Action::TakeOver(mut held) => {
@@ -206,7 +223,7 @@ impl<'a> LeaseKeeper<'a> {
                 info!(subnet = %held.lease.subnet, from, "taking over lease with this host's public IP");
                 drop(snapshot);
                 if held.lease.etcd_lease.is_some() {
-                    held.lease.etcd_lease = Some(self.grant(session).await?);
+                    held.lease.etcd_lease = Some(self.obtain(session).await?);
                 }
                 self.overwrite(session, request, held).await
             }
@@ -215,18 +232,19 @@ impl<'a> LeaseKeeper<'a> {
                 warn!(key, reason, "releasing lease");
                 if self.state.held.as_ref().is_some_and(|held| held.key == key) {
                     self.state.held = None;
+                    self.held_lease = None;
                     self.report_state(OwnLease::NotHeld { reason }).await?;
                 }
-                let is_shared = snapshot.entries.iter().any(|entry| entry.key != key && entry.etcd_lease == etcd_lease);
                 let deleted = session.remove(&key, mod_revision).await?;
-                if let (true, false, Some(id)) = (deleted, is_shared, etcd_lease) {
-                    session.revoke(id).await?;
+                if let (true, Some(id)) = (deleted, etcd_lease) {
+                    self.host_lease.revoke_unused(session, id).await?;
                 }
                 Ok(if deleted { ActionOutcome::Retry } else { ActionOutcome::LostRace })
             }
             Action::VerifyLiveness { key, mod_revision, etcd_lease, reason } => {
                 drop(snapshot);
                 self.state.forget_held();
+                self.held_lease = None;
                 self.verify_liveness(session, (key, mod_revision), etcd_lease, reason).await
             }
             Action::RetryLater { reason } => {
@@ -234,7 +252,7 @@ impl<'a> LeaseKeeper<'a> {
                 self.report_not_held(reason).await?;
                 Ok(ActionOutcome::RetryAfter(RETRY_INTERVAL))
             }
-            Action::Idle if self.state.held.is_some() => Ok(ActionOutcome::Renew),
+            Action::Idle if self.state.held.is_some() => Ok(ActionOutcome::Hold),
             Action::Idle => Ok(ActionOutcome::RetryAfter(RETRY_INTERVAL)),
         }
     }
@@ -248,7 +266,7 @@ impl<'a> LeaseKeeper<'a> {
     ) -> Result<ActionOutcome, StoreError> {
         self.watch_state.held_key.send_replace(Some(held.key.clone()));
         let binding = match held.lease.etcd_lease {
-            Some(id) if self.unused_lease == Some(id) => LeaseBinding::To(id),
+            Some(id) if self.next_lease.as_ref().is_some_and(|next| next.id == id) => LeaseBinding::To(id),
             _ => LeaseBinding::Keep,
         };
         let written = session.overwrite(&held.key, Self::encode_lease(session, request)?, binding, held.mod_revision).await;
@@ -258,7 +276,7 @@ impl<'a> LeaseKeeper<'a> {
                 held.mod_revision = revision;
                 info!(subnet = %held.lease.subnet, reservation = held.lease.etcd_lease.is_none(), "lease written");
                 self.record_held(held);
-                Ok(ActionOutcome::Renew)
+                Ok(ActionOutcome::Hold)
             }
         }
     }
@@ -272,7 +290,7 @@ impl<'a> LeaseKeeper<'a> {
         subnet: Subnet,
         compare_all: bool,
     ) -> Result<ActionOutcome, StoreError> {
-        let etcd_lease = self.grant(session).await?;
+        let etcd_lease = self.obtain(session).await?;
         let key = subnet.to_key();
         let config = snapshot.config.as_ref().map_or(0, |config| config.mod_revision);
         let max_create_revision = compare_all.then_some(snapshot.revision);
@@ -291,7 +309,7 @@ impl<'a> LeaseKeeper<'a> {
         }
         let lease = HeldLease { subnet, etcd_lease: Some(etcd_lease), origin: LeaseOrigin::Acquired };
         self.record_held(HeldEntry { key, mod_revision, lease });
-        Ok(ActionOutcome::Renew)
+        Ok(ActionOutcome::Hold)
     }
 
     /// This host's value as JSON.
@@ -303,25 +321,24 @@ impl<'a> LeaseKeeper<'a> {
         })
     }
 
-    /// Treats an unused etcd lease that expired as a lost race.
+    /// Treats an etcd lease that expired before the write as a lost race.
     fn expired_as_lost_race(&mut self, result: Result<Option<i64>, StoreError>) -> Result<Option<i64>, StoreError> {
-        match result {
-            Err(StoreError::LeaseNotFound { .. }) if self.unused_lease.is_some() => {
-                self.unused_lease = None;
-                Ok(None)
-            }
-            other => other,
+        if let Err(StoreError::LeaseNotFound { .. }) = result
+            && let Some(next) = self.next_lease.take()
+        {
+            self.host_lease.set_lost(next.id);
+            return Ok(None);
         }
+        result
     }
 
-    /// Returns an etcd lease that is not yet bound to a key.
-    async fn grant(&mut self, session: &Session) -> Result<i64, StoreError> {
-        if let Some(id) = self.unused_lease {
-            return Ok(id);
-        }
-        let id = session.grant(self.ttl).await?;
-        self.unused_lease = Some(id);
-        Ok(id)
+    /// Returns the etcd lease for the next write.
+    async fn obtain(&mut self, session: &Session) -> Result<i64, StoreError> {
+        let next = match self.next_lease.take() {
+            Some(next) => next,
+            None => self.host_lease.obtain(session).await?,
+        };
+        Ok(self.next_lease.insert(next).id)
     }
 
     /// Checks whether the holder of an entry that may be this host's is alive.
@@ -338,6 +355,11 @@ impl<'a> LeaseKeeper<'a> {
             _ => now,
         };
         self.probed_lease = Some((etcd_lease, since));
+        // Another network of this host renews it. After an overwrite, the other host may do so.
+        if self.state.contender.is_none() && self.host_lease.is_used(etcd_lease) {
+            self.state.dead_entry = Some(entry);
+            return Ok(ActionOutcome::Retry);
+        }
         let Some(ttl) = session.time_to_live(etcd_lease).await? else {
             // Expired: etcd deletes the entry shortly.
             return Ok(ActionOutcome::LostRace);
@@ -360,27 +382,23 @@ impl<'a> LeaseKeeper<'a> {
 
     /// Records the held entry.
     fn record_held(&mut self, held: HeldEntry) {
-        if held.lease.etcd_lease == self.unused_lease {
-            self.unused_lease = None;
-        }
-        if held.lease.etcd_lease == self.stale_lease {
-            self.stale_lease = None;
-        }
+        self.held_lease = held.lease.etcd_lease.map(|id| self.host_lease.use_lease(id));
+        self.next_lease.take_if(|next| Some(next.id) == held.lease.etcd_lease);
+        self.stale_lease.take_if(|stale| Some(*stale) == held.lease.etcd_lease);
         self.probed_lease = None;
         self.state = HolderState { last_subnet: Some(held.lease.subnet), held: Some(held), ..HolderState::default() };
         self.race_backoff.reset();
     }
 
-    /// Renews until the lease request or the entry changes.
-    async fn renew_until_change(&mut self, session: &Session, request: &LeaseRequest) -> Result<(), StoreError> {
+    /// Holds the entry until it, its etcd lease or the lease request changes.
+    async fn hold_until_change(&mut self, request: &LeaseRequest) -> Result<(), StoreError> {
         let Some(held) = self.state.held.clone() else { return Ok(()) };
-        let mut renewal = match held.lease.etcd_lease {
-            None => None,
-            Some(id) => match Renewal::start(session, id, self.keep_alive).await {
-                Err(StoreError::LeaseNotFound { .. }) => return Err(self.handle_expired(&held, id).await?),
-                other => Some(other?),
-            },
-        };
+        let lease = self.held_lease.clone();
+        if let Some(lease) = &lease
+            && let Err(StoreError::LeaseNotFound { lease: id }) = lease.renewed().await
+        {
+            return Err(self.handle_expired(&held, id).await?);
+        }
         self.report_state(OwnLease::Held(held.lease.to_event())).await?;
         let known_revision = self.known_revision.max(held.mod_revision);
         let mut progress = self.watch_state.progress.subscribe();
@@ -393,10 +411,7 @@ impl<'a> LeaseKeeper<'a> {
                         return Ok(());
                     }
                 }
-                renewed = Renewal::next(&mut renewal, session) => match renewed {
-                    Err(StoreError::LeaseNotFound { lease }) => return Err(self.handle_expired(&held, lease).await?),
-                    other => other?,
-                },
+                id = lost(lease.as_deref()) => return Err(self.handle_expired(&held, id).await?),
             }
         }
     }
@@ -406,6 +421,7 @@ impl<'a> LeaseKeeper<'a> {
         let reason = format!("the etcd lease of {} has expired or was revoked", held.lease.subnet);
         warn!(subnet = %held.lease.subnet, etcd_lease = format!("{id:x}"), "etcd lease expired or revoked");
         self.state.forget_held();
+        self.held_lease = None;
         self.report_state(OwnLease::NotHeld { reason }).await?;
         Ok(StoreError::LeaseNotFound { lease: id })
     }
@@ -449,6 +465,13 @@ async fn request_changed(request: &mut watch::Receiver<Option<LeaseRequest>>) {
     if request.changed().await.is_err() {
         std::future::pending::<()>().await;
     }
+}
+
+/// Waits until an etcd lease has expired or was revoked, and returns it; never returns without one.
+async fn lost(lease: Option<&UsedLease>) -> i64 {
+    let Some(lease) = lease else { return std::future::pending().await };
+    lease.lost().await;
+    lease.id
 }
 
 /// Waits until the watch's progress satisfies the predicate.

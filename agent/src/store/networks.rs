@@ -181,7 +181,7 @@ pub async fn write_network(
 /// All [`NetworkError`]s but those of a write. Nothing is removed then.
 pub async fn remove_network(config: &StoreConfig, name: &NetworkName, force: bool) -> Result<Vec<String>, NetworkError> {
     let session = connect(config).await?;
-    let own = Session { keys: session.keys.network(name), ..session.clone() };
+    let own = session.of_network(session.keys.network(name));
     let mut attempts = Attempts::new();
     loop {
         let networks = attempts.next(&session).await?;
@@ -309,6 +309,20 @@ impl Networks {
 }
 
 impl Session {
+    /// Reads the record of one network.
+    pub(super) async fn network(&self, name: &NetworkName) -> Result<NetworkRecord, NetworkError> {
+        let own = self.of_network(self.keys.network(name));
+        let invalid = |errors| NetworkError::Invalid { name: name.clone(), errors };
+        if let (Some(raw), _) = own.get_config().await? {
+            return NetworkRecord::parse(&raw.text).map_err(invalid);
+        }
+        let mut networks = self.networks().await?;
+        match networks.set.networks.remove(name) {
+            None => Err(networks.missing(name)),
+            Some(record) => record.map_err(invalid),
+        }
+    }
+
     /// Reads all networks at one revision. The number of requests grows with the networks, not with their leases.
     async fn networks(&self) -> Result<Networks, StoreError> {
         let mut kv = self.kv();

@@ -93,7 +93,7 @@ pub async fn remaining_ttls(config: &StoreConfig, ids: Vec<ExpiryId>) -> Result<
     request_remaining_ttls(&connect(config).await?, ids.into_iter().map(|id| id.0)).await
 }
 
-async fn request_remaining_ttls(
+pub(super) async fn request_remaining_ttls(
     session: &Session,
     ids: impl IntoIterator<Item = i64>,
 ) -> Result<BTreeMap<ExpiryId, Duration>, StoreError> {
@@ -152,12 +152,25 @@ pub async fn put_config(config: &StoreConfig, text: &str, replace: ReplaceCondit
     }
 }
 
-/// Releases the leases of the host with this identity: deletes its entries and revokes their etcd leases. Reservations are kept.
+/// Releases the leases of the host with this identity: deletes its entries, and revokes their etcd leases unless entries of other
+/// networks are bound to them. Reservations are kept.
 ///
 /// # Errors
 /// Any error of the connection or a request. Entries released before the error stay released.
 pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseReport, StoreError> {
     let session = connect(config).await?;
+    release_entries(&session, node_id, |id| session.revoke_unbound(id)).await
+}
+
+/// Deletes a host's entries, and releases the etcd lease of each.
+pub(super) async fn release_entries<F>(
+    session: &Session,
+    node_id: &str,
+    release_lease: impl Fn(i64) -> F,
+) -> Result<ReleaseReport, StoreError>
+where
+    F: Future<Output = Result<(), StoreError>>,
+{
     let mut report = ReleaseReport::default();
     for _ in 0..MAX_RELEASE_ATTEMPTS {
         let snapshot = LeaseSnapshot::from_listing(session.list().await?, node_id);
@@ -169,9 +182,7 @@ pub async fn release(config: &StoreConfig, node_id: &str) -> Result<ReleaseRepor
             let Some(id) = entry.etcd_lease else { continue };
             if session.remove(&entry.key, entry.mod_revision).await? {
                 report.released.push(entry.key.clone());
-                if !snapshot.entries.iter().any(|other| other.key != entry.key && other.etcd_lease == Some(id)) {
-                    session.revoke(id).await?;
-                }
+                release_lease(id).await?;
             } else {
                 debug!(key = entry.key, "entry changed during release; retrying");
                 retry = true;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior};
+use etcd_client::LeaseTimeToLiveOptions;
 
 use super::StoreError;
 use super::connect::{Session, keep_alive_interval};
@@ -45,39 +45,16 @@ pub(super) fn liveness(ttl: LeaseTtl, max_interval: Duration, observed_for: Dura
     }
 }
 
-/// Keeps one etcd lease alive.
-///
-/// Each renewal opens a new stream because of `etcd grpc-proxy`. On a long-lived stream the proxy answers the first renewal at
-/// once, and later ones only after a third of the TTL, which is eight hours (`keepAliveLoop` in etcd's
-/// `proxy/grpcproxy/lease.go`).
-pub(super) struct Renewal {
-    id: i64,
-    interval: tokio::time::Interval,
-}
-
-impl Renewal {
-    /// Renews once, and schedules further renewals by the lease's TTL.
-    pub(super) async fn start(session: &Session, id: i64, max_interval: Duration) -> Result<Renewal, StoreError> {
-        Renewal::renew(session, id).await?;
-        let ttl = session.time_to_live(id).await?.ok_or(StoreError::LeaseNotFound { lease: id })?.granted;
-        let period = keep_alive_interval(ttl, max_interval).max(Duration::from_millis(100));
-        let mut interval = tokio::time::interval_at(Instant::now() + period, period);
-        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Renewal { id, interval })
-    }
-
-    /// Waits until the next renewal is due and renews. Never returns if `renewal` is `None`.
-    pub(super) async fn next(renewal: &mut Option<Renewal>, session: &Session) -> Result<(), StoreError> {
-        let Some(Renewal { id, interval }) = renewal else { return std::future::pending().await };
-        interval.tick().await;
-        Renewal::renew(session, *id).await
-    }
-
+impl Session {
     /// Sends one renewal and awaits the response.
-    async fn renew(session: &Session, id: i64) -> Result<(), StoreError> {
-        let mut client = session.client.lease_client();
+    ///
+    /// Each renewal opens a new stream because of `etcd grpc-proxy`. On a long-lived stream the proxy answers the first renewal
+    /// at once, and later ones only after a third of the TTL, which is eight hours (`keepAliveLoop` in etcd's
+    /// `proxy/grpcproxy/lease.go`).
+    pub(super) async fn renew(&self, id: i64) -> Result<(), StoreError> {
+        let mut client = self.client.lease_client();
         // The library opens a stream, sends one request and reads one response. Dropping the stream closes it.
-        match session.with_timeout("renew the lease", client.keep_alive(id)).await {
+        match self.with_timeout("renew the lease", client.keep_alive(id)).await {
             Ok(_) => Ok(()),
             Err(StoreError::RequestFailed { detail, .. }) if detail.contains("lease not found") => {
                 Err(StoreError::LeaseNotFound { lease: id })
@@ -86,9 +63,7 @@ impl Renewal {
             Err(error) => Err(error),
         }
     }
-}
 
-impl Session {
     pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, StoreError> {
         let seconds = i64::try_from(ttl.as_secs().max(1)).unwrap_or(i64::MAX);
         let mut client = self.client.lease_client();
@@ -101,6 +76,14 @@ impl Session {
             Ok(_) | Err(StoreError::LeaseNotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Revokes an etcd lease unless keys are bound to it, of any network.
+    pub(super) async fn revoke_unbound(&self, id: i64) -> Result<(), StoreError> {
+        let mut client = self.client.lease_client();
+        let options = LeaseTimeToLiveOptions::new().with_keys();
+        let response = self.with_timeout("read an etcd lease", client.time_to_live(id, Some(options))).await?;
+        if response.ttl() > 0 && response.keys().is_empty() { self.revoke(id).await } else { Ok(()) }
     }
 
     /// Reads the TTLs of an etcd lease; `None` if it does not exist.

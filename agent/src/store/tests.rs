@@ -9,5 +9,6 @@ mod networks;
 mod oneshot;
 mod proxy;
 mod security;
+mod several_networks;
 mod thundering_herd;
 mod watching;

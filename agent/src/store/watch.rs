@@ -1,20 +1,22 @@
 //! Watches the store: a snapshot at one revision, then all later changes in etcd's order.
 //!
-//! Runs inside the task of [`Store::run`](super::Store::run). The resume revision survives a lost connection. It advances only
-//! after all events of a response were sent: dropping the future at any await repeats events and never loses one.
+//! Runs inside the task of [`NetworkStore::run`](super::NetworkStore::run), over the stream of all networks. The resume revision
+//! survives a lost connection. It advances only after all events of a response were sent: dropping the future at any await
+//! repeats events and never loses one.
 
 use std::time::Instant;
 
-use etcd_client::{EventType, WatchOptions, WatchResponse};
+use etcd_client::{EventType, WatchResponse};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::connect::{ClusterState, Session};
 use super::keys::KeyKind;
 use super::read::{RawConfig, RawEntry};
+use super::watch_stream::{NetworkWatch, WatchRequest, WatchedKeys, cancel_error};
 use super::{StoreError, codec};
 use crate::model::event::{Connection, StoreEntry, StoreEvent};
-use crate::model::{NetworkConfig, StorePosition};
+use crate::model::{NetworkRecord, StorePosition};
 
 /// Maximum number of immediate retries of a read whose revision was compacted meanwhile.
 const MAX_READ_RETRIES: u32 = 5;
@@ -75,14 +77,32 @@ impl Watcher {
         Watcher { resume_from: None, delivered_config: None, connected: false }
     }
 
-    /// Sends store events until an error.
+    /// Prepares for another connection. With `reread`, reads a snapshot: the responses since the resume revision are too large.
+    pub(super) fn begin_session(&mut self, session: &Session, reread: bool) {
+        if reread {
+            self.resume_from = None;
+        }
+        if let Some((next, last_state)) = self.resume_from
+            && !session.cluster_state.is_continuation_of(&last_state, next - 1)
+        {
+            warn!(
+                seen = next - 1,
+                revision = session.cluster_state.revision,
+                "etcd is behind the last seen revision; it was restored or replaced"
+            );
+            self.resume_from = None;
+        }
+    }
+
+    /// Sends store events until an error. `watches` leads to the shared stream.
     pub(super) async fn run(
         &mut self,
         session: &Session,
+        watches: &mpsc::Sender<WatchRequest>,
         watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
     ) -> StoreError {
-        match self.watch_changes(session, watch_state, events).await {
+        match self.watch_changes(session, watches, watch_state, events).await {
             Err(error) => error,
             Ok(never) => match never {},
         }
@@ -120,54 +140,41 @@ impl Watcher {
     async fn watch_changes(
         &mut self,
         session: &Session,
+        watches: &mpsc::Sender<WatchRequest>,
         watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
     ) -> Result<std::convert::Infallible, StoreError> {
-        if let Some((next, last_state)) = self.resume_from
-            && !session.cluster_state.is_continuation_of(&last_state, next - 1)
-        {
-            warn!(
-                seen = next - 1,
-                revision = session.cluster_state.revision,
-                "etcd is behind the last seen revision; it was restored or replaced"
-            );
-            self.resume_from = None;
-        }
         loop {
-            let next = match self.resume_from {
-                Some((next, _)) => next,
-                None => self.deliver_snapshot(session, watch_state, events).await?,
+            let mut unseen_config = None;
+            let (next, config_next) = match self.resume_from {
+                // The configuration changes rarely, so that the revision of its last change may be compacted: it is read again.
+                Some((next, _)) => {
+                    let (config, state) = session.get_config().await?;
+                    unseen_config = Some(config);
+                    (next, state.revision + 1)
+                }
+                None => {
+                    let next = self.deliver_snapshot(session, watch_state, events).await?;
+                    (next, next)
+                }
             };
             self.resume_from = Some((next, session.cluster_state));
-            let (from, to) = session.keys.prefix_range();
-            let options = WatchOptions::new().with_range(to).with_start_revision(next).with_progress_notify();
-            let mut stream = session.with_timeout("watch the network", session.watcher().watch(from, Some(options))).await?;
+            let mut watch = NetworkWatch::open(session, watches, config_next, next).await?;
             self.report_up(session.cluster_state.revision, events).await?;
+            if let Some(config) = unseen_config {
+                self.deliver_config(session, config, events).await?;
+            }
             debug!(from = next, endpoint = session.context.endpoint, "watching");
-            loop {
-                let message = match stream.message().await {
-                    Ok(Some(message)) => message,
-                    Ok(None) => {
-                        let detail = "the server closed the watch".to_owned();
-                        return Err(StoreError::Unreachable { endpoint: session.context.endpoint.clone(), detail });
-                    }
-                    Err(error) => match session.context.map_error("watch the network", error) {
-                        StoreError::Compacted { .. } | StoreError::TooLarge { .. } => {
-                            self.resume_from = None;
-                            break;
-                        }
-                        error => return Err(error),
-                    },
-                };
-                if message.compact_revision() > 0 {
-                    info!(from = next, compacted = message.compact_revision(), "revisions compacted; rereading all leases");
+            while let Some((keys, response)) = watch.next().await {
+                if response.compact_revision() > 0 {
+                    info!(from = next, compacted = response.compact_revision(), "revisions compacted; rereading all leases");
                     self.resume_from = None;
                     break;
                 }
-                if message.canceled() {
-                    return Err(cancel_error(session, message.cancel_reason()));
+                if response.canceled() {
+                    return Err(cancel_error(session, response.cancel_reason()));
                 }
-                self.deliver(session, watch_state, events, &message).await?;
+                self.deliver(session, watch_state, events, keys, &response).await?;
             }
         }
     }
@@ -208,10 +215,11 @@ impl Watcher {
         session: &Session,
         watch_state: &WatchState,
         events: &mpsc::Sender<StoreEvent>,
-        message: &WatchResponse,
+        keys: WatchedKeys,
+        response: &WatchResponse,
     ) -> Result<(), StoreError> {
         let mut last = None;
-        for event in message.events() {
+        for event in response.events() {
             let Some(kv) = event.kv() else { continue };
             let revision = kv.mod_revision();
             last = Some(revision);
@@ -236,10 +244,10 @@ impl Watcher {
                 KeyKind::Other => {}
             }
         }
-        // The header revision of a response with events can be ahead of the events. Only that of a progress notification is safe
-        // to resume from.
-        let progress = (!message.created()).then(|| message.header().map(|header| header.revision())).flatten();
-        if let Some(revision) = last.or(progress) {
+        // The watch of the leases is the one that is resumed. The header revision of a response with events can be ahead of the
+        // events. Only that of a progress notification is safe to resume from.
+        let progress = response.header().map(|header| header.revision());
+        if let (WatchedKeys::Subnets, Some(revision)) = (keys, last.or(progress)) {
             let next = self.resume_from.map_or(0, |(next, _)| next).max(revision + 1);
             self.resume_from = Some((next, session.cluster_state));
             watch_state.progress.send_if_modified(|progress| {
@@ -265,36 +273,20 @@ impl Watcher {
             return Ok(());
         }
         let key = session.keys.config();
-        let parsed = config.as_ref().map(|config| NetworkConfig::parse(&config.text));
+        let parsed = config.as_ref().map(|config| NetworkRecord::parse(&config.text));
         match &parsed {
             None => info!(key, "waiting for the network's configuration: `overlayctl config set FILE` writes it"),
             Some(Err(errors)) => warn!(key, %errors, "invalid network configuration"),
-            Some(Ok(parsed)) => {
-                for warning in &parsed.warnings {
+            Some(Ok(record)) => {
+                for warning in &record.warnings {
                     warn!(key, %warning, "network configuration");
                 }
                 info!(key, "network configuration read");
             }
         }
-        send_event(events, StoreEvent::Config(parsed.map(|result| result.map(|parsed| parsed.config)))).await?;
+        send_event(events, StoreEvent::Config(parsed)).await?;
         self.delivered_config = Some(config);
         Ok(())
-    }
-}
-
-/// The error for a watch that etcd cancelled for another reason than compaction.
-fn cancel_error(session: &Session, reason: &str) -> StoreError {
-    let context = &session.context;
-    let what = "watch the network";
-    if reason.contains("permission denied") {
-        StoreError::Permission {
-            endpoint: context.endpoint.clone(),
-            who: context.user_description(),
-            what,
-            prefix: context.prefix.clone(),
-        }
-    } else {
-        StoreError::RequestFailed { endpoint: context.endpoint.clone(), what, detail: format!("cancelled: {reason}") }
     }
 }
 

@@ -13,9 +13,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
 use tracing_subscriber::layer::Context;
+use tracing_subscriber::registry::LookupSpan;
 
 /// The path of journald's socket.
 const JOURNAL_SOCKET: &str = "/run/systemd/journal/socket";
@@ -51,10 +53,25 @@ pub(super) fn is_journal_stream(variable: Option<&OsStr>, stream: impl AsFd) -> 
     nix::sys::stat::fstat(stream).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (device, inode))
 }
 
-impl<S: Subscriber> Layer<S> for JournalLayer {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for JournalLayer {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
+        if let Some(span) = context.span(id) {
+            let mut fields = EventFields::default();
+            attributes.record(&mut fields);
+            span.extensions_mut().insert(fields);
+        }
+    }
+
+    /// An event has the fields of its spans, too.
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
         let mut fields = EventFields::default();
         event.record(&mut fields);
+        for span in context.event_scope(event).into_iter().flatten() {
+            if let Some(of_span) = span.extensions().get::<EventFields>() {
+                fields.named_fields.extend_from_slice(&of_span.named_fields);
+                fields.rendered_fields.push_str(&of_span.rendered_fields);
+            }
+        }
         let metadata = event.metadata();
         let mut entry = Vec::with_capacity(512);
         append_field(&mut entry, "MESSAGE", &fields.line());
@@ -192,6 +209,21 @@ mod tests {
             assert_eq!(fields.get(name).map(String::as_str), Some(value), "{name} of {fields:?}");
         }
         assert!(fields["CODE_FILE"].ends_with("journal.rs"));
+    }
+
+    #[test]
+    fn fields_of_spans_are_those_of_their_events() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let journald = UnixDatagram::bind(&path).unwrap();
+        let subscriber = tracing_subscriber::registry().with(JournalLayer::connect_to(&path).unwrap());
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error_span!("unit", network = %"blue").in_scope(|| tracing::warn!(peers = 3, "read"));
+        });
+        let mut bytes = [0; 4096];
+        let length = journald.recv(&mut bytes).unwrap();
+        let fields = parse(&bytes[..length]);
+        assert_eq!((fields["MESSAGE"].as_str(), fields["OVERLAYD_NETWORK"].as_str()), ("read peers=3 network=blue", "blue"));
     }
 
     #[test]

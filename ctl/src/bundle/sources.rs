@@ -16,6 +16,8 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(15);
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Maximum number of containers whose namespaces are read: enough to compare.
 const MAX_CONTAINERS: usize = 32;
+/// Maximum number of isolated networks whose namespaces are read.
+const MAX_NETWORKS: usize = 32;
 
 /// Paths of a host's files.
 #[derive(Debug, Clone)]
@@ -37,7 +39,7 @@ pub struct HostPaths {
 pub enum Source {
     /// Output of a command.
     Command(Vec<String>),
-    /// Output of a command inside a container's namespace.
+    /// Output of a command inside a container's or an isolated network's namespace.
     NetnsCommand(PathBuf, Vec<String>),
     /// Contents of a file.
     File(PathBuf),
@@ -111,8 +113,16 @@ const AGENT_QUERIES: [(&str, AgentQuery); 7] = [
     ("agent/metrics.txt", AgentQuery::Metrics),
 ];
 
-/// Lists all sources, in order. `endpoints` are the known containers of the host.
-pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
+/// Commands for the namespace of an isolated network: those of the host's about the kernel's network state.
+fn is_namespace_command(name: &str) -> bool {
+    let file = name.strip_prefix("kernel/").and_then(|file| file.split_once('.')).map(|(file, _)| file);
+    let files = ["links", "addresses", "routes4", "routes6", "rules4", "rules6", "nexthops", "neighbours", "fdb", "bridge"];
+    file.is_some_and(|file| files.contains(&file) || ["nftables", "sysctl-net"].contains(&file))
+}
+
+/// Lists all sources, in order. `endpoints` are the known containers of the host, `networks` the names and namespaces of its
+/// isolated networks.
+pub fn all(paths: &HostPaths, endpoints: &[Endpoint], networks: &[(String, PathBuf)]) -> Vec<(String, Source)> {
     let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let mut all: Vec<(String, Source)> = Vec::new();
     all.extend(AGENT_QUERIES.map(|(name, query)| (name.to_owned(), Source::Agent(query))));
@@ -129,6 +139,12 @@ pub fn all(paths: &HostPaths, endpoints: &[Endpoint]) -> Vec<(String, Source)> {
     }
     all.extend(FILES.map(|(name, path)| (name.to_owned(), Source::File(PathBuf::from(path)))));
     all.extend(COMMANDS.map(|(name, line)| (name.to_owned(), Source::Command(words(line)))));
+    for (network, netns) in networks.iter().take(MAX_NETWORKS) {
+        for (name, line) in COMMANDS.iter().filter(|(name, _)| is_namespace_command(name)) {
+            let name = format!("networks/{network}/{}", name.trim_start_matches("kernel/"));
+            all.push((name, Source::NetnsCommand(netns.clone(), words(line))));
+        }
+    }
     for endpoint in endpoints.iter().filter(|endpoint| endpoint.port.is_some()).take(MAX_CONTAINERS) {
         for (what, line) in
             [("address", "ip -d -s address show"), ("route", "ip route show table all"), ("neigh", "ip neigh show")]
@@ -214,4 +230,22 @@ async fn run_command(words: &[String], netns: Option<&Path>) -> Result<String, S
         text.push_str(&lossy_text(&output.stderr));
     }
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_network_has_its_kernel_state() {
+        let dir = PathBuf::from("/x");
+        let paths =
+            HostPaths { config: dir.clone(), state_dir: dir.clone(), run_dir: dir, logs: Vec::new(), since: String::new() };
+        let netns = PathBuf::from("/run/netns/ov-blue");
+        let all = all(&paths, &[], &[("blue".to_owned(), netns.clone())]);
+        let of_network: Vec<&(String, Source)> = all.iter().filter(|(name, _)| name.starts_with("networks/blue/")).collect();
+        assert_eq!(of_network.len(), 12);
+        let words = ["nft", "-a", "list", "ruleset"].map(str::to_owned).to_vec();
+        assert!(of_network.contains(&&("networks/blue/nftables.txt".to_owned(), Source::NetnsCommand(netns, words))));
+    }
 }

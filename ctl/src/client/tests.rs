@@ -1,5 +1,7 @@
 //! The client against a server that answers recorded bytes.
 
+pub mod fake_agent;
+
 use std::os::unix::fs::PermissionsExt;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

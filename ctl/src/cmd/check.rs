@@ -14,7 +14,8 @@ use crate::output::{Style, Tone, View};
 #[command(after_help = "Run it as root: a check without permission reports information only. It changes nothing.\n\
                         Exit codes: 0 no finding above information, 3 warnings, 1 errors.")]
 pub struct Args {
-    /// Run only these checks: agent, kernel, store, addresses, firewall, paths, neighbours, endpoints
+    /// Run only these checks: agent, kernel, store, addresses, firewall, paths, neighbours, endpoints,
+    /// networks
     #[arg(value_name = "CHECK", value_parser = clap::builder::PossibleValuesParser::new(check::names()))]
     only: Vec<String>,
     /// Maximum number of peers to probe

@@ -11,6 +11,7 @@ use crate::netns::NamespaceError;
 use crate::output::{OutputError, Printer};
 use crate::resolver::ResolverError;
 use crate::trace::TraceError;
+use crate::verify::VerifyError;
 
 /// Shared input of every command.
 #[derive(Debug)]
@@ -60,6 +61,9 @@ pub enum CommandError {
     /// Packet trace.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// Proof of isolation.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     /// Docker's options.
     #[error(transparent)]
     Docker(#[from] DockerError),
@@ -86,6 +90,12 @@ pub enum CommandError {
     #[error("{message}")]
     Missing {
         /// The missing object and how to list the existing ones.
+        message: String,
+    },
+    /// An object is in use.
+    #[error("{message}")]
+    InUse {
+        /// The object, what uses it, and the remedy.
         message: String,
     },
     /// The arguments are well-formed but conflict; exit code 2.

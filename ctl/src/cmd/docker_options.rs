@@ -4,7 +4,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use overlay_agent::model::{Family, PerFamily};
+use overlay_agent::model::api::NetworkKind;
+use overlay_agent::model::{Family, NetworkName, PerFamily};
 use overlay_agent::state::write_atomic;
 use serde::Serialize;
 
@@ -19,6 +20,9 @@ const DEFAULT_MODE: u32 = 0o644;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "overlayctl docker-options --write /etc/docker/daemon.json && systemctl restart docker")]
 pub struct Args {
+    /// Network whose bridge Docker uses; a routed one [default: default]
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// Merge the options into this file, dockerd's configuration
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
@@ -29,7 +33,22 @@ pub struct Args {
 
 /// Prints or writes the options.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let network = context.client.network().await?;
+    if let Some(name) = &args.network
+        && context
+            .client
+            .networks()
+            .await?
+            .networks
+            .iter()
+            .any(|entry| entry.name == *name && entry.kind == NetworkKind::Isolated)
+    {
+        let message = format!(
+            "network {name} is isolated: its bridge is in a network namespace of its own, where dockerd cannot use it; choose a \
+             routed network"
+        );
+        return Err(CommandError::Usage { message });
+    }
+    let network = context.client.of_network(args.network.as_ref()).network().await?;
     let options = DockerOptions::from_network(&network)?;
     let subnets: PerFamily<_> = network.ipam.map(|_, ipam| ipam.subnet);
     if let (Some(subnet), None) = (subnets.get(Family::V6), options.fixed_cidr_v6) {

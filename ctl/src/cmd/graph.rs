@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use overlay_agent::model::NetworkName;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
@@ -26,6 +27,9 @@ pub enum Drawing {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "An agent knows every host and its own containers. `-o json` prints the graph's data.")]
 pub struct Args {
+    /// Network [default: default]
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// Format of the drawing
     #[arg(long, value_enum, default_value_t = Drawing::Text)]
     format: Drawing,
@@ -36,9 +40,9 @@ pub struct Args {
 
 /// Fetches the snapshots and draws the graph.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let mut all = vec![fetch_snapshot(&context.client).await?];
+    let mut all = vec![fetch_snapshot(&context.client.of_network(args.network.as_ref())).await?];
     for socket in &args.also {
-        all.push(fetch_snapshot(&Client::new(socket)).await?);
+        all.push(fetch_snapshot(&Client::new(socket).of_network(args.network.as_ref())).await?);
     }
     let graph = Graph::from_snapshots(&all);
     context.printer.print(&GraphView { graph: &graph, drawing: args.format })?;

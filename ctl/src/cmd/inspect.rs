@@ -1,5 +1,6 @@
 //! `overlayctl inspect`: the network of this host, or one endpoint, with the kernel's state.
 
+use overlay_agent::model::NetworkName;
 use overlay_agent::model::api::{Counters, DeviceView, EndpointView, NetworkView, PortView};
 use overlay_agent::model::endpoint::EndpointName;
 use serde::Serialize;
@@ -12,6 +13,9 @@ use crate::output::{Style, Table, Tone, View, cell, format_ago, joined};
 pub struct Args {
     /// Endpoint to show; the whole network by default
     name: Option<EndpointName>,
+    /// Network [default: default]
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// Show the bridge and its ports as a tree, like `brctl show`
     #[arg(long, conflicts_with = "name")]
     tree: bool,
@@ -19,11 +23,12 @@ pub struct Args {
 
 /// Prints the network or the endpoint. JSON and YAML always contain all fields.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let network = context.client.network().await?;
+    let network = context.client.of_network(args.network.as_ref()).network().await?;
     match &args.name {
         Some(name) => {
             let missing = || {
-                let message = format!("no endpoint {name} on this host: `overlayctl endpoints` lists them");
+                let place = args.network.as_ref().map_or(String::new(), |network| format!(" of network {network}"));
+                let message = format!("no endpoint {name}{place} on this host: `overlayctl endpoints` lists them");
                 CommandError::Missing { message }
             };
             let endpoint = network.endpoints.iter().find(|view| view.endpoint.name == *name).ok_or_else(missing)?;

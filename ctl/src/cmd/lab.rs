@@ -47,13 +47,14 @@ pub enum Args {
         /// Lab to run in
         #[command(flatten)]
         name: NameArg,
-        /// Host (h1), container (h1-c1), net (switch and etcd) or world (outside)
+        /// Host (h1), container (h1-c1, h1-net1-c1), a host's isolated network (h1.net1), net (switch and etcd) or world (outside)
         target: String,
         /// Command and its arguments
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
-    /// Check that every container reaches every other (with its own address) and the world (with its host's address)
+    /// Check that every container reaches every other of its network (with its own address) and the world (with its host's
+    /// address), and none of another network
     Check {
         /// Lab to check
         #[command(flatten)]
@@ -84,9 +85,12 @@ pub struct UpArgs {
     /// Number of hosts
     #[arg(long, default_value_t = 3)]
     hosts: u16,
-    /// Containers per host
+    /// Containers per host and network
     #[arg(long, default_value_t = 2)]
     containers: u16,
+    /// Number of isolated networks beside the default one: net1, net2, ..., all with 10.0.0.0/16 (fd00:10::/56)
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    networks: u16,
     /// Address families of underlay and overlay
     #[arg(long, value_enum, default_value_t = Families::V4)]
     family: Families,
@@ -139,6 +143,7 @@ fn options(args: &UpArgs) -> Result<LabOptions, CommandError> {
     Ok(LabOptions {
         hosts: args.hosts,
         containers: if args.no_agents { 0 } else { args.containers },
+        isolated: args.networks,
         families: args.family,
         networks,
         agents: !args.no_agents,
@@ -259,6 +264,14 @@ async fn run_check(context: &Context, lab: &Lab) -> Result<Outcome, CommandError
         return Ok(Outcome::Ok);
     }
     let failed = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).count();
-    eprintln!("overlayctl: {failed} of {} calls failed", report.overlay.len() + report.egress.len());
+    if failed > 0 {
+        eprintln!("overlayctl: {failed} of {} calls failed", report.overlay.len() + report.egress.len());
+    }
+    let crossings = report.isolation.map_or(0, |isolation| isolation.crossings.len());
+    if crossings > 0 {
+        eprintln!(
+            "overlayctl: {crossings} datagrams reached another network: `overlayctl network verify` on the hosts says by which way"
+        );
+    }
     Ok(Outcome::Negative)
 }

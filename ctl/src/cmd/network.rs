@@ -1,7 +1,10 @@
 //! `overlayctl network`: the networks in etcd.
 
 mod options;
+mod verify;
 mod views;
+
+use std::time::Duration;
 
 use overlay_agent::model::{NetworkName, NetworkRecord};
 use overlay_agent::store::{NetworkError, WriteKind, WrittenNetwork};
@@ -9,9 +12,12 @@ use overlay_agent::store::{NetworkError, WriteKind, WrittenNetwork};
 use super::{CommandError, Context, Outcome, config};
 use crate::check::route_collisions;
 use crate::etcd::{EtcdArgs, EtcdError};
-use crate::output::{Style, Tone};
+use crate::output::{Style, Tone, joined};
 use options::NetworkOptions;
 use views::{ListView, NetworkView, RemovedView};
+
+/// Timeout of the agent's answer: `rm` works without an agent, too.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The arguments.
 #[derive(Debug, clap::Subcommand)]
@@ -19,7 +25,7 @@ use views::{ListView, NetworkView, RemovedView};
 pub enum Args {
     /// Create a network; `default` is the one whose configuration flannel's hosts share
     Create {
-        /// Name: `default`; agents of this version join no other network
+        /// Name: a DNS label of 1 to 32 characters
         name: NetworkName,
         /// Its fields
         #[command(flatten)]
@@ -64,9 +70,17 @@ pub enum Args {
         #[command(flatten)]
         etcd: EtcdArgs,
     },
+    /// Prove from the kernel's state that this host's isolated networks do not reach each other
+    #[command(after_help = "Run it as root on the host; it needs neither etcd nor the agent, and changes nothing.\n\
+                            Exit codes: 0 isolated, or reachable by design only; 1 a way exists that is not by design; 3 unknown.")]
+    Verify {
+        /// Two networks; without them all
+        #[arg(value_name = "NETWORK", num_args = 2)]
+        names: Vec<NetworkName>,
+    },
 }
 
-/// Creates, lists, shows, removes or changes networks.
+/// Creates, lists, shows, removes, changes or verifies networks.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
     match args {
         Args::Create { name, options, etcd } => write(context, etcd, name, WriteKind::Create, options).await,
@@ -74,11 +88,34 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
         Args::Ls { etcd } => list(context, &config::resolve_endpoints(context, etcd).await).await,
         Args::Inspect { name, etcd } => inspect(context, &config::resolve_endpoints(context, etcd).await, name).await,
         Args::Rm { name, force, etcd } => {
-            let deleted_leases = config::resolve_endpoints(context, etcd).await.remove_network(name, *force).await?;
+            let etcd = config::resolve_endpoints(context, etcd).await;
+            refuse_own_endpoints(context, &etcd, name).await?;
+            let deleted_leases = etcd.remove_network(name, *force).await?;
             context.printer.print(&RemovedView { name: name.to_string(), deleted_leases })?;
             Ok(Outcome::Ok)
         }
+        Args::Verify { names } => verify::run(context, names).await,
     }
+}
+
+/// An error if this host's agent uses the same etcd and has endpoints in the network.
+pub(super) async fn refuse_own_endpoints(context: &Context, etcd: &EtcdArgs, name: &NetworkName) -> Result<(), CommandError> {
+    let client = context.client.clone().with_timeout(AGENT_TIMEOUT);
+    let Ok(status) = client.status().await else { return Ok(()) };
+    let same_prefix = status.store.prefix.trim_end_matches('/') == etcd.prefix.trim_end_matches('/');
+    if !same_prefix || !status.store.endpoints.iter().any(|server| etcd.endpoints.contains(server)) {
+        return Ok(());
+    }
+    let client = client.of_network(name);
+    let endpoints = client.endpoints().await.map(|answer| answer.endpoints).unwrap_or_default();
+    if endpoints.is_empty() {
+        return Ok(());
+    }
+    let message = format!(
+        "network {name} has endpoints on this host: {}; `overlayctl detach NAME --network {name}` each of them first",
+        joined(endpoints.iter().map(|endpoint| &endpoint.name))
+    );
+    Err(CommandError::InUse { message })
 }
 
 async fn write(

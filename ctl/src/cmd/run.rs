@@ -14,13 +14,16 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgrp, tcgetpgrp};
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::Mode;
+use overlay_agent::model::api::AttachRequest;
 use overlay_agent::model::endpoint::EndpointName;
+use overlay_agent::model::{Mode, NetworkName};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
+use super::attach::attach_to_each;
 use super::attach_args::AttachArgs;
+use super::networks::endpoints_named;
 use super::{CommandError, Context, Outcome};
 use crate::client::ClientError;
 use crate::netns::{NamedNamespaces, NamespaceError};
@@ -51,23 +54,24 @@ pub struct Args {
 
 /// Runs the command and returns its exit code.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    args.attach.request(None)?;
+    let requests = args.attach.requests(None)?;
     // From here on a signal must not end this process before the teardown.
     let mut signals = Signals::subscribe()?;
     let name = match &args.name {
         Some(name) => name.clone(),
         None => generate_name()?,
     };
-    if context.client.endpoints().await?.endpoints.iter().any(|e| e.name == name) {
+    if !endpoints_named(&context.client, &name).await?.is_empty() {
         let message = format!(
             "endpoint {name} exists: choose another --name, or run in its namespace: overlayctl run --mode container:{name} -- ..."
         );
         return Err(CommandError::Usage { message });
     }
     let namespaces = NamedNamespaces::for_socket(context.client.socket(), &args.attach.prefix);
-    let outcome = run_attached(context, args, &name, &namespaces, &mut signals).await;
+    let networks: Vec<NetworkName> = requests.iter().map(|(network, _)| network.clone()).collect();
+    let outcome = run_attached(context, args, requests, &name, &namespaces, &mut signals).await;
     // The command's exit code takes precedence; a failed teardown counts only after success.
-    match (outcome, teardown(context, &name, &namespaces).await) {
+    match (outcome, teardown(context, &name, &networks, &namespaces).await) {
         (Ok(Outcome::Code(0)) | Err(_), Err(error)) => Err(error),
         (outcome, Ok(())) => outcome,
         (outcome, Err(error)) => {
@@ -81,6 +85,7 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
 async fn run_attached(
     context: &Context,
     args: &Args,
+    mut requests: Vec<(NetworkName, AttachRequest)>,
     name: &EndpointName,
     namespaces: &NamedNamespaces,
     signals: &mut Signals,
@@ -94,12 +99,13 @@ async fn run_attached(
         Some(file) => file.write(&attach.resolver, true)?,
         None => None,
     };
-    let request = attach.request(netns)?;
+    requests.iter_mut().for_each(|(_, request)| request.netns.clone_from(&netns));
     let attached = tokio::select! {
-        attached = context.client.attach(name, &request) => attached?,
+        attached = attach_to_each(&context.client, name, &requests, &[]) => attached?,
         Some(signal) = signals.next() => return Ok(signal_outcome(signal)),
     };
-    let endpoint = attached.endpoint;
+    // All are in one namespace.
+    let Some(endpoint) = attached.into_iter().next().map(|response| response.endpoint) else { return Ok(Outcome::Ok) };
     // An endpoint that shares a namespace uses the resolver file of its owner.
     let file = match &endpoint.mode {
         Mode::Container(owner) => ResolverFile::for_namespace(&endpoint.netns, owner),
@@ -202,25 +208,35 @@ fn signal_outcome(signal: Signal) -> Outcome {
     Outcome::Code(u8::try_from(EXIT_SIGNAL_BASE + signal as i32).unwrap_or(1))
 }
 
-/// Detaches the endpoint, then removes the resolver file and the namespace. Retries while the agent is unreachable.
-async fn teardown(context: &Context, name: &EndpointName, namespaces: &NamedNamespaces) -> Result<(), CommandError> {
+/// Detaches the endpoint from its networks, then removes the resolver file and the namespace. Retries while the agent is
+/// unreachable.
+async fn teardown(
+    context: &Context,
+    name: &EndpointName,
+    networks: &[NetworkName],
+    namespaces: &NamedNamespaces,
+) -> Result<(), CommandError> {
     let end = Instant::now() + DETACH_TIMEOUT;
-    let detached = loop {
-        match context.client.detach_with(name, true).await {
-            Err(ClientError::NoSocket { .. } | ClientError::ConnectionRefused { .. } | ClientError::ConnectionLost { .. })
-                if Instant::now() < end =>
-            {
-                tokio::time::sleep(DETACH_RETRY_INTERVAL).await;
+    let mut detached = Ok(());
+    for network in networks {
+        let client = context.client.of_network(network);
+        let outcome = loop {
+            match client.detach_with(name, true).await {
+                Err(
+                    ClientError::NoSocket { .. } | ClientError::ConnectionRefused { .. } | ClientError::ConnectionLost { .. },
+                ) if Instant::now() < end => {
+                    tokio::time::sleep(DETACH_RETRY_INTERVAL).await;
+                }
+                outcome => break outcome,
             }
-            outcome => break outcome,
-        }
-    };
+        };
+        detached = detached.and(outcome.map(|_| ()));
+    }
     if let Some(file) = ResolverFile::for_namespace(&namespaces.path(name), name) {
         file.remove()?;
     }
     namespaces.remove(name)?;
-    detached?;
-    Ok(())
+    Ok(detached?)
 }
 
 /// Generates a unique name from the PID and the time.

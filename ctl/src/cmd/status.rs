@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use overlay_agent::model::api::{Health, Status};
+use overlay_agent::model::NetworkName;
+use overlay_agent::model::api::{Health, NetworkEntry, NetworkKind, Status};
 use overlay_agent::plan::backend;
 use overlay_agent::plan::underlay::SelectionReason;
 use serde::Serialize;
 use tokio::time::Instant;
 
 use super::{CommandError, Context, Outcome};
-use crate::client::ClientError;
+use crate::client::{Client, ClientError};
 use crate::output::{Style, Tone, View, format_ago, format_seconds, joined};
 
 /// Interval of `--wait`: short next to an agent's start (about 1 s), long next to a request (1 ms).
@@ -19,6 +20,9 @@ const POLL_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit codes: 0 success, 1 no agent, 3 degraded or not ready, 4 not ready in time (--wait).")]
 pub struct Args {
+    /// Network [default: the default network, with a line for each other one]
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// Wait until the agent is ready, at most this long (30s, 2m); also waits for the agent to start
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     wait: Option<Duration>,
@@ -29,13 +33,14 @@ pub struct Args {
 
 /// Prints the status.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
+    let client = context.client.of_network(args.network.as_ref());
     let (status, outcome) = match args.wait {
         None => {
-            let status = context.client.status().await?;
+            let status = client.status().await?;
             let outcome = if status.ready && status.health == Health::Ok { Outcome::Ok } else { Outcome::Degraded };
             (status, outcome)
         }
-        Some(limit) => match wait(context, limit).await? {
+        Some(limit) => match wait(&client, limit).await? {
             Some(status) => {
                 let outcome = if status.ready { Outcome::Ok } else { Outcome::TimedOut };
                 (status, outcome)
@@ -43,19 +48,29 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
             None => return Ok(Outcome::TimedOut),
         },
     };
-    context.printer.print(&StatusView { status: &status, brief: args.brief })?;
+    let networks = if args.network.is_none() { other_networks(&client).await? } else { Vec::new() };
+    let outcome = match outcome {
+        Outcome::Ok if !networks.iter().all(|network| network.ready && network.problems == 0) => Outcome::Degraded,
+        outcome => outcome,
+    };
+    context.printer.print(&StatusView { status: &status, network: args.network.as_ref(), networks, brief: args.brief })?;
     if outcome == Outcome::TimedOut {
         eprintln!("overlayctl: not ready within {}", humantime::format_duration(args.wait.unwrap_or_default()));
     }
     Ok(outcome)
 }
 
+/// The networks that this host is in besides the default one.
+async fn other_networks(client: &Client) -> Result<Vec<NetworkEntry>, ClientError> {
+    Ok(client.networks().await?.networks.into_iter().filter(|entry| !entry.name.is_default()).collect())
+}
+
 /// Returns the status once the agent is ready, or the last one at the limit. `None`, with an error on standard error, if no agent
 /// answered.
-async fn wait(context: &Context, limit: Duration) -> Result<Option<Status>, CommandError> {
+async fn wait(client: &Client, limit: Duration) -> Result<Option<Status>, CommandError> {
     let end = Instant::now() + limit;
     // Bounds a request that hangs, so that it does not outlast the limit by much.
-    let client = context.client.clone().with_timeout(limit.clamp(POLL_INTERVAL, Duration::from_secs(5)));
+    let client = client.clone().with_timeout(limit.clamp(POLL_INTERVAL, Duration::from_secs(5)));
     loop {
         let status = client.status().await;
         let timed_out = Instant::now() + POLL_INTERVAL > end;
@@ -84,12 +99,17 @@ struct StatusView<'a> {
     #[serde(flatten)]
     status: &'a Status,
     #[serde(skip)]
+    network: Option<&'a NetworkName>,
+    /// The other networks, if any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    networks: Vec<NetworkEntry>,
+    #[serde(skip)]
     brief: bool,
 }
 
 impl View for StatusView<'_> {
     fn text(&self, style: Style, wide: bool) -> String {
-        if self.brief { brief(self.status, style) } else { full(self.status, style, wide) }
+        if self.brief { brief(self.status, style) } else { full(self, style, wide) }
     }
 }
 
@@ -114,7 +134,8 @@ fn brief(status: &Status, style: Style) -> String {
     )
 }
 
-fn full(status: &Status, style: Style, wide: bool) -> String {
+fn full(view: &StatusView<'_>, style: Style, wide: bool) -> String {
+    let status = view.status;
     let mut lines = vec![format!(
         "{}  {}  {}",
         status.node,
@@ -127,7 +148,8 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
         line("node id", status.node_id.clone());
     }
     line("store", store(status, style));
-    line("network", network(status));
+    let name = view.network.filter(|name| !name.is_default());
+    line("network", name.map_or_else(|| network(status), |name| format!("{name}, {}", network(status))));
     line("lease", lease(status));
     line("underlay", underlay(status));
     if let Some(text) = address_reasons(status, wide) {
@@ -141,6 +163,9 @@ fn full(status: &Status, style: Style, wide: bool) -> String {
         line("dropped", text);
     }
     line("endpoints", status.endpoints.to_string());
+    for (n, entry) in view.networks.iter().enumerate() {
+        line(if n == 0 { "networks" } else { "" }, other_network(entry, style));
+    }
     let mut problem = |tone: Tone, text: String| lines.push(format!("  {} {text}", style.paint(tone, "!")));
     for text in &status.problems {
         problem(Tone::Bad, text.clone());
@@ -176,6 +201,25 @@ fn network(status: &Status) -> String {
             format!("{pools}, {}{port}", backend.label())
         }
     }
+}
+
+fn other_network(entry: &NetworkEntry, style: Style) -> String {
+    let NetworkEntry { name, kind, subnet, ready, endpoints, problems } = entry;
+    let kind = match kind {
+        NetworkKind::Routed => "routed",
+        NetworkKind::Isolated => "isolated",
+    };
+    let subnet = subnet.map_or_else(|| "no subnet".to_owned(), |subnet| subnet.to_string());
+    let state = match (ready, problems) {
+        (true, 0) => style.paint(Tone::Good, "ready"),
+        (true, _) => style.paint(Tone::Warning, "ready, degraded"),
+        (false, _) => style.paint(Tone::Warning, "not ready"),
+    };
+    let problems = match problems {
+        0 => String::new(),
+        n => format!(", {n} problems: overlayctl status --network {name}"),
+    };
+    format!("{name} {state}, {kind} {subnet}, {endpoints} endpoints{problems}")
 }
 
 fn lease(status: &Status) -> String {

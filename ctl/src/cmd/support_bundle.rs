@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use overlay_agent::kernel::netns::Netns;
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
@@ -11,6 +12,8 @@ use crate::bundle::redact::{Redactor, known_secrets};
 use crate::bundle::sources::{self, HostPaths};
 use crate::bundle::{Archive, Bundle, Part, contents};
 use crate::output::{Style, Tone, View};
+use crate::trace::TraceError;
+use crate::trace::namespace_view::NamespaceView;
 use crate::trace::targets::Inventory;
 
 /// Timeout of the request for the agent's containers.
@@ -63,7 +66,10 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     let mut archive = Archive::create(&path, &top, at, Redactor::new(secrets(&args.config)))?;
     let version = format!("overlayctl {}\nmade {}\n", env!("CARGO_PKG_VERSION"), humantime::format_rfc3339_seconds(now));
     archive.add(Part { name: "versions/overlayctl.txt".to_owned(), from: "this program".to_owned(), content: Ok(version) })?;
-    let all = sources::all(&paths, &endpoints);
+    let networks = Netns::current().map_err(TraceError::from).and_then(|host| NamespaceView::of_networks(&host));
+    let networks = networks.unwrap_or_default().into_iter();
+    let networks: Vec<(String, PathBuf)> = networks.map(|network| (network.network, network.netns.path().to_owned())).collect();
+    let all = sources::all(&paths, &endpoints, &networks);
     let progress = Progress::new(all.len());
     for (number, (name, source)) in all.iter().enumerate() {
         progress.show(number, name);

@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use overlay_agent::model::Family;
+use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::{Family, NetworkName};
 use serde::Serialize;
 
 use super::{CommandError, Context, Outcome};
+use crate::client::{Client, ClientError};
 use crate::output::{Style, Table, Tone, View, cell, toned};
 use crate::trace::targets::{Inventory, TargetArg, TraceEnd};
 use crate::trace::{self, Trace, TraceError};
@@ -24,6 +26,9 @@ pub struct Args {
     /// Destination: a container of this host, a host of the overlay, or an address; with a port, as in ADDRESS:80/tcp
     #[arg(value_name = "DST")]
     to: String,
+    /// Network of the containers' and hosts' names [default: default]
+    #[arg(long, value_name = "NAME")]
+    network: Option<NetworkName>,
     /// Use IPv6 if both ends have both families
     #[arg(short = '6', long = "ipv6")]
     v6: bool,
@@ -43,7 +48,8 @@ pub struct Args {
 
 /// Prints the path. Exit code 1 if the packet stops, 3 if that is unknown.
 pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError> {
-    let (inventory, note) = load_inventory(context, args).await;
+    let client = context.client.of_network(args.network.as_ref()).with_timeout(AGENT_TIMEOUT);
+    let (inventory, note) = load_inventory(&client, args).await?;
     let (from, to) = (args.from.clone(), args.to.clone());
     let family = args.v6.then_some(Family::V6);
     let watch = args.live.then_some(live::WatchOptions { wait: args.wait, send: args.send, netns: None });
@@ -54,7 +60,11 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
             if let TraceEnd::Container(endpoint) = inventory.resolve(&TargetArg::parse(&from)?.name)? {
                 watch.netns = Some(endpoint.netns);
             }
-            trace.live = Some(live::watch(&trace, &watch)?);
+            let watched = match &trace.netns {
+                Some(netns) => Netns::open(netns)?.run(|| live::watch(&trace, &watch))?,
+                None => live::watch(&trace, &watch),
+            };
+            trace.live = Some(watched?);
         }
         Ok(trace)
     };
@@ -69,17 +79,18 @@ pub async fn run(context: &Context, args: &Args) -> Result<Outcome, CommandError
     })
 }
 
-/// Loads the hosts and containers, with a note if the agent does not answer.
-async fn load_inventory(context: &Context, args: &Args) -> (Inventory, Option<String>) {
-    let client = context.client.clone().with_timeout(AGENT_TIMEOUT);
+/// Loads the hosts and containers of the client's network, with a note if the agent does not answer. The state directory has the
+/// containers of the default network.
+async fn load_inventory(client: &Client, args: &Args) -> Result<(Inventory, Option<String>), ClientError> {
     match client.endpoints().await {
         Ok(endpoints) => {
             let leases = client.subnets().await.ok().map(|subnets| subnets.subnets);
-            (Inventory { endpoints: endpoints.endpoints, leases }, None)
+            Ok((Inventory { endpoints: endpoints.endpoints, leases }, None))
         }
+        Err(error) if !client.network_name().is_default() => Err(error),
         Err(error) => {
             let note = format!("{error}. Names come from {}; the path comes from the kernel", args.state_dir.display());
-            (Inventory::from_state(&args.state_dir), Some(note))
+            Ok((Inventory::from_state(&args.state_dir), Some(note)))
         }
     }
 }

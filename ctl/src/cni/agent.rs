@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use overlay_agent::http::{self, Response};
-use overlay_agent::model::api::{AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, VERSION};
+use overlay_agent::model::NetworkName;
+use overlay_agent::model::api::{AttachRequest, AttachResponse, DetachResponse, Endpoints, ErrorBody, Networks, VERSION};
 use overlay_agent::model::endpoint::EndpointName;
 use serde::de::DeserializeOwned;
 
@@ -27,10 +28,11 @@ const MAX_BACKOFF: Duration = Duration::from_millis(200);
 /// Largest response, in bytes: 65,536 endpoints take some 25 MiB.
 const MAX_RESPONSE_BYTES: u64 = 64 << 20;
 
-/// Client of this host's agent.
+/// Client of this host's agent, for one network.
 #[derive(Debug)]
 pub struct AgentClient<'a> {
     socket: &'a Path,
+    network: &'a NetworkName,
     deadline: Instant,
     log: &'a Log,
 }
@@ -46,8 +48,8 @@ enum Failure {
 
 impl<'a> AgentClient<'a> {
     /// Creates a client that retries until the deadline.
-    pub fn new(socket: &'a Path, deadline: Instant, log: &'a Log) -> AgentClient<'a> {
-        AgentClient { socket, deadline, log }
+    pub fn new(socket: &'a Path, network: &'a NetworkName, deadline: Instant, log: &'a Log) -> AgentClient<'a> {
+        AgentClient { socket, network, deadline, log }
     }
 
     /// Copies the client with another deadline.
@@ -59,17 +61,37 @@ impl<'a> AgentClient<'a> {
     pub fn attach(&self, name: &EndpointName, request: &AttachRequest) -> Result<AttachResponse, CniError> {
         let body =
             serde_json::to_vec(request).map_err(|e| CniError::new(Code::Failed, format!("cannot write the request: {e}")))?;
-        self.request("PUT", &endpoint_path(name), &body)
+        self.request("PUT", &self.endpoint_path(name), &body)
     }
 
     /// Detaches an endpoint and all that share its namespace: the runtime deletes the container. An unknown endpoint is no error.
     pub fn detach(&self, name: &EndpointName) -> Result<DetachResponse, CniError> {
-        self.request("DELETE", &format!("{}?force=true", endpoint_path(name)), &[])
+        self.request("DELETE", &format!("{}?force=true", self.endpoint_path(name)), &[])
     }
 
-    /// Lists all endpoints of the host.
+    /// Lists the network's endpoints on this host.
     pub fn endpoints(&self) -> Result<Endpoints, CniError> {
-        self.request("GET", &format!("/v{VERSION}/endpoints"), &[])
+        // A host leaves a network some time after its last endpoint.
+        if !self.network.is_default() {
+            let joined: Networks = self.request("GET", &format!("/v{VERSION}/networks"), &[])?;
+            if !joined.networks.iter().any(|entry| entry.name == *self.network) {
+                return Ok(Endpoints { endpoints: Vec::new() });
+            }
+        }
+        self.request("GET", &self.endpoints_path(), &[])
+    }
+
+    fn endpoints_path(&self) -> String {
+        if self.network.is_default() {
+            format!("/v{VERSION}/endpoints")
+        } else {
+            format!("/v{VERSION}/networks/{}/endpoints", self.network)
+        }
+    }
+
+    fn endpoint_path(&self, name: &EndpointName) -> String {
+        // A name contains no character that needs percent-encoding.
+        format!("{}/{name}", self.endpoints_path())
     }
 
     /// Checks once whether the agent is ready; the error is its reason.
@@ -143,11 +165,6 @@ impl<'a> AgentClient<'a> {
         let text = format!("the agent at {} did not answer in time. See its log: journalctl -u overlayd", self.socket.display());
         Failure::Retryable(text)
     }
-}
-
-fn endpoint_path(name: &EndpointName) -> String {
-    // A name contains no character that needs percent-encoding.
-    format!("/v{VERSION}/endpoints/{name}")
 }
 
 /// Connects. The timeout covers a server with a full backlog too.

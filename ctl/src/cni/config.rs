@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use overlay_agent::model::NetworkName;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -28,8 +29,10 @@ const VALID_ATTACHMENTS: &str = "cni.dev/valid-attachments";
 pub struct Config {
     /// `cniVersion`.
     pub version: Version,
-    /// `name`: name of the network.
+    /// `name`: name of the network at the runtime.
     pub name: String,
+    /// `network`: the overlay network.
+    pub network: NetworkName,
     /// `socket`: path of the agent's socket.
     pub socket: PathBuf,
     /// `timeout`: limit of one verb.
@@ -208,6 +211,7 @@ impl Config {
         Ok(Config {
             version,
             name,
+            network: network(&mut keys)?,
             socket: keys.path("socket")?.unwrap_or_else(|| PathBuf::from(DEFAULT_SOCKET)),
             timeout: timeout(&mut keys)?,
             log_file: keys.path("logFile")?,
@@ -221,6 +225,11 @@ impl Config {
             valid_attachments: valid,
         })
     }
+}
+
+fn network(keys: &mut Keys) -> Result<NetworkName, CniError> {
+    let Some(text) = keys.take::<String>("network")? else { return Ok(NetworkName::default()) };
+    text.parse().map_err(|e| CniError::new(Code::InvalidConfig, format!("key network of the network configuration: {e}")))
 }
 
 fn timeout(keys: &mut Keys) -> Result<Duration, CniError> {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::client::tests::fake_agent::FakeAgent;
 
 fn run_plugin(command: &str, more: &[(&str, &str)], input: &str) -> Result<Option<Value>, CniError> {
     let variable = |name: &str| {
@@ -86,6 +87,8 @@ fn configuration_is_validated() {
         (&NETWORK_CONFIG.replace("/nonexistent", "nonexistent"), Code::InvalidConfig),
         (&config_with(r#""sourceCheck":"no""#), Code::Decode),
         (&config_with(r#""isDefaultGateway":"no""#), Code::Decode),
+        (&config_with(r#""network":7"#), Code::Decode),
+        (&config_with(r#""network":"Blue""#), Code::InvalidConfig),
         (&config_with(r#""runtimeConfig":{"ips":["10.0.0.1","10.0.0.2"]}"#), Code::InvalidConfig),
         (&config_with(r#""runtimeConfig":{"ips":["10.0.0.1"]},"args":{"cni":{"ips":["10.0.0.2"]}}"#), Code::InvalidConfig),
         (&config_with(r#""runtimeConfig":{"ips":["here"]}"#), Code::InvalidConfig),
@@ -112,6 +115,7 @@ fn configuration_is_validated() {
         (&config_with(r#""runtimeConfig":null,"args":{"cni":null},"dns":null,"prevResult":null"#), Code::UnknownContainer),
         (&config_with(r#""isDefaultGateway":false"#), Code::UnknownContainer),
         (&config_with(r#""isDefaultGateway":null"#), Code::UnknownContainer),
+        (&config_with(r#""network":"blue""#), Code::UnknownContainer),
     ] {
         assert_eq!(error_code(run_plugin("ADD", &CNI_ENV, input)), wanted, "{input}");
     }
@@ -182,4 +186,35 @@ fn error_json_matches_specification() {
     let wanted = serde_json::json!({ "cniVersion": "0.4.0", "code": 11, "msg": "later", "details": "more" });
     assert_eq!(error.to_json(Version::V0_4_0.as_str()), wanted);
     assert!(CniError::new(Code::Io, "no").to_json(Version::LATEST.as_str()).get("details").is_none());
+}
+
+#[test]
+fn network_of_configuration_selects_paths() {
+    let agent = FakeAgent::start(|request| match request {
+        "GET /v1/networks" => {
+            let blue = serde_json::json!({"name": "blue", "kind": "isolated", "subnet": null, "ready": true, "endpoints": 1, "problems": 0});
+            (200, serde_json::json!({"networks": [blue]}).to_string())
+        }
+        "GET /v1/networks/blue/endpoints" => {
+            let stale = serde_json::json!({"name": "c2-eth0", "network": "blue", "netns": "/x", "owner": "cni/net/c2/eth0", "attached_at": 0});
+            (200, serde_json::json!({"endpoints": [stale]}).to_string())
+        }
+        delete if delete.starts_with("DELETE") => (200, r#"{"endpoint":null,"sharers":[]}"#.to_owned()),
+        other => (404, serde_json::json!({"error": other}).to_string()),
+    });
+    let config = |network: &str, more: &str| {
+        let text = config_with(&format!(r#""network":"{network}"{more}"#));
+        text.replace("/nonexistent", &agent.socket().display().to_string())
+    };
+    assert_eq!(run_plugin("DEL", &CNI_ENV, &config("blue", "")), Ok(None));
+    assert_eq!(agent.take_requests(), ["DELETE /v1/networks/blue/endpoints/c1-eth0-c4d29313054bf7a8?force=true"]);
+    let keep_none = r#","cni.dev/valid-attachments":[]"#;
+    assert_eq!(run_plugin("GC", &[], &config("blue", keep_none)), Ok(None));
+    assert_eq!(
+        agent.take_requests(),
+        ["GET /v1/networks", "GET /v1/networks/blue/endpoints", "DELETE /v1/networks/blue/endpoints/c2-eth0?force=true"]
+    );
+    // The host has left the network: nothing is to be collected.
+    assert_eq!(run_plugin("GC", &[], &config("green", keep_none)), Ok(None));
+    assert_eq!(agent.take_requests(), ["GET /v1/networks"]);
 }

@@ -167,7 +167,7 @@ impl Context<'_> {
     /// STATUS: reports whether an ADD would succeed now.
     pub fn status(&self) -> Result<(), CniError> {
         let limit = self.config.timeout.min(STATUS_TIMEOUT);
-        let agent = AgentClient::new(&self.config.socket, self.started + limit, self.log);
+        let agent = AgentClient::new(&self.config.socket, &self.config.network, self.started + limit, self.log);
         agent
             .check_ready()
             .map_err(|reason| CniError::new(Code::NotAvailable, format!("no container can be attached now: {reason}")))
@@ -175,7 +175,7 @@ impl Context<'_> {
 
     /// Client of the agent with the verb's deadline.
     pub(super) fn agent(&self) -> AgentClient<'_> {
-        AgentClient::new(&self.config.socket, self.started + self.config.timeout, self.log)
+        AgentClient::new(&self.config.socket, &self.config.network, self.started + self.config.timeout, self.log)
     }
 
     pub(super) fn elapsed_ms(&self) -> f64 {

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use nix::sys::signal::Signal;
+use overlay_agent::model::NetworkName;
 use overlay_agent::model::api::Status;
 
 use super::process::{ProcessId, TERM_GRACE, ended_error, log_tail, start, terminate_all};
 use super::{Host, Lab, LabError, etcd};
-use crate::client::ClientError;
+use crate::client::{Client, ClientError};
 
 /// Name of the agent's program.
 const PROGRAM: &str = "overlayd";
@@ -57,6 +58,8 @@ fn command(host: &Host<'_>, program: &Path, extra_args: &[&str]) -> Command {
     command.arg("--run-dir").arg(host.run_dir()).arg("--state-dir").arg(host.state_dir());
     command.args(["--node-name", host.name(), "--etcd-endpoints", &layout.etcd_endpoints().join(",")]);
     command.args(["--etcd-prefix", super::layout::ETCD_PREFIX]);
+    // All hosts of the lab share /run/netns. A variable, which an earlier version of the agent ignores.
+    command.env("OVERLAYD_NETNS_PREFIX", format!("{}.", layout.namespace(host.name())));
     command.args(&layout.agent_args).args(extra_args);
     command
 }
@@ -107,7 +110,14 @@ impl Host<'_> {
     /// Waits until the agent is ready.
     pub async fn wait_ready(&self, limit: Duration) -> Result<Status, LabError> {
         let context = format!("{} is not ready", self.name());
-        wait_status(self, |status| status.ready, Instant::now() + limit, limit, &context).await
+        wait_status(self, &self.client(), |status| status.ready, Instant::now() + limit, limit, &context).await
+    }
+
+    /// Waits until the host is ready in a network, with that number of peers.
+    pub async fn wait_ready_in(&self, network: &NetworkName, peers: usize, limit: Duration) -> Result<Status, LabError> {
+        let context = format!("{} is not ready with {peers} peers in network {network}", self.name());
+        let is_ready = |status: &Status| status.ready && status.data_path.peers == peers;
+        wait_status(self, &self.client_of(network), is_ready, Instant::now() + limit, limit, &context).await
     }
 
     /// Waits until the agent's status fulfils a condition; `what` names the unmet condition in the error.
@@ -117,35 +127,42 @@ impl Host<'_> {
         context: &str,
         predicate: impl Fn(&Status) -> bool,
     ) -> Result<Status, LabError> {
-        wait_status(self, predicate, Instant::now() + limit, limit, context).await
+        wait_status(self, &self.client(), predicate, Instant::now() + limit, limit, context).await
     }
 }
 
 /// Waits until every agent is ready and has routes to all others.
 pub async fn wait_mesh(lab: &Lab, limit: Duration) -> Result<(), LabError> {
+    wait_mesh_of(lab, &NetworkName::default(), limit).await
+}
+
+/// Waits until every host is ready in a network and has routes to all others.
+pub async fn wait_mesh_of(lab: &Lab, network: &NetworkName, limit: Duration) -> Result<(), LabError> {
     let families = lab.layout().families().count();
     let peers = lab.layout().hosts.len() - 1;
     let end = Instant::now() + limit;
     // A peer counts once, or once per family.
     let is_meshed =
         |status: &Status| status.ready && (status.data_path.peers == peers || status.data_path.peers == peers * families);
+    let place = if network.is_default() { String::new() } else { format!(" in network {network}") };
     let waits = stream::iter(lab.hosts()).map(|host| {
-        let context = format!("{} has not all {peers} peers", host.name());
-        async move { wait_status(&host, is_meshed, end, limit, &context).await }
+        let context = format!("{} has not all {peers} peers{place}", host.name());
+        async move { wait_status(&host, &host.client_of(network), is_meshed, end, limit, &context).await }
     });
     waits.buffer_unordered(MAX_CONCURRENT).try_collect::<Vec<_>>().await?;
     Ok(())
 }
 
-/// Waits until the agent's status fulfils a condition.
+/// Waits until the agent's status, as a client reads it, fulfils a condition.
 async fn wait_status(
     host: &Host<'_>,
+    client: &Client,
     predicate: impl Fn(&Status) -> bool,
     end: Instant,
     limit: Duration,
     context: &str,
 ) -> Result<Status, LabError> {
-    let client = host.client().with_timeout(Duration::from_secs(5));
+    let client = client.clone().with_timeout(Duration::from_secs(5));
     loop {
         let response = client.status().await;
         let detail = match response {

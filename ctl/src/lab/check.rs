@@ -1,23 +1,26 @@
 //! Connectivity check of a lab. Every container calls every other one, which answers with the address that it sees: it must be
 //! the caller's own, so there is no address translation. Every container also calls the outside world, which must see the address
-//! of the container's host.
+//! of the container's host. In a lab with isolated networks, calls stay within a network, and datagrams to the containers of the
+//! others must not arrive.
 //!
 //! Everything runs in this process: a socket belongs to the namespace of the thread that opened it, whichever thread uses it. The
 //! tasks are the servers (one per container, one in the world) and at most sixteen calls at once; all end with [`check`].
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{self, StreamExt};
 use overlay_agent::kernel::netns::Netns;
-use overlay_agent::model::{Family, PerFamily};
+use overlay_agent::model::{Family, NetworkName, PerFamily};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::task::JoinSet;
 
 use super::container::{self, AttachedContainer};
+use super::crossing::{self, Crossing, Listeners, Party};
 use super::layout::outside_address;
 use super::{Lab, LabError};
 use crate::check::read_net_stat;
@@ -55,6 +58,9 @@ impl TimeBudget {
     }
 }
 
+/// Time for a datagram to cross: more than the path within a host or between two, with the first packet's neighbour resolution.
+const CROSSING_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Timeout of one call: a lost SYN is sent again after 1 s and 3 s (RFC 6298), so a slower call has no path.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -65,12 +71,26 @@ pub struct Report {
     pub ok: bool,
     /// Names of the containers, in call order.
     pub containers: Vec<String>,
-    /// Calls from every container to every other one, in each family.
+    /// Calls from every container to every other one of its network, in each family.
     pub overlay: Vec<Probe>,
     /// Calls from every container to the outside world, in each family.
     pub egress: Vec<Probe>,
+    /// Datagrams to containers of other networks; absent in a lab with one network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<Isolation>,
     /// Further information about failed calls.
     pub remarks: Vec<String>,
+}
+
+/// Outcome of datagrams between networks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Isolation {
+    /// Number of networks.
+    pub networks: usize,
+    /// Number of datagrams.
+    pub sent: usize,
+    /// Those that arrived.
+    pub crossings: Vec<Crossing>,
 }
 
 /// One call and its outcome.
@@ -97,6 +117,7 @@ pub struct Probe {
 /// A container with its open namespace.
 struct Prober {
     name: String,
+    network: NetworkName,
     netns: Netns,
     addresses: PerFamily<IpAddr>,
     host_addresses: PerFamily<IpAddr>,
@@ -120,7 +141,7 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     let mut egress = Vec::new();
     for from in &probers {
         for family in &families {
-            for to in probers.iter().filter(|to| to.name != from.name) {
+            for to in probers.iter().filter(|to| to.name != from.name && to.network == from.network) {
                 overlay.push(plan_probe(from, *family, &to.name, to.addresses.get(*family), from.addresses.get(*family)));
             }
             egress.push(plan_probe(from, *family, "world", Some(&outside_address(*family)), from.host_addresses.get(*family)));
@@ -132,7 +153,9 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
     let overlay = stream::iter(overlay).map(run).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
     let egress = stream::iter(egress).map(run).buffered(MAX_CONCURRENT).collect::<Vec<_>>().await;
     servers.shutdown().await;
-    let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none());
+    let isolation = check_isolation(&probers).await?;
+    let ok = overlay.iter().chain(&egress).all(|c| c.error.is_none())
+        && isolation.as_ref().is_none_or(|isolation| isolation.crossings.is_empty());
     let mut remarks = Vec::new();
     if !ok && neighbour_overflows() > overflows {
         remarks.push(
@@ -141,7 +164,34 @@ pub async fn check(lab: &Lab) -> Result<Report, LabError> {
                 .to_owned(),
         );
     }
-    Ok(Report { ok, containers: probers.into_iter().map(|p| p.name).collect(), overlay, egress, remarks })
+    Ok(Report { ok, containers: probers.into_iter().map(|p| p.name).collect(), overlay, egress, isolation, remarks })
+}
+
+/// Sends datagrams from each container to those of other networks; `None` with one network.
+async fn check_isolation(probers: &[Prober]) -> Result<Option<Isolation>, LabError> {
+    let party = |prober: &Prober| Party {
+        name: prober.name.clone(),
+        network: prober.network.clone(),
+        netns: prober.netns.clone(),
+        addresses: prober.addresses,
+    };
+    let parties: Vec<Party> = probers.iter().map(party).collect();
+    let networks = parties.iter().map(|party| &party.network).collect::<BTreeSet<_>>().len();
+    if networks < 2 {
+        return Ok(None);
+    }
+    let mut listeners = Listeners::default();
+    for party in &parties {
+        listeners.add(party)?;
+    }
+    let mut sent = 0;
+    for from in &parties {
+        let others = parties.iter().filter(|to| to.network != from.network);
+        sent += others.clone().map(|to| to.addresses.iter().count()).sum::<usize>();
+        crossing::send(from, others)?;
+    }
+    tokio::time::sleep(CROSSING_TIMEOUT).await;
+    Ok(Some(Isolation { networks, sent, crossings: listeners.crossings() }))
 }
 
 /// Number of overflows of the kernel's neighbour tables since boot; 0 if unreadable. Hosts in full mesh need one entry per pair,
@@ -154,9 +204,9 @@ fn neighbour_overflows() -> u64 {
 fn list_probers(lab: &Lab) -> Result<Vec<Prober>, LabError> {
     let mut probers = Vec::new();
     for host in lab.hosts() {
-        for AttachedContainer { name, netns, addresses } in container::list_attached(&host)? {
+        for AttachedContainer { name, network, netns, addresses } in container::list_attached(&host)? {
             let name = format!("{}-{name}", host.name());
-            probers.push(Prober { name, netns, addresses, host_addresses: host.layout().addresses });
+            probers.push(Prober { name, network, netns, addresses, host_addresses: host.layout().addresses });
         }
     }
     Ok(probers)
@@ -255,6 +305,7 @@ mod tests {
         let budget = TimeBudget::new();
         let prober = Prober {
             name: "a".to_owned(),
+            network: NetworkName::default(),
             netns,
             addresses: PerFamily { v4: Some(loopback), v6: None },
             host_addresses: PerFamily { v4: "10.0.0.1".parse().ok(), v6: None },

@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use super::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address, etcd_url};
+use overlay_agent::model::NetworkChange;
+use overlay_agent::store::{NetworkError, WriteKind};
+
+use super::layout::{ETCD_PORT, ETCD_PREFIX, etcd_address, etcd_url, isolated_network};
 use super::process::{ProcessId, ended_error, log_tail, start as start_process};
 use super::{Lab, LabError};
 use crate::etcd::{EtcdArgs, EtcdError};
@@ -103,15 +106,26 @@ pub fn etcd_args(lab: &Lab) -> EtcdArgs {
     EtcdArgs::without_tls(lab.layout().etcd_endpoints(), ETCD_PREFIX)
 }
 
-/// Writes the network configuration if there is none.
+/// Writes the network configuration if there is none, and the records of the isolated networks.
 pub async fn configure(lab: &Lab) -> Result<(), LabError> {
     let arguments = etcd_args(lab);
-    let text = lab.layout().config.clone();
+    let layout = lab.layout();
+    let isolated = NetworkChange {
+        cidrs: layout.families().map(|family| (family, isolated_network(family))).collect(),
+        isolated: Some(true),
+        ..NetworkChange::default()
+    };
     in_switch_namespace(lab, || async move {
-        match arguments.read_config().await? {
-            None => arguments.put_config(&text, None).await,
-            Some(_) => Ok(()),
+        if arguments.read_config().await?.is_none() {
+            arguments.put_config(&layout.config, None).await?;
         }
+        for name in &layout.isolated {
+            match arguments.write_network(name, WriteKind::Create, &isolated).await {
+                Ok(_) | Err(EtcdError::Network(NetworkError::Exists { .. })) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     })?
     .map_err(LabError::from)
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Output;
 
 use overlay_agent::kernel::netns::Netns;
+use overlay_agent::model::NetworkName;
 
 use super::labs_dir::socket_path;
 use super::layout::HostLayout;
@@ -70,6 +71,11 @@ impl<'a> Host<'a> {
     /// Client of the agent.
     pub fn client(&self) -> Client {
         Client::new(self.socket())
+    }
+
+    /// Client of the agent for one network.
+    pub fn client_of(&self, network: &NetworkName) -> Client {
+        self.client().of_network(network)
     }
 
     /// Runs a command on the host and waits for its end. Blocks.

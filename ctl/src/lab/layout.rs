@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use clap::ValueEnum;
-use overlay_agent::model::{Cidr, Family, NetworkConfig, PerFamily};
+use overlay_agent::model::{Cidr, Family, NetworkConfig, NetworkName, PerFamily};
 use serde::{Deserialize, Serialize};
 
 use super::LabError;
@@ -20,6 +20,10 @@ pub const ETCD_PORT: u16 = 2379;
 pub const MAX_HOSTS: u16 = 1000;
 /// Maximum number of containers per host: more are useless in a lab.
 pub const MAX_CONTAINERS: u16 = 200;
+/// Maximum number of isolated networks: as many as a host is measured with.
+pub const MAX_ISOLATED: u16 = 100;
+/// Number of subnets of [`isolated_network`]: the first one is not leased.
+const MAX_HOSTS_OF_ISOLATED: u16 = 255;
 
 /// Name of a lab: 1 to 12 of `a-z 0-9`. It fits into namespace names, and no name followed by a dash is a prefix of another.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -102,8 +106,10 @@ pub struct LabOptions {
     pub name: LabName,
     /// Number of hosts, 1 to [`MAX_HOSTS`].
     pub hosts: u16,
-    /// Containers per host, 0 to [`MAX_CONTAINERS`].
+    /// Containers per host in each network, 0 to [`MAX_CONTAINERS`].
     pub containers: u16,
+    /// Number of isolated networks beside the default one, 0 to [`MAX_ISOLATED`].
+    pub isolated: u16,
     /// Families of underlay and overlay.
     pub families: Families,
     /// Overlay network of each family; defaults: 10.244.0.0/16 and fd00:10:244::/56.
@@ -127,6 +133,7 @@ impl LabOptions {
             name,
             hosts: 3,
             containers: 2,
+            isolated: 0,
             families: Families::V4,
             networks: PerFamily::default(),
             config: serde_json::Map::new(),
@@ -147,6 +154,9 @@ pub struct Layout {
     pub networks: PerFamily<Cidr>,
     /// Network configuration, as written to etcd.
     pub config: String,
+    /// Names of the isolated networks, all with the ranges of [`isolated_network`]: `net1`, `net2`, ...
+    #[serde(default)]
+    pub isolated: Vec<NetworkName>,
     /// Hosts.
     pub hosts: Vec<HostLayout>,
     /// Path of the agent's program; absent in a lab without agents.
@@ -165,7 +175,7 @@ pub struct HostLayout {
     pub name: String,
     /// Address on the underlay in each of the lab's families.
     pub addresses: PerFamily<IpAddr>,
-    /// Names of its containers: `c1`, `c2`, ...
+    /// Names of its containers in the default network: `c1`, `c2`, ... In another network: [`container_in`].
     pub containers: Vec<String>,
 }
 
@@ -178,6 +188,15 @@ impl Layout {
         }
         if options.containers > MAX_CONTAINERS {
             return refuse(format!("--containers {} is more than {MAX_CONTAINERS}", options.containers));
+        }
+        if options.isolated > MAX_ISOLATED {
+            return refuse(format!("--networks {} is more than {MAX_ISOLATED}", options.isolated));
+        }
+        if options.isolated > 0 && options.hosts > MAX_HOSTS_OF_ISOLATED {
+            return refuse(format!(
+                "--hosts {} is more than {MAX_HOSTS_OF_ISOLATED}, the number of subnets of an isolated network of the lab",
+                options.hosts
+            ));
         }
         let families = options.families.list();
         for (family, network) in options.networks.iter() {
@@ -219,6 +238,7 @@ impl Layout {
             name: options.name.clone(),
             networks,
             config,
+            isolated: isolated_names(options.isolated)?,
             hosts: (1..=options.hosts).map(host).collect(),
             overlayd: None,
             agent_args: options.agent_args.clone(),
@@ -234,6 +254,11 @@ impl Layout {
     /// Name of a target's namespace: `net`, `world`, `h1`, `h1-c1`.
     pub fn namespace(&self, target: &str) -> String {
         format!("{}{target}", self.prefix())
+    }
+
+    /// Start of the names of a host's isolated networks' namespaces. The target of network `blue` is `h1.blue`.
+    pub fn isolated_prefix(&self, host: &str) -> String {
+        self.namespace(&format!("{host}."))
     }
 
     /// Families of underlay and overlay.
@@ -253,6 +278,25 @@ impl Layout {
 /// Prefix of the names of a lab's namespaces.
 pub fn prefix(name: &LabName) -> String {
     format!("ov-{name}-")
+}
+
+/// Names of isolated networks: `net1`, `net2`, ...
+fn isolated_names(count: u16) -> Result<Vec<NetworkName>, LabError> {
+    let name = |n| format!("net{n}").parse::<NetworkName>().map_err(|error| LabError::Options { message: error.to_string() });
+    (1..=count).map(name).collect()
+}
+
+/// Name of a container in an isolated network, as endpoint and in its namespace's name.
+pub fn container_in(network: &NetworkName, container: &str) -> String {
+    format!("{network}-{container}")
+}
+
+/// Range of every isolated network.
+pub fn isolated_network(family: Family) -> Cidr {
+    match family {
+        Family::V4 => network([10, 0, 0, 0], [0; 8], 16, family),
+        Family::V6 => network([0; 4], [0xfd00, 0x10, 0, 0, 0, 0, 0, 0], 56, family),
+    }
 }
 
 /// Range of the underlay.
@@ -375,6 +419,16 @@ mod tests {
         for (options, wanted) in [
             (LabOptions { hosts: 0, ..options() }, "--hosts 0"),
             (LabOptions { containers: 999, ..options() }, "--containers 999"),
+            (LabOptions { isolated: 101, ..options() }, "--networks 101"),
+            (
+                LabOptions {
+                    isolated: 1,
+                    hosts: 256,
+                    networks: PerFamily { v4: "10.128.0.0/12".parse().ok(), v6: None },
+                    ..options()
+                },
+                "--hosts 256",
+            ),
             (LabOptions { networks: v6, ..options() }, "see --family"),
             (LabOptions { networks: underlay, ..options() }, "underlay"),
         ] {

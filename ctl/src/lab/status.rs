@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt};
-use overlay_agent::model::{PerFamily, Subnet};
+use overlay_agent::model::{NetworkName, PerFamily, Subnet};
 use serde::{Deserialize, Serialize};
 
 use super::{Host, Lab, container};
@@ -54,6 +54,9 @@ pub struct HostStatus {
 pub struct ContainerStatus {
     /// Name on the host.
     pub name: String,
+    /// Its network; absent if it is the default one.
+    #[serde(default, skip_serializing_if = "NetworkName::is_default")]
+    pub network: NetworkName,
     /// Addresses.
     pub addresses: PerFamily<IpAddr>,
 }
@@ -83,7 +86,10 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
         containers: Vec::new(),
     };
     match container::list_attached(host) {
-        Ok(all) => found.containers = all.into_iter().map(|f| ContainerStatus { name: f.name, addresses: f.addresses }).collect(),
+        Ok(all) => {
+            found.containers =
+                all.into_iter().map(|f| ContainerStatus { name: f.name, network: f.network, addresses: f.addresses }).collect()
+        }
         Err(error) => found.problems.push(error.to_string()),
     }
     if found.agent_pid.is_none() {
@@ -104,6 +110,9 @@ async fn host_status(host: &Host<'_>) -> HostStatus {
             .to_owned();
             found.problems.extend(status.problems);
             found.subnet = status.lease.map(|lease| lease.subnet);
+            let joined = client.networks().await.map(|all| all.networks).unwrap_or_default();
+            let waiting = joined.iter().filter(|network| !network.ready && !network.name.is_default());
+            found.problems.extend(waiting.map(|network| format!("network {} is not ready", network.name)));
         }
     }
     found

@@ -9,7 +9,7 @@ use overlay_agent::model::{Family, PerFamily};
 use overlay_agent::plan::OpError;
 
 use super::LabError;
-use super::layout::{Layout, etcd_address, gateway_address, outside_address, underlay};
+use super::layout::{HostLayout, Layout, etcd_address, gateway_address, outside_address, underlay};
 
 /// Name of the switch's bridge.
 pub const SWITCH: &str = "switch";
@@ -35,12 +35,15 @@ pub fn build(layout: &Layout) -> Result<(), LabError> {
     };
     configure().map_err(link_error("world"))?;
 
-    for host in &layout.hosts {
-        let netns = Netns::create(&layout.namespace(&host.name))?;
-        let setup = connect_to_switch(&switch, &host.name, &netns).map_err(link_error(&host.name))?;
-        configure_host(&setup, &host.addresses).map_err(link_error(&host.name))?;
-    }
-    Ok(())
+    layout.hosts.iter().try_for_each(|host| add_host(layout, host))
+}
+
+/// Creates a host's namespace, with its link to the switch.
+pub fn add_host(layout: &Layout, host: &HostLayout) -> Result<(), LabError> {
+    let switch = NetnsBuilder::open(&Netns::named(&layout.namespace("net"))?).map_err(link_error("net"))?;
+    let netns = Netns::create(&layout.namespace(&host.name))?;
+    let setup = connect_to_switch(&switch, &host.name, &netns).map_err(link_error(&host.name))?;
+    configure_host(&setup, &host.addresses).map_err(link_error(&host.name))
 }
 
 /// Creates a veth pair from a switch port to `eth0` of a namespace.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::layout::isolated_network;
 use super::{Lab, LabError, LabOptions, LabsDir, Layout, agent, container, etcd, underlay};
 
 /// Time for the complete data path of a lab after its agents start: a second for a few hosts, more if fifty share two processors.
@@ -60,6 +61,10 @@ impl Lab {
             etcd::configure(self).await?;
             let networks: Vec<String> = layout.networks.iter().map(|(_, n)| n.to_string()).collect();
             progress.step(&format!("network {} configured", networks.join(" ")));
+            if !layout.isolated.is_empty() {
+                let ranges: Vec<String> = layout.families().map(|family| isolated_network(family).to_string()).collect();
+                progress.step(&format!("{} isolated networks created, each with {}", layout.isolated.len(), ranges.join(" ")));
+            }
         }
         if layout.overlayd.is_none() {
             return Ok(());
@@ -69,9 +74,12 @@ impl Lab {
         }
         agent::wait_mesh(self, MESH_TIMEOUT).await?;
         progress.step(&format!("{} agents ready, each with a subnet and routes to all others", layout.hosts.len()));
-        let containers: usize = layout.hosts.iter().map(|h| h.containers.len()).sum();
+        let containers: usize = layout.hosts.iter().map(|h| h.containers.len() * (1 + layout.isolated.len())).sum();
         if containers > 0 {
             container::attach_all(self).await?;
+            for network in &layout.isolated {
+                agent::wait_mesh_of(self, network, MESH_TIMEOUT).await?;
+            }
             progress.step(&format!("{containers} containers attached"));
         }
         Ok(())

@@ -12,8 +12,8 @@ use overlay_agent::plan::ruleset::Hook;
 
 use super::TraceError;
 use super::hop_log::Step;
-use super::host_view::{HostView, link_fault};
-use super::tracer::{BridgeDecision, HOST, Tracer};
+use super::namespace_view::link_fault;
+use super::tracer::{BridgeDecision, Tracer};
 
 /// Lookups in a container's namespace.
 struct NetnsView {
@@ -79,19 +79,19 @@ impl Tracer<'_> {
         self.addresses_seen.push((flow.source, flow.destination));
         let packet_with_ethernet =
             Packet::new(&flow).with_ethernet_header(mac, neighbour_mac.or(bridge.mac).unwrap_or(Mac([0; 6])));
-        let input = self.host.links.iter().find(|link| link.name == host_interface).map(|link| link.index);
-        let packet = Packet { input: self.host.interface(input), ..packet_with_ethernet };
-        let result = self.host.ruleset.evaluate(Hook::Prerouting, true, &packet);
-        self.log.record_rules(HOST, "rules of the bridge", &result)?;
-        if route.gateway.is_none() && !self.host.addresses.contains(&flow.destination) {
+        let input = self.view.links.iter().find(|link| link.name == host_interface).map(|link| link.index);
+        let packet = Packet { input: self.view.interface(input), ..packet_with_ethernet };
+        let result = self.view.ruleset.evaluate(Hook::Prerouting, true, &packet);
+        self.log.record_rules(&self.view.place, "rules of the bridge", &result)?;
+        if route.gateway.is_none() && !self.view.addresses.contains(&flow.destination) {
             return self.forward_on_bridge(flow, &bridge).map(BridgeDecision::Delivered);
         }
         Ok(BridgeDecision::ToHost(flow, Box::new(bridge)))
     }
 
     fn check_neighbour(&mut self, location: &str, next: IpAddr, neighbour: Option<Neighbour>) -> Step<Option<Mac>> {
-        let bridge = self.host.bridge().and_then(|bridge| bridge.mac);
-        let gateway = self.host.addresses.contains(&next);
+        let bridge = self.view.bridge().and_then(|bridge| bridge.mac);
+        let gateway = self.view.addresses.contains(&next);
         match neighbour {
             Some(found) if found.is_usable() => {
                 let mac = found.mac.unwrap_or(Mac([0; 6]));
@@ -122,54 +122,64 @@ impl Tracer<'_> {
     /// Checks the host interface of a container's veth pair, and that it is a port of the bridge.
     pub(super) fn check_port(&mut self, host_interface: &str) -> Step<Link> {
         let remedy = "the agent restores it: `overlayctl status`, or `ip link set dev NAME up master BRIDGE`";
-        let Some(port) = self.host.links.iter().find(|link| link.name == host_interface).cloned() else {
-            return Err(self.log.stop(HOST, "port", format!("{host_interface} is missing"), remedy));
+        let Some(port) = self.view.links.iter().find(|link| link.name == host_interface).cloned() else {
+            return Err(self.log.stop(&self.view.place, "port", format!("{host_interface} is missing"), remedy));
         };
-        let Some(bridge) = self.host.bridge().cloned() else {
+        let Some(bridge) = self.view.bridge().cloned() else {
             return Err(self.log.stop(
-                HOST,
+                &self.view.place,
                 "bridge",
                 "the overlay's bridge is missing",
                 "start the agent: systemctl start overlayd",
             ));
         };
         if let Some(fault) = link_fault(&port) {
-            return Err(self.log.stop(HOST, "port", fault, remedy));
+            return Err(self.log.stop(&self.view.place, "port", fault, remedy));
         }
         if port.master != Some(bridge.index) {
-            return Err(self.log.stop(HOST, "port", format!("{host_interface} is not a port of {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is not a port of {}", bridge.name),
+                remedy,
+            ));
         }
         if let Some(fault) = link_fault(&bridge) {
-            return Err(self.log.stop(HOST, "bridge", fault, format!("ip link set {} up", bridge.name)));
+            return Err(self.log.stop(&self.view.place, "bridge", fault, format!("ip link set {} up", bridge.name)));
         }
         let state = port.port_state.as_deref().unwrap_or("unknown");
         if !matches!(state, "forwarding" | "unknown") {
-            return Err(self.log.stop(HOST, "port", format!("{host_interface} is {state} on {}", bridge.name), remedy));
+            return Err(self.log.stop(
+                &self.view.place,
+                "port",
+                format!("{host_interface} is {state} on {}", bridge.name),
+                remedy,
+            ));
         }
-        self.log.ok(HOST, "port", format!("{host_interface} is {state} on {}", bridge.name));
+        self.log.ok(&self.view.place, "port", format!("{host_interface} is {state} on {}", bridge.name));
         Ok(bridge)
     }
 
     /// Follows the packet between two ports of the bridge. With `br_netfilter` the IP rules apply too.
     fn forward_on_bridge(&mut self, flow: Flow, bridge: &Link) -> Step<String> {
         let calls = if flow.family() == Family::V4 { "iptables" } else { "ip6tables" };
-        if HostView::sysctl(&format!("bridge/bridge-nf-call-{calls}")).as_deref() == Some("1") {
-            let device = self.host.interface(Some(bridge.index));
+        if self.view.sysctl(&format!("bridge/bridge-nf-call-{calls}")).as_deref() == Some("1") {
+            let device = self.view.interface(Some(bridge.index));
             let packet = Packet { input: device.clone(), output: device, ..Packet::new(&flow) };
-            let result = self.host.ruleset.evaluate(Hook::Forward, false, &packet);
-            self.log.record_rules(HOST, "rules forward", &result)?;
+            let result = self.view.ruleset.evaluate(Hook::Forward, false, &packet);
+            self.log.record_rules(&self.view.place, "rules forward", &result)?;
         }
         self.deliver_to_container(flow.destination, bridge)
     }
 
     /// Delivers the packet to a container of this host.
     pub(super) fn deliver_to_container(&mut self, destination: IpAddr, bridge: &Link) -> Step<String> {
-        let Some(endpoint) = self.inventory.container_with_address(destination).cloned() else {
-            let neighbour = self.host.kernel.neighbour(bridge.index, destination);
+        let Some(endpoint) = self.container_here(destination).cloned() else {
+            let neighbour = self.view.kernel.neighbour(bridge.index, destination);
             let message = match neighbour {
                 Some(found) if found.is_usable() => {
                     self.log.unsure(
-                        HOST,
+                        &self.view.place,
                         "endpoint",
                         format!("{destination} is not an endpoint of the agent, but answers on {}", bridge.name),
                         "",
@@ -179,7 +189,7 @@ impl Tracer<'_> {
                 _ => format!("{destination} is not a container of this host"),
             };
             return Err(self.log.stop(
-                HOST,
+                &self.view.place,
                 "endpoint",
                 message,
                 "the container has ended, or has another address: `overlayctl endpoints` lists them",

@@ -2,24 +2,27 @@
 
 use std::net::IpAddr;
 
+use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::trace::packet::{Flow, ICMP, ICMPV6, Packet, TCP, UDP};
-use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation, legacy_tables};
+use overlay_agent::kernel::trace::{EvalResult, KernelQuery, Link, Route, RouteLookup, Translation};
 use overlay_agent::model::Family;
 use overlay_agent::model::publish::Transport;
 use overlay_agent::plan::ruleset::Hook;
 use overlay_agent::plan::sysctls;
 
 use super::hop_log::{HopLog, Step, Stop};
-use super::host_view::HostView;
+use super::namespace_view::{HOST, NamespaceView, NetworkNamespace};
 use super::targets::{Inventory, TargetArg, TraceEnd};
 use super::{EndView, Trace, TraceError, TraceOutcome};
 
-/// Location of most hops.
-pub(super) const HOST: &str = "host";
-
 /// A trace in progress.
 pub(super) struct Tracer<'a> {
-    pub(super) host: HostView,
+    /// The namespace in which the packet is.
+    pub(super) view: NamespaceView,
+    /// The host's namespace.
+    pub(super) host: Netns,
+    /// The namespaces of isolated networks.
+    pub(super) networks: Vec<NetworkNamespace>,
     pub(super) inventory: &'a Inventory,
     pub(super) log: HopLog,
     /// Forms of source and destination so far.
@@ -33,7 +36,8 @@ pub(super) struct Tracer<'a> {
 pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory) -> Result<Trace, TraceError> {
     let (source, target) = (TargetArg::parse(from)?, TargetArg::parse(to)?);
     let (start, goal) = (inventory.resolve(&source.name)?, inventory.resolve(&target.name)?);
-    let host = HostView::open()?;
+    let host = NamespaceView::host()?;
+    let networks = NamespaceView::of_networks(&host.netns)?;
     let common = |f: &Family| start.families().contains(f) && goal.families().contains(f) && family.is_none_or(|only| only == *f);
     let family = Family::ALL
         .into_iter()
@@ -47,9 +51,13 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
         Some((port, transport)) => (transport.number(), port),
     };
     let tunnel_port = host.tunnel(family).and_then(|link| link.vxlan.as_ref()).map_or(8472, |vxlan| vxlan.port);
-    let from_view = describe(&start, inventory, &host);
+    let from_view = EndView { what: describe(&start, inventory, &host), address: destination };
     let to_view = EndView { what: describe_address(&goal, destination, inventory, &host), address: destination };
-    let mut tracer = Tracer { host, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let netns = host.netns.clone();
+    let mut tracer = Tracer { view: host, host: netns, networks, inventory, log: HopLog::default(), addresses_seen: Vec::new() };
+    let (from_view, to_view) = (tracer.with_network(&start, from_view), tracer.with_network(&goal, to_view));
+    let live_netns = tracer.enter_network_of(&start)?;
+    tracer.note_isolation(&start, &goal);
     let mut origin = start.address(family).unwrap_or_else(|| family.unspecified());
     let outcome = tracer.start_at_source(&start, destination, protocol, port, &mut origin);
     let end = match outcome {
@@ -70,7 +78,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
             TraceOutcome::Ok
         }
     };
-    if !legacy_tables(family).is_empty() {
+    if !tracer.view.legacy_tables(family).is_empty() {
         let program = if family == Family::V4 { "iptables-legacy" } else { "ip6tables-legacy" };
         tracer.log.notes.push(format!(
             "this host has rules of {program} (`{program} -S`), which are not evaluated: they may drop packets that pass here"
@@ -78,7 +86,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
     }
     let HopLog { hops, notes } = tracer.log;
     Ok(Trace {
-        from: EndView { what: from_view, address: origin },
+        from: EndView { address: origin, ..from_view },
         to: to_view,
         protocol: protocol_name(protocol),
         port: (port != 0).then_some(port),
@@ -89,6 +97,7 @@ pub fn trace(from: &str, to: &str, family: Option<Family>, inventory: &Inventory
         live: None,
         addresses_seen: tracer.addresses_seen,
         tunnel_port,
+        netns: live_netns,
     })
 }
 
@@ -102,13 +111,13 @@ fn protocol_name(protocol: u8) -> String {
 }
 
 /// Chooses the destination address.
-fn resolve_destination(goal: &TraceEnd, family: Family, start: &TraceEnd, host: &HostView) -> Result<IpAddr, TraceError> {
+fn resolve_destination(goal: &TraceEnd, family: Family, start: &TraceEnd, host: &NamespaceView) -> Result<IpAddr, TraceError> {
     match goal {
         TraceEnd::Host => {
             // Containers reach this host at the gateway's address, all others at the tunnel's.
             let bridge = host.bridge().map(|link| link.index);
             let of = |index: Option<u32>| {
-                let mut kernel = KernelQuery::open().ok()?;
+                let mut kernel = KernelQuery::open_in(&host.netns).ok()?;
                 let usable = |a: &IpAddr| match a {
                     IpAddr::V6(a) => family == Family::V6 && !a.is_unicast_link_local(),
                     IpAddr::V4(_) => family == Family::V4,
@@ -137,14 +146,14 @@ fn end_name(end: &TraceEnd) -> String {
     }
 }
 
-fn describe(end: &TraceEnd, inventory: &Inventory, host: &HostView) -> String {
+fn describe(end: &TraceEnd, inventory: &Inventory, host: &NamespaceView) -> String {
     match end {
         TraceEnd::Address(address) => describe_address(end, *address, inventory, host),
         end => end_name(end),
     }
 }
 
-fn describe_address(end: &TraceEnd, address: IpAddr, inventory: &Inventory, host: &HostView) -> String {
+fn describe_address(end: &TraceEnd, address: IpAddr, inventory: &Inventory, host: &NamespaceView) -> String {
     match (end, inventory.lease_for(address)) {
         (TraceEnd::Container(_) | TraceEnd::Host | TraceEnd::Peer(..), _) => end_name(end),
         _ if host.addresses.contains(&address) => "this host".to_owned(),
@@ -176,7 +185,7 @@ impl Tracer<'_> {
                 }
             }
             TraceEnd::Peer(..) => self.arrive(*origin, destination, protocol, port),
-            TraceEnd::Address(address) if !self.host.addresses.contains(address) => {
+            TraceEnd::Address(address) if !self.view.addresses.contains(address) => {
                 self.arrive(*address, destination, protocol, port)
             }
             TraceEnd::Address(_) | TraceEnd::Host => {
@@ -192,69 +201,77 @@ impl Tracer<'_> {
         }
     }
 
-    /// Follows the packet through the host: rules before routing, the route, rules after it, and out.
+    /// Follows the packet through the namespace where it is: rules before routing, the route, rules after it, and out.
     pub(super) fn through_host(&mut self, mut flow: Flow, input: Option<Link>) -> Step<String> {
         if !self.addresses_seen.contains(&(flow.source, flow.destination)) {
             self.addresses_seen.push((flow.source, flow.destination));
         }
         let entry = input.as_ref().map(|link| link.index);
-        let mut packet = Packet { input: self.host.interface(entry), ..Packet::new(&flow) };
-        packet.destination_is_local = Some(self.host.addresses.contains(&flow.destination));
+        let mut packet = Packet { input: self.view.interface(entry), ..Packet::new(&flow) };
+        packet.destination_is_local = Some(self.view.addresses.contains(&flow.destination));
         let (hook, step) = if input.is_some() { (Hook::Prerouting, "rules prerouting") } else { (Hook::Output, "rules output") };
         if input.is_none() {
             let route =
                 self.lookup_route(RouteLookup { destination: flow.destination, source: Some(flow.source), input: None })?;
-            packet.output = self.host.interface(route.interface);
+            packet.output = self.view.interface(route.interface);
         }
-        let result = self.host.ruleset.evaluate(hook, false, &packet);
-        self.log.record_rules(HOST, step, &result)?;
+        let result = self.view.ruleset.evaluate(hook, false, &packet);
+        self.log.record_rules(&self.view.place, step, &result)?;
         let mut translated = false;
         let untracked = result.untracked;
         if let Some((Translation::Destination { address, port }, rule_ref)) = &result.translation {
             let (address, port) = (address.unwrap_or(flow.destination), port.unwrap_or(flow.port));
-            self.log.ok(HOST, "translation", format!("destination becomes {}, by {rule_ref}", socket_text(address, port)));
+            self.log.ok(
+                &self.view.place,
+                "translation",
+                format!("destination becomes {}, by {rule_ref}", socket_text(address, port)),
+            );
             flow.destination = address;
             flow.port = port;
             translated = true;
             self.addresses_seen.push((flow.source, flow.destination));
         }
         // Without forwarding the kernel returns the same error as without a route.
-        if let Some(input) = input.as_ref().filter(|_| !self.host.addresses.contains(&flow.destination)) {
+        if let Some(input) = input.as_ref().filter(|_| !self.view.addresses.contains(&flow.destination)) {
             self.check_forwarding(flow.family(), &input.name)?;
         }
         let lookup = RouteLookup { destination: flow.destination, source: input.as_ref().map(|_| flow.source), input: entry };
         let route = self.lookup_route(lookup)?;
         let exit = route.interface;
-        let mut packet = Packet { input: self.host.interface(entry), ..Packet::new(&flow) };
+        let mut packet = Packet { input: self.view.interface(entry), ..Packet::new(&flow) };
         (packet.destination_translated, packet.untracked) = (translated, untracked);
         packet.destination_is_local = Some(route.kind == "local");
         if route.kind == "local" {
             self.log_route(&flow, &route);
             if input.is_some() {
-                let result = self.host.ruleset.evaluate(Hook::Input, false, &packet);
-                self.log.record_rules(HOST, "rules input", &result)?;
+                let result = self.view.ruleset.evaluate(Hook::Input, false, &packet);
+                self.log.record_rules(&self.view.place, "rules input", &result)?;
             }
-            return Ok(format!("arrives at this host: {}", socket_text(flow.destination, flow.port)));
+            let place = if self.view.place == HOST { "this host" } else { &self.view.place };
+            return Ok(format!("arrives at {place}: {}", socket_text(flow.destination, flow.port)));
         }
-        if self.host.in_overlay(flow.destination) && !self.routes_into_overlay(&route) {
+        if self.view.in_overlay(flow.destination) && !self.routes_into_overlay(&route) {
             return Err(self.no_peer_route(&flow, &route));
         }
         self.log_route(&flow, &route);
-        packet.output = self.host.interface(exit);
+        packet.output = self.view.interface(exit);
         if input.is_some() {
-            let result = self.host.ruleset.evaluate(Hook::Forward, false, &packet);
-            self.log.record_rules(HOST, "rules forward", &result)?;
+            let result = self.view.ruleset.evaluate(Hook::Forward, false, &packet);
+            self.log.record_rules(&self.view.place, "rules forward", &result)?;
         }
-        let result = self.host.ruleset.evaluate(Hook::Postrouting, false, &packet);
-        self.log.record_rules(HOST, "rules postrouting", &result)?;
+        let result = self.view.ruleset.evaluate(Hook::Postrouting, false, &packet);
+        self.log.record_rules(&self.view.place, "rules postrouting", &result)?;
         self.apply_snat(&mut flow, &result, exit);
-        let Some(link) = self.host.link(exit).cloned() else {
-            return Err(self.log.stop(HOST, "interface", "the route has no interface", "ip route get"));
+        let Some(link) = self.view.link(exit).cloned() else {
+            return Err(self.log.stop(&self.view.place, "interface", "the route has no interface", "ip route get"));
         };
+        if let Some(input) = self.cross(&link)? {
+            return self.through_host(flow, Some(input));
+        }
         if link.is_tunnel(flow.family()) {
             return self.through_tunnel(&flow, &route, &link);
         }
-        if self.host.bridge().is_some_and(|bridge| bridge.index == link.index) {
+        if self.view.bridge().is_some_and(|bridge| bridge.index == link.index) {
             return self.deliver_to_container(flow.destination, &link);
         }
         self.leave_host(flow.destination, &route, &link, "")?;
@@ -268,19 +285,19 @@ impl Tracer<'_> {
     fn log_route(&mut self, flow: &Flow, route: &Route) {
         let entry = route.destination.map(|entry| format!(" by {entry}")).unwrap_or_default();
         let via = route.gateway.map(|gateway| format!(" via {gateway}")).unwrap_or_default();
-        let name = self.host.name(route.interface);
+        let name = self.view.name(route.interface);
         let kind = if route.kind == "local" { " local" } else { "" };
         let id = route.nexthop.map(|id| format!(" next hop {id}")).unwrap_or_default();
-        self.log.ok(HOST, "route", format!("{}{entry}:{kind}{via} dev {name}{id}", flow.destination));
+        self.log.ok(&self.view.place, "route", format!("{}{entry}:{kind}{via} dev {name}{id}", flow.destination));
     }
 
     /// Looks up the route; without one the path ends.
     pub(super) fn lookup_route(&mut self, lookup: RouteLookup) -> Step<Route> {
-        match self.host.kernel.route(lookup)? {
+        match self.view.kernel.route(lookup)? {
             Ok(route) => Ok(route),
-            Err(_) if self.host.in_overlay(lookup.destination) => {
+            Err(_) if self.view.in_overlay(lookup.destination) => {
                 let flow = Flow::echo_request(lookup.source.unwrap_or(lookup.destination), lookup.destination);
-                let reason = match self.host.kernel.unreachable_route(lookup.destination) {
+                let reason = match self.view.kernel.unreachable_route(lookup.destination) {
                     Some(range) => {
                         format!("no peer's route covers it: {range} is unreachable except for leased subnets")
                     }
@@ -290,14 +307,14 @@ impl Tracer<'_> {
             }
             Err(reason) => {
                 let from =
-                    lookup.input.map(|index| format!(" for packets from {}", self.host.name(Some(index)))).unwrap_or_default();
+                    lookup.input.map(|index| format!(" for packets from {}", self.view.name(Some(index)))).unwrap_or_default();
                 let strict = if reason.contains("cross-device") {
                     "; the reverse path filter rejects the source: sysctl net.ipv4.conf.all.rp_filter"
                 } else {
                     ""
                 };
                 let answer = format!("no route to {}{from}: {reason}", lookup.destination);
-                Err(self.log.stop(HOST, "route", answer, format!("ip route get {}{strict}", lookup.destination)))
+                Err(self.log.stop(&self.view.place, "route", answer, format!("ip route get {}{strict}", lookup.destination)))
             }
         }
     }
@@ -309,13 +326,13 @@ impl Tracer<'_> {
             Family::V4 => sysctls::interface_path(input, family, "forwarding"),
             Family::V6 => sysctls::forwarding(family).to_owned(),
         };
-        match HostView::sysctl(&path).as_deref() {
+        match self.view.sysctl(&path).as_deref() {
             Some("0") => {
                 let name = path.replace('/', ".");
-                Err(self.log.stop(HOST, "forwarding", format!("net.{name} is 0"), format!("sysctl -w net/{path}=1")))
+                Err(self.log.stop(&self.view.place, "forwarding", format!("net.{name} is 0"), format!("sysctl -w net/{path}=1")))
             }
             _ => {
-                self.log.ok(HOST, "forwarding", format!("on for packets from {input}"));
+                self.log.ok(&self.view.place, "forwarding", format!("on for packets from {input}"));
                 Ok(())
             }
         }
@@ -324,26 +341,26 @@ impl Tracer<'_> {
     fn apply_snat(&mut self, flow: &mut Flow, result: &EvalResult, exit: Option<u32>) {
         match &result.translation {
             Some((Translation::Masquerade, rule_ref)) => {
-                let exit_addresses = exit.and_then(|index| self.host.kernel.addresses(index).ok()).unwrap_or_default();
+                let exit_addresses = exit.and_then(|index| self.view.kernel.addresses(index).ok()).unwrap_or_default();
                 let global = |address: &IpAddr| !matches!(address, IpAddr::V6(a) if a.is_unicast_link_local());
                 let exit_address =
                     exit_addresses.into_iter().find(|address| Family::of(*address) == flow.family() && global(address));
                 let source_text = exit_address.map_or_else(|| "the address of the interface".to_owned(), |own| own.to_string());
-                self.log.ok(HOST, "translation", format!("source becomes {source_text} (masquerade), by {rule_ref}"));
+                self.log.ok(&self.view.place, "translation", format!("source becomes {source_text} (masquerade), by {rule_ref}"));
                 if let Some(exit_address) = exit_address {
                     flow.source = exit_address;
                     self.addresses_seen.push((flow.source, flow.destination));
                 }
             }
             Some((Translation::Source { address: Some(address) }, rule_ref)) => {
-                self.log.ok(HOST, "translation", format!("source becomes {address}, by {rule_ref}"));
+                self.log.ok(&self.view.place, "translation", format!("source becomes {address}, by {rule_ref}"));
                 flow.source = *address;
                 self.addresses_seen.push((flow.source, flow.destination));
             }
             Some((_, rule_ref)) => {
-                self.log.unsure(HOST, "translation", format!("translated by {rule_ref} in an unknown way"), "")
+                self.log.unsure(&self.view.place, "translation", format!("translated by {rule_ref} in an unknown way"), "")
             }
-            None => self.log.ok(HOST, "translation", "none: source and destination unchanged"),
+            None => self.log.ok(&self.view.place, "translation", "none: source and destination unchanged"),
         }
     }
 }

@@ -74,13 +74,16 @@ struct Competitor<'a> {
 }
 
 /// A container's namespace, removed on drop.
-struct ContainerNetns {
-    name: String,
-    path: PathBuf,
+pub struct ContainerNetns {
+    /// Its name, also the endpoint's.
+    pub name: String,
+    /// Its file.
+    pub path: PathBuf,
 }
 
 impl ContainerNetns {
-    fn new(name: String) -> anyhow::Result<ContainerNetns> {
+    /// Creates a namespace.
+    pub fn new(name: String) -> anyhow::Result<ContainerNetns> {
         let path = Netns::create(&name)?.path().to_owned();
         Ok(ContainerNetns { name, path })
     }

@@ -5,11 +5,11 @@
 //! paths, or all rulesets, and starts with another one than the previous turn.
 
 mod ablation;
-mod parallel;
-mod path;
+pub mod parallel;
+pub mod path;
 mod rules;
-mod single_flow;
-mod testbed;
+pub mod single_flow;
+pub mod testbed;
 
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ pub struct DataArguments {
 }
 
 /// The loads of the throughput measurement.
-const LOADS: [(Load, &str, &str, f64); 4] = [
+pub const LOADS: [(Load, &str, &str, f64); 4] = [
     (Load::Streams(1), "TCP, one stream", "Gbit/s", 8e-9),
     (Load::Streams(4), "TCP, four streams", "Gbit/s", 8e-9),
     (Load::Requests, "requests of one byte by TCP", "1/s", 1.0),

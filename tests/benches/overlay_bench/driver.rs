@@ -14,12 +14,13 @@ use overlay_agent::kernel::{Kernel, KernelOptions};
 use overlay_agent::metrics::Metrics;
 use overlay_agent::model::event::{Connection, HeldLease, LeaseOrigin, OwnLease, StoreEntry, StoreEvent};
 use overlay_agent::model::{
-    Cidr, Device, Endpoint, Family, Mac, NamespaceName, NetworkConfig, NetworkName, Node, PerFamily, StorePosition, Subnet, Vni,
+    Cidr, Device, Endpoint, Family, Mac, NamespaceName, NetworkName, NetworkRecord, Node, PerFamily, StorePosition, Subnet, Vni,
 };
 use overlay_agent::network::{self, Network, NetworkStateStore};
 use overlay_agent::plan::actual::{ActualState, LocalState};
 use overlay_agent::plan::contribution::Progress;
 use overlay_agent::plan::diff::diff;
+use overlay_agent::plan::isolation::Transit;
 use overlay_agent::plan::underlay::{HostInventory, UnderlaySelector};
 use overlay_agent::plan::{ApplyReport, Batch, DataPath, Dump, OpError, State};
 use overlay_agent::reconcile::{self, Reconciler, SysctlStore};
@@ -132,6 +133,8 @@ impl Agent {
         ensure!(kernel.nexthop_objects(), "this kernel has no next-hop objects: the raw limit needs Linux 5.3");
         let settings = network::Settings {
             name: NetworkName::default(),
+            isolated: false,
+            netns_prefix: "ov-".to_owned(),
             node: Node { name: "bench".to_owned(), id: "bench".to_owned() },
             selection: UnderlaySelector { interfaces: vec![UNDERLAY.to_owned()], ..UnderlaySelector::default() },
             masquerade: true,
@@ -219,9 +222,9 @@ async fn wait_quiet(changed: &mut watch::Receiver<u64>) -> anyhow::Result<()> {
 
 /// The store's events before the peers.
 fn initial_events(families: &[Family]) -> anyhow::Result<[StoreEvent; 4]> {
-    let network = NetworkConfig::parse(&network_config(families))?.config;
+    let network = NetworkRecord::parse(&network_config(families))?;
     let pool_subnet = |family: &Family| -> anyhow::Result<(Family, Cidr)> {
-        Ok((*family, network.pools.get(*family).context("the network lacks its family")?.max))
+        Ok((*family, network.config.pools.get(*family).context("the network lacks its family")?.max))
     };
     let subnet = Subnet::new(families.iter().map(pool_subnet).collect::<anyhow::Result<_>>()?)?;
     let lease = HeldLease { subnet, expiry: None, origin: LeaseOrigin::Acquired };
@@ -310,6 +313,12 @@ impl NetworkStateStore for EphemeralState {
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         PerFamily::default()
     }
+
+    fn transit(&mut self) -> Option<Transit> {
+        None
+    }
+
+    fn save_record(&mut self, _record: &NetworkRecord) {}
 }
 
 impl SysctlStore for EphemeralState {

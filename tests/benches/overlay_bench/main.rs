@@ -2,7 +2,7 @@
 //!
 //! | module | holds |
 //! | --- | --- |
-//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data` | one measurement each |
+//! | `peers`, `start`, `join`, `churn`, `storm`, `fleet`, `memory`, `attach`, `data`, `networks` | one measurement each |
 //! | `stats`, `report` | samples to medians and spreads, rows to a table or JSON |
 //! | `draw`, `chart` | reports to charts, curves to SVG |
 //! | `synthetic_peer` | peers as leases, as the store's entries and as kernel entries |
@@ -25,6 +25,7 @@ mod fleet;
 mod join;
 mod memory;
 mod netns_guard;
+mod networks;
 mod peers;
 mod process_stats;
 mod raw_netlink;
@@ -75,6 +76,9 @@ enum Measurement {
     Attach(attach::AttachArguments),
     /// Throughput between containers, and cost of the rules; baseline: the hosts, a plain bridge, the same path without rules
     Data(data::DataArguments),
+    /// Many isolated networks on a host, a new one until its first packet, and throughput in one; baseline: one network, and the
+    /// default network
+    Networks(networks::NetworksArguments),
     /// Charts from the output of the other sub-commands with --json
     Draw(draw::DrawArguments),
 }
@@ -133,6 +137,7 @@ fn measure(measurement: &Measurement) -> anyhow::Result<Report> {
         Measurement::Memory(arguments) => memory::measure(arguments, &mut report)?,
         Measurement::Attach(arguments) => attach::measure(arguments, &mut report)?,
         Measurement::Data(arguments) => data::measure(arguments, &mut report)?,
+        Measurement::Networks(arguments) => networks::measure(arguments, &mut report)?,
         Measurement::Draw(_) => {}
     }
     report.finish();

@@ -35,7 +35,8 @@ impl MetricsPage {
         let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
         stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         Ok(MetricsPage::parse(
-            &http_get_metrics(stream, "overlayd").with_context(|| format!("{} does not return its metrics", socket.display()))?,
+            &http_get(stream, "overlayd", "/metrics")
+                .with_context(|| format!("{} does not return its metrics", socket.display()))?,
         ))
     }
 
@@ -44,7 +45,7 @@ impl MetricsPage {
         let text = lab.netns("net")?.run(|| -> anyhow::Result<String> {
             let stream = TcpStream::connect_timeout(&etcd_socket_addr(), RESPONSE_TIMEOUT)?;
             stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
-            http_get_metrics(stream, &etcd_socket_addr().to_string()).context("etcd does not tell its metrics")
+            http_get(stream, &etcd_socket_addr().to_string(), "/metrics").context("etcd does not tell its metrics")
         })??;
         Ok(MetricsPage::parse(&text))
     }
@@ -60,13 +61,22 @@ impl MetricsPage {
     }
 }
 
-/// `GET /metrics`. HTTP/1.0: the response ends with the connection.
-fn http_get_metrics(mut stream: impl Read + Write, host: &str) -> anyhow::Result<String> {
-    write!(stream, "GET /metrics HTTP/1.0\r\nHost: {host}\r\n\r\n")?;
+/// `GET` over HTTP/1.0: the response ends with the connection. Returns the response with its header.
+fn http_get(mut stream: impl Read + Write, host: &str, path: &str) -> anyhow::Result<String> {
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n")?;
     let mut response = String::new();
     stream.read_to_string(&mut response)?;
     ensure!(response.starts_with("HTTP/1.") && response.contains(" 200 "), "{}", response.lines().next().unwrap_or_default());
     Ok(response)
+}
+
+/// Reads a JSON document from an agent's socket.
+pub fn agent_json(socket: &Path, path: &str) -> anyhow::Result<serde_json::Value> {
+    let stream = UnixStream::connect(socket).with_context(|| format!("cannot connect to {}", socket.display()))?;
+    stream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
+    let response = http_get(stream, "overlayd", path).with_context(|| format!("overlayd does not answer {path}"))?;
+    let (_, body) = response.split_once("\r\n\r\n").with_context(|| format!("the response to {path} has no body"))?;
+    serde_json::from_str(body).with_context(|| format!("the response to {path}"))
 }
 
 /// The process of a lab's etcd.

@@ -103,6 +103,13 @@ impl Row {
         self
     }
 
+    /// Sets a minimum of the median ratio.
+    pub fn ratio_floor(mut self, limit: f64) -> Row {
+        let met = self.ratio.is_some_and(|ratio| ratio.median >= limit);
+        self.goal = Some(Goal { text: format!("ratio >= {limit}"), met });
+        self
+    }
+
     /// Sets maxima of the median and the 99th percentile, in the row's unit.
     pub fn latency_goal(mut self, median: f64, p99: f64) -> Row {
         let text = format!("median <= {median} {}, p99 <= {p99} {}", self.unit, self.unit);
@@ -226,6 +233,8 @@ mod tests {
         assert_eq!(json["rows"][0]["ratio"]["median"], 1.75);
         assert!(row.clone().median_goal(3.5).goal.expect("a goal").met);
         assert!(row.clone().latency_goal(3.5, 4.0).goal.expect("a goal").met);
+        assert!(row.clone().ratio_floor(1.75).goal.expect("a goal").met);
+        assert!(!row.clone().ratio_floor(1.76).goal.expect("a goal").met);
         assert!(!row.latency_goal(3.5, 3.9).goal.expect("a goal").met);
     }
 

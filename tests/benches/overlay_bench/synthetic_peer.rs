@@ -71,10 +71,15 @@ impl SyntheticPeer {
         Ok(Subnet::new(std::iter::once((self.subnet.family(), self.subnet)).collect())?.to_key())
     }
 
-    /// The lease's value in etcd (`docs/wire.md`).
+    /// The lease's value in etcd (`docs/wire.md`), in the default network.
     pub fn lease_value(&self) -> String {
+        self.lease_value_in(Vni::DEFAULT)
+    }
+
+    /// The lease's value in a network with this VNI.
+    pub fn lease_value_in(&self, vni: Vni) -> String {
         let node = serde_json::json!({ "Name": format!("n{}", self.number), "Id": format!("{:032x}", self.number) });
-        let backend = serde_json::json!({ "VNI": 1, "VtepMAC": self.mac.to_string() });
+        let backend = serde_json::json!({ "VNI": vni, "VtepMAC": self.mac.to_string() });
         let lease = match self.subnet.family() {
             Family::V4 => serde_json::json!({
                 "PublicIP": self.public_ip, "PublicIPv6": null, "BackendType": "vxlan", "BackendData": backend, "Node": node

@@ -13,10 +13,10 @@ use overlayctl::lab::check;
 
 use super::{AttachKind, HOSTS, SERVICE_PORT, STABLE_HOST, Soak};
 
-/// Open files of an agent beyond those at its first checkpoint: temporary connections.
-const MAX_EXTRA_FILES: usize = 12;
-/// Growth limit of its anonymous memory, in kB.
-const MAX_EXTRA_KIB: u64 = 4 << 10;
+/// Open files of an agent beyond those at its first checkpoint: temporary connections, and the sockets of two isolated networks.
+const MAX_EXTRA_FILES: usize = 12 + 2 * 16;
+/// Growth limit of its anonymous memory, in kB, with two isolated networks.
+const MAX_EXTRA_KIB: u64 = (4 + 2) << 10;
 
 /// Open files and anonymous memory (kB) of an agent.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +35,7 @@ impl Soak {
         for host in self.containers_by_host.keys() {
             self.lab.wait_converged(host, READY_TIMEOUT).await;
         }
+        self.wait_networks_converged().await;
         self.assert_full_reachability().await;
         self.assert_published_ports().await;
         self.assert_no_leftovers().await;
@@ -71,6 +72,7 @@ impl Soak {
                 self.detach_named(host, name).await;
                 self.attach_as(host, name, kind).await.expect_ok("attach again");
             }
+            self.reattach_moved_in_networks(host).await;
         }
     }
 
@@ -78,7 +80,10 @@ impl Soak {
         let report = check::check(&self.lab).await.expect_ok("check");
         let failed: Vec<_> = report.overlay.iter().chain(&report.egress).filter(|call| call.error.is_some()).collect();
         assert!(failed.is_empty() && report.ok, "calls failed: {failed:#?} {:?}", report.remarks);
-        let containers: usize = self.containers_by_host.keys().map(|host| self.addressed_containers(host)).sum();
+        let isolation = report.isolation.iter().flat_map(|isolation| &isolation.crossings).collect::<Vec<_>>();
+        assert!(isolation.is_empty(), "packets crossed between networks: {isolation:#?}");
+        let default: usize = self.containers_by_host.keys().map(|host| self.addressed_containers(host)).sum();
+        let containers = default + self.in_networks.len();
         assert_eq!(report.containers.len(), containers, "{:?}", report.containers);
     }
 
@@ -115,6 +120,7 @@ impl Soak {
         let mut expected: BTreeSet<String> =
             ["net", "world", "e1", "e2", "e3"].iter().map(|name| layout.namespace(name)).collect();
         expected.extend(HOSTS.iter().map(|host| layout.namespace(host)));
+        expected.extend(self.network_namespaces().await);
         for (host, containers) in &self.containers_by_host {
             expected.extend(containers.keys().map(|name| layout.namespace(&format!("{host}-{name}"))));
             let endpoints = self.lab.host(host).client().endpoints().await.expect_ok(host).endpoints;

@@ -1,20 +1,71 @@
-//! A fake backend.
+//! Fake networks.
 
-use std::sync::Mutex;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::watch as channel;
 
 use super::*;
 use crate::model::api::{
-    AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkView, Peers, Status,
-    StoreStatus, SubnetEntry, Subnets,
+    AttachRequest, AttachResponse, DataPathStatus, DetachResponse, Endpoints, Health, Mesh, NetworkEntry, NetworkKind,
+    NetworkView, Networks, Peers, Status, StoreStatus, SubnetEntry, Subnets,
 };
 use crate::model::endpoint::EndpointName;
-use crate::model::{Endpoint, Mac, PerFamily, Port};
+use crate::model::{Endpoint, Mac, NetworkName, PerFamily, Port};
+
+/// A host in the default network and in `blue`, which can join `green`.
+#[derive(Debug)]
+pub(super) struct FakeDirectory(Mutex<BTreeMap<NetworkName, Arc<FakeBackend>>>);
+
+impl Default for FakeDirectory {
+    fn default() -> Self {
+        let networks = [NetworkName::default(), "blue".into()].map(|name| (name.clone(), Arc::new(FakeBackend::of(name))));
+        FakeDirectory(Mutex::new(networks.into()))
+    }
+}
+
+impl Directory for FakeDirectory {
+    type Network = FakeBackend;
+
+    fn default_network(&self) -> Arc<FakeBackend> {
+        self.network(&NetworkName::default()).expect("the default network")
+    }
+
+    fn network(&self, name: &NetworkName) -> Option<Arc<FakeBackend>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    async fn list(&self) -> Networks {
+        let entry = |name: &NetworkName| NetworkEntry {
+            name: name.clone(),
+            kind: if name.is_default() { NetworkKind::Routed } else { NetworkKind::Isolated },
+            subnet: None,
+            ready: true,
+            endpoints: 0,
+            problems: 0,
+        };
+        let mut networks: Vec<_> = self.0.lock().unwrap().keys().map(entry).collect();
+        networks.sort_by_key(|entry| !entry.name.is_default());
+        Networks { networks }
+    }
+
+    async fn join(&self, name: &NetworkName) -> Result<Arc<FakeBackend>, ApiError> {
+        if let Some(network) = self.network(name) {
+            return Ok(network);
+        }
+        if *name != NetworkName::from("green") {
+            return Err(ApiError::new(ErrorKind::NotFound, format!("there is no network {name}")));
+        }
+        let joined = Arc::new(FakeBackend::of(name.clone()));
+        self.0.lock().unwrap().insert(name.clone(), Arc::clone(&joined));
+        Ok(joined)
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct FakeBackend {
+    network: NetworkName,
     subnets: Mutex<Vec<SubnetEntry>>,
     reasons: Mutex<Vec<String>>,
     level: Mutex<String>,
@@ -23,9 +74,10 @@ pub(super) struct FakeBackend {
     pub(super) attach_requests: AtomicUsize,
 }
 
-impl Default for FakeBackend {
-    fn default() -> Self {
+impl FakeBackend {
+    pub(super) fn of(network: NetworkName) -> FakeBackend {
         FakeBackend {
+            network,
             subnets: Mutex::default(),
             reasons: Mutex::default(),
             level: Mutex::new("info".to_owned()),
@@ -33,9 +85,7 @@ impl Default for FakeBackend {
             attach_requests: AtomicUsize::new(0),
         }
     }
-}
 
-impl FakeBackend {
     pub(super) fn not_ready(&self, reasons: &[&str]) {
         *self.reasons.lock().unwrap() = reasons.iter().map(|s| (*s).to_owned()).collect();
     }
@@ -67,6 +117,8 @@ impl FakeBackend {
 impl Backend for FakeBackend {
     async fn status(&self) -> Result<Status, ApiError> {
         Ok(Status {
+            name: "default".to_owned(),
+            kind: NetworkKind::Routed,
             version: "0".to_owned(),
             node: "h1".to_owned(),
             node_id: "0".repeat(32),
@@ -118,7 +170,7 @@ impl Backend for FakeBackend {
 
     async fn network(&self) -> Result<NetworkView, ApiError> {
         Ok(NetworkView {
-            name: "default".to_owned(),
+            name: self.network.to_string(),
             driver: "vxlan".to_owned(),
             vni: Some(crate::model::Vni::DEFAULT),
             port: Some(8472),
@@ -145,6 +197,7 @@ impl Backend for FakeBackend {
         }
         let endpoint = Endpoint {
             name,
+            network: self.network.clone(),
             mode: request.mode,
             netns: request.netns.unwrap_or_default(),
             port: Some(Port {

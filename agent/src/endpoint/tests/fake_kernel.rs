@@ -164,7 +164,7 @@ impl PortDriver for FakeKernel {
             let has_collision = w.ports.values().any(|p| {
                 p.mac == spec.mac
                     || (p.netns == spec.netns && p.interface == spec.interface)
-                    || p.addresses.iter().any(|a| spec.addresses.contains(a))
+                    || (p.bridge == spec.bridge && p.addresses.iter().any(|a| spec.addresses.contains(a)))
             });
             assert!(!has_collision, "{spec:?} collides");
             w.ports.insert(spec.host_interface.clone(), spec.clone());

@@ -281,6 +281,7 @@ impl StaleFilter {
 mod tests {
     use super::*;
     use crate::model::{NetworkConfig, PerFamily, Subnet};
+    use crate::plan::isolation::Scope;
     use crate::plan::ruleset::{InetTableSpec, inet_table};
 
     fn socket_address(text: &str) -> SocketAddr {
@@ -395,6 +396,8 @@ mod tests {
                 masquerade,
                 publishes: true,
                 numbered_sets: false,
+                scope: Scope::Host,
+                isolation: None,
             };
             let table = (Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(inet_table(&[&rules]))));
             masqueraded_ranges(&State::from([table])).into_iter().map(|range| format!("{range:?}")).collect::<Vec<_>>()

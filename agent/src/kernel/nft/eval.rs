@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{self, NF_ACCEPT, NF_DROP, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6};
 use super::expr::uapi::*;
-use super::registers::{MatchResult, Registers, Translation};
+use super::registers::{MatchResult, Registers};
 use super::snapshot::{ChainDump, RuleDump, RuleRef, RulesetSnapshot, family_name};
 use super::table::hook_number;
+use super::translation::{PossibleTranslation, Translation};
+use super::xtables;
 use crate::kernel::packet::Packet;
 use crate::model::Family;
 use crate::plan::ruleset::Hook;
@@ -35,6 +37,9 @@ pub struct EvalResult {
     pub untracked: bool,
     /// The translation, and its rule.
     pub translation: Option<(Translation, RuleRef)>,
+    /// Further translations, by rules whose match is uncertain.
+    #[serde(skip)]
+    pub possible_translations: Vec<PossibleTranslation>,
     /// The base chains that the packet traverses, each as `inet overlayd incoming`.
     pub chains: Vec<String>,
 }
@@ -74,6 +79,7 @@ impl RulesetSnapshot {
             possible_drops: Vec::new(),
             untracked: packet.untracked,
             translation: None,
+            possible_translations: Vec::new(),
             chains: Vec::new(),
         };
         let mut evaluator = Evaluator { snapshot: self, packet, result, path: Vec::new() };
@@ -199,6 +205,17 @@ impl Evaluator<'_> {
         }
     }
 
+    /// Adds a translation whose match is uncertain; `key` is that of a map's element.
+    fn add_possible_translation(&mut self, chain: &ChainDump, rule: &RuleDump, translation: Translation, key: &[u8]) {
+        // The fields of a key are padded to four bytes: protocol and port are the last two of a published port's.
+        let published = match key.last_chunk::<8>() {
+            Some([protocol, 0, 0, 0, high, low, 0, 0]) => Some((*protocol, u16::from_be_bytes([*high, *low]))),
+            _ => None,
+        };
+        let rule = self.rule_ref(chain, Some(rule));
+        self.result.possible_translations.push(PossibleTranslation { translation, rule, published });
+    }
+
     fn eval_rule(&mut self, chain: &ChainDump, rule: &RuleDump, registers: &mut Registers<'_>) -> (MatchResult, Verdict) {
         let mut matched = MatchResult::True;
         for (name, data) in &rule.exprs {
@@ -227,15 +244,21 @@ impl Evaluator<'_> {
                 "nat" | "masq" | "redir" => {
                     if matched == MatchResult::True {
                         self.result.translation = Some((registers.translation(name, data), self.rule_ref(chain, Some(rule))));
+                    } else {
+                        for (translation, key) in registers.possible_translations(name, data) {
+                            self.add_possible_translation(chain, rule, translation, &key);
+                        }
                     }
                     Some(Verdict::Accept)
                 }
                 "target" => match codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default() {
                     b"REJECT" => Some(Verdict::Drop),
-                    target @ (b"MASQUERADE" | b"DNAT" | b"SNAT" | b"REDIRECT") => {
-                        let translation = if target == b"MASQUERADE" { Translation::Masquerade } else { Translation::Unknown };
+                    b"MASQUERADE" | b"DNAT" | b"SNAT" | b"REDIRECT" => {
+                        let translation = xtables::translation(data, self.packet.family);
                         if matched == MatchResult::True {
                             self.result.translation = Some((translation, self.rule_ref(chain, Some(rule))));
+                        } else {
+                            self.add_possible_translation(chain, rule, translation, &[]);
                         }
                         Some(Verdict::Accept)
                     }

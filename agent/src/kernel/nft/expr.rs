@@ -106,12 +106,13 @@ fn write_expr(w: &mut Writer, expr: &Expr, encoding: RuleEncoding) {
             });
             compare(w, NFT_CMP_EQ, &RTN_LOCAL.to_ne_bytes());
         }
-        Expr::Translated => {
+        Expr::Translated | Expr::AddressTranslated => {
+            let status = if *expr == Expr::Translated { IPS_DST_NAT } else { IPS_NAT_MASK };
             expression(w, "ct", |w| {
                 w.u32(NFTA_CT_KEY, NFT_CT_STATUS);
                 w.u32(NFTA_CT_DREG, NFT_REG_1);
             });
-            mask(w, 0, &IPS_DST_NAT.to_ne_bytes());
+            mask(w, 0, &status.to_ne_bytes());
             compare(w, NFT_CMP_NEQ, &[0; 4]);
         }
         Expr::In { fields, set } => {
@@ -332,9 +333,12 @@ fn read_fib_or_ct(rest: &[RawExpr<'_>]) -> Option<(Option<Expr>, usize)> {
             Some((Some(Expr::ToThisHost), 2))
         }
         [RawExpr::ConnectionStatus, RawExpr::Mask { reg32: 0, mask }, RawExpr::Compare { operation: NFT_CMP_NEQ, value }, ..]
-            if **mask == IPS_DST_NAT.to_ne_bytes() && **value == [0; 4] =>
+            if **value == [0; 4] =>
         {
-            Some((Some(Expr::Translated), 3))
+            let expr = [(IPS_DST_NAT, Expr::Translated), (IPS_NAT_MASK, Expr::AddressTranslated)]
+                .into_iter()
+                .find_map(|(status, expr)| (**mask == status.to_ne_bytes()).then_some(expr))?;
+            Some((Some(expr), 3))
         }
         _ => None,
     }

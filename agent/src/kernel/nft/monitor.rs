@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd;
+use std::task::Context;
 
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{AsyncSocket, Socket, TokioSocket};
@@ -12,14 +13,9 @@ use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, Object, Payload, attribut
 use super::forward;
 use super::nfnl_socket::io_error;
 use crate::kernel::echo_filter::{OWN_SOCKETS, attach_filter};
+use crate::kernel::receive_buffer;
 use crate::plan::OpError;
 use crate::plan::ruleset::TABLE;
-
-/// Bytes per receive. Events come in datagrams of at most a page (`NLMSG_GOODSIZE`), several per datagram.
-const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
-
-/// Socket receive buffer in bytes. A restart of `kube-proxy` or Docker writes some thousand rules at once.
-const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
 
 /// A change by another process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +32,6 @@ pub enum NftChange {
 pub struct NftMonitor {
     socket: TokioSocket,
     own_port_id: Option<u32>,
-    buffer: Vec<u8>,
     pending: PendingChanges,
 }
 
@@ -50,16 +45,17 @@ struct PendingChanges {
 
 impl NftMonitor {
     /// Subscribes to nf_tables events of the calling thread's network namespace. Changes by the socket with `own_port_id`
-    /// ([`super::Nft::port_id`]) are not reported. Must be called inside a tokio runtime with I/O.
+    /// ([`super::Nft::port_id`]) are not reported. The kernel queues events of up to `receive_buffer` bytes. Must be called inside a
+    /// tokio runtime with I/O.
     ///
     /// # Errors
     /// The kernel has no nfnetlink, or the process lacks permission (`CAP_NET_ADMIN`).
-    pub fn open(own_port_id: Option<u32>) -> Result<NftMonitor, OpError> {
+    pub fn open(own_port_id: Option<u32>, receive_buffer: usize) -> Result<NftMonitor, OpError> {
         let open = || -> io::Result<TokioSocket> {
             let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
             socket.socket_mut().bind_auto()?;
-            if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &SOCKET_BUFFER_LEN).is_err() {
-                setsockopt(socket.socket_ref(), sockopt::RcvBuf, &SOCKET_BUFFER_LEN)?;
+            if setsockopt(socket.socket_ref(), sockopt::RcvBufForce, &receive_buffer).is_err() {
+                setsockopt(socket.socket_ref(), sockopt::RcvBuf, &receive_buffer)?;
             }
             // All events of a transaction carry the port id of its socket. The socket filter drops our own events before the
             // kernel queues them.
@@ -70,7 +66,7 @@ impl NftMonitor {
             Ok(socket)
         };
         let socket = open().map_err(|error| io_error("subscribing to nf_tables events", &error))?;
-        Ok(NftMonitor { socket, own_port_id, buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN), pending: PendingChanges::default() })
+        Ok(NftMonitor { socket, own_port_id, pending: PendingChanges::default() })
     }
 
     /// The event socket.
@@ -88,12 +84,19 @@ impl NftMonitor {
             if let Some(change) = self.pending.pop() {
                 return Ok(change);
             }
-            self.buffer.clear();
-            let (socket, buffer) = (&self.socket, &mut self.buffer);
-            match poll_fn(|context| socket.poll_recv(context, buffer)).await {
-                // A full buffer means a truncated datagram.
-                Ok(()) if self.buffer.len() == self.buffer.capacity() => self.pending.lost = true,
-                Ok(()) => self.pending.record(&self.buffer, self.own_port_id),
+            let NftMonitor { socket, own_port_id, pending } = self;
+            let receive = |context: &mut Context<'_>| {
+                receive_buffer::with(|buffer| {
+                    let received = socket.poll_recv(context, buffer);
+                    received.map_ok(|()| {
+                        pending.record(buffer, *own_port_id);
+                        // A full buffer means a truncated datagram.
+                        pending.lost |= buffer.len() == buffer.capacity();
+                    })
+                })
+            };
+            match poll_fn(receive).await {
+                Ok(()) => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.pending.lost = true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(io_error("reading nf_tables events", &error)),

@@ -11,6 +11,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeVal;
 
 use super::codec::{self, Object, Payload, Writer};
+use crate::kernel::receive_buffer;
 use crate::plan::OpError;
 
 /// Maximum number of dump attempts while other processes change nf_tables. A dump takes some hundred microseconds.
@@ -18,9 +19,6 @@ const MAX_DUMP_RETRIES: u32 = 32;
 
 /// Timeout for an answer of the kernel. It is far longer than any real wait, including that for another process's nf_tables lock.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Bytes per receive. The kernel's answers have at most 32 KiB (`netlink_dump` in `net/netlink/af_netlink.c`).
-const RECEIVE_BUFFER_LEN: usize = 64 * 1024;
 
 /// Socket buffers in bytes. A transaction is one datagram; with set elements it grows with the number of peers.
 const SOCKET_BUFFER_LEN: usize = 4 * 1024 * 1024;
@@ -36,7 +34,6 @@ pub(super) struct NfnlSocket {
     sequence: u32,
     /// Number of successful transactions of this socket.
     commits: u32,
-    buffer: Vec<u8>,
 }
 
 /// The error of a refused transaction. Nothing of it is in force.
@@ -78,14 +75,7 @@ impl NfnlSocket {
             Ok((socket, address))
         };
         let (socket, address) = open().map_err(|error| io_error("opening an nfnetlink socket", &error))?;
-        Ok(NfnlSocket {
-            socket,
-            subsystem,
-            port_id: address.port_number(),
-            sequence: 0,
-            commits: 0,
-            buffer: Vec::with_capacity(RECEIVE_BUFFER_LEN),
-        })
+        Ok(NfnlSocket { socket, subsystem, port_id: address.port_number(), sequence: 0, commits: 0 })
     }
 
     /// The port id that events of this socket's changes carry.
@@ -162,24 +152,26 @@ impl NfnlSocket {
         end_batch(&mut writer, begin.wrapping_add(1));
         self.send(&writer)?;
         // The kernel only answers errors, and the answer is ready when `send` returns.
-        loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, libc::MSG_DONTWAIT) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
-            }
-            for received in codec::messages(&self.buffer) {
-                match received.payload {
-                    Payload::Ack { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
-                    Payload::Ack { errno, text } if received.sequence == begin && errno != 0 => {
-                        return Err(kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text));
+        receive_buffer::with(|buffer| {
+            loop {
+                buffer.clear();
+                match self.socket.recv(buffer, libc::MSG_DONTWAIT) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                    Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+                }
+                for received in codec::messages(buffer) {
+                    match received.payload {
+                        Payload::Ack { errno: ERESTART, .. } if received.sequence == begin => return Ok(false),
+                        Payload::Ack { errno, text } if received.sequence == begin && errno != 0 => {
+                            return Err(kernel_error(codec::NFNL_SUBSYS_NFTABLES, errno, text));
+                        }
+                        _ => {}
                     }
-                    _ => {}
                 }
             }
-        }
+        })
     }
 
     /// Commits `total` changes together, or none of them. With a generation, only if it is still current (`ERESTART` otherwise).
@@ -309,25 +301,27 @@ impl NfnlSocket {
 
     /// Passes received messages to `handle` until it returns `Stop`. The rest of that datagram is passed on too.
     fn receive(&mut self, mut handle: impl FnMut(codec::ReceivedMessage<'_>) -> ReadControl) -> Result<(), OpError> {
-        loop {
-            self.buffer.clear();
-            match self.socket.recv(&mut self.buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let message = format!("no answer from nf_tables within {} s", ANSWER_TIMEOUT.as_secs());
-                    return Err(OpError { errno: libc::ETIMEDOUT, message });
+        receive_buffer::with(|buffer| {
+            loop {
+                buffer.clear();
+                match self.socket.recv(buffer, 0) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        let message = format!("no answer from nf_tables within {} s", ANSWER_TIMEOUT.as_secs());
+                        return Err(OpError { errno: libc::ETIMEDOUT, message });
+                    }
+                    Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
                 }
-                Err(error) => return Err(io_error("reading the answer of nf_tables", &error)),
+                let mut stopped = false;
+                for received in codec::messages(buffer) {
+                    stopped |= matches!(handle(received), ReadControl::Stop);
+                }
+                if stopped {
+                    return Ok(());
+                }
             }
-            let mut stopped = false;
-            for received in codec::messages(&self.buffer) {
-                stopped |= matches!(handle(received), ReadControl::Stop);
-            }
-            if stopped {
-                return Ok(());
-            }
-        }
+        })
     }
 }
 

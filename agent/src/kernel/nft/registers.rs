@@ -3,13 +3,13 @@
 
 use std::net::IpAddr;
 use std::ops::Range;
-
-use serde::{Deserialize, Serialize};
+use std::rc::Rc;
 
 use super::codec;
 use super::expr::uapi::*;
 use super::set::{NFT_SET_CONCAT, NFT_SET_INTERVAL};
 use super::snapshot::{ChainDump, ElementDump, RulesetSnapshot, SetDump};
+use super::translation::Translation;
 use super::xtables;
 use crate::kernel::packet::{Packet, ethertype};
 use crate::model::Family;
@@ -43,28 +43,6 @@ impl MatchResult {
             MatchResult::Unknown => MatchResult::Unknown,
         }
     }
-}
-
-/// An address translation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Translation {
-    /// The destination changes.
-    Destination {
-        /// The new address; absent if unchanged.
-        address: Option<IpAddr>,
-        /// The new port; absent if unchanged.
-        port: Option<u16>,
-    },
-    /// The source changes.
-    Source {
-        /// The new address; absent if unchanged.
-        address: Option<IpAddr>,
-    },
-    /// The source becomes the address of the output interface.
-    Masquerade,
-    /// A translation that this program cannot decode.
-    Unknown,
 }
 
 /// Sixteen registers of four bytes after the 16 bytes of the verdict (`struct nft_regs`).
@@ -102,11 +80,13 @@ pub(super) struct Registers<'a> {
     snapshot: &'a RulesetSnapshot,
     chain: &'a ChainDump,
     untracked: bool,
+    /// The register and map of a lookup whose key is unknown.
+    open_lookup: Option<(u32, Rc<SetDump>)>,
 }
 
 impl<'a> Registers<'a> {
     pub(super) fn new(packet: &'a Packet, snapshot: &'a RulesetSnapshot, chain: &'a ChainDump, untracked: bool) -> Registers<'a> {
-        Registers { bytes: [None; REGISTER_WORDS * 4], packet, snapshot, chain, untracked }
+        Registers { bytes: [None; REGISTER_WORDS * 4], packet, snapshot, chain, untracked, open_lookup: None }
     }
 
     /// Executes an expression without a verdict; returns whether it matches.
@@ -169,6 +149,7 @@ impl<'a> Registers<'a> {
                 }
                 None => {
                     self.bytes = [None; REGISTER_WORDS * 4];
+                    self.open_lookup = number(NFTA_LOOKUP_DREG).zip(self.set(data));
                     MatchResult::Unknown
                 }
             },
@@ -205,7 +186,7 @@ impl<'a> Registers<'a> {
                 Family::V4 => codec::NFPROTO_IPV4,
                 Family::V6 => codec::NFPROTO_IPV6,
             }]),
-            NFT_META_L4PROTO => Some(vec![packet.protocol]),
+            NFT_META_L4PROTO => (!packet.any_destination).then(|| vec![packet.protocol]),
             NFT_META_MARK => self.mark(),
             // A bridge also sees frames to other MACs.
             NFT_META_PKTTYPE if self.chain.family != codec::NFPROTO_BRIDGE => Some(vec![PACKET_HOST]),
@@ -322,10 +303,15 @@ impl<'a> Registers<'a> {
         if codec::attribute_u32(data, NFTA_RANGE_OP) == Some(NFT_CMP_NEQ) { in_range.not() } else { in_range }
     }
 
+    /// The set of a lookup.
+    fn set(&self, data: &[u8]) -> Option<Rc<SetDump>> {
+        let name = codec::attribute(data, NFTA_LOOKUP_SET).map(codec::strip_nul)?;
+        self.snapshot.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)
+    }
+
     /// Looks up the register's value in a set. Returns the match, and the data attributes of a map element.
     pub(super) fn lookup(&self, data: &[u8]) -> Option<(MatchResult, Option<Vec<u8>>)> {
-        let name = codec::attribute(data, NFTA_LOOKUP_SET).map(codec::strip_nul)?;
-        let set = self.snapshot.set(self.chain.family, &self.chain.table, std::str::from_utf8(name).ok()?)?;
+        let set = self.set(data)?;
         let register = codec::attribute_u32(data, NFTA_LOOKUP_SREG)?;
         // The catch-all element of a set has no key.
         let Some(length) = set.elements.iter().map(|element| element.key.len()).max() else {
@@ -336,18 +322,34 @@ impl<'a> Registers<'a> {
         Some((MatchResult::from_bool(found.is_some()), found.and_then(|element| element.data.clone())))
     }
 
+    /// The translations of a statement whose match is uncertain, each with the key of its map's element.
+    pub(super) fn possible_translations(&mut self, name: &str, data: &[u8]) -> Vec<(Translation, Vec<u8>)> {
+        let Some((register, map)) = self.open_lookup.take() else { return vec![(self.translation(name, data), Vec::new())] };
+        let element = |element: &ElementDump| {
+            let value = element.data.as_ref().and_then(|data| codec::attribute(data, NFTA_DATA_VALUE).map(<[u8]>::to_vec));
+            self.load(register, 64, value);
+            (self.translation(name, data), element.key.clone())
+        };
+        map.elements.iter().filter(|element| !element.is_interval_end).map(element).collect()
+    }
+
     /// Decodes an address translation statement.
     pub(super) fn translation(&self, name: &str, data: &[u8]) -> Translation {
         let register = |kind| codec::attribute_u32(data, kind);
-        let address = register(NFTA_NAT_REG_ADDR_MIN).and_then(|register| match self.packet.family {
+        let address_at = |register| match self.packet.family {
             Family::V4 => Some(IpAddr::from(<[u8; 4]>::try_from(self.value(register, 4)?).ok()?)),
             Family::V6 => Some(IpAddr::from(<[u8; 16]>::try_from(self.value(register, 16)?).ok()?)),
-        });
+        };
+        let address = register(NFTA_NAT_REG_ADDR_MIN).and_then(address_at);
+        let is_range = register(NFTA_NAT_REG_ADDR_MAX).is_some_and(|last| address_at(last) != address);
+        let is_undecoded = register(NFTA_NAT_REG_ADDR_MIN).is_some() && address.is_none();
         let port = register(NFTA_NAT_REG_PROTO_MIN)
             .and_then(|register| self.value(register, 2))
             .map(|bytes| u16::from_be_bytes([bytes[0], bytes[1]]));
         match name {
             "masq" => Translation::Masquerade,
+            "redir" => Translation::Redirect,
+            _ if is_range || is_undecoded => Translation::Unknown,
             "nat" if register(NFTA_NAT_TYPE) == Some(NFT_NAT_DNAT) => Translation::Destination { address, port },
             "nat" => Translation::Source { address },
             _ => Translation::Unknown,

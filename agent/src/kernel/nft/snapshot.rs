@@ -8,9 +8,10 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, NFPROTO_BRIDGE, NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, Object, Writer};
-use super::expr::uapi::{NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_LIST_ELEM};
+use super::expr::uapi::{NFTA_EXPR_DATA, NFTA_EXPR_NAME, NFTA_LIST_ELEM, NFTA_MATCH_NAME};
 use super::nfnl_socket::NfnlSocket;
 use super::set::*;
+use crate::kernel::netns::Netns;
 use crate::model::Family;
 use crate::plan::OpError;
 
@@ -116,11 +117,50 @@ impl RulesetSnapshot {
         Ok(RulesetSnapshot { chains, socket: RefCell::new(socket), sets: RefCell::default() })
     }
 
+    /// Reads a namespace.
+    ///
+    /// # Errors
+    /// As [`RulesetSnapshot::read`], or the namespace cannot be entered.
+    pub fn read_in(netns: &Netns) -> Result<RulesetSnapshot, OpError> {
+        netns.run_in_place(RulesetSnapshot::read).map_err(|e| OpError::from(&e))?
+    }
+
+    /// Rules that may redirect packets past routes and bridges, which [`RulesetSnapshot::evaluate`] does not follow.
+    pub fn redirections(&self) -> Vec<RuleRef> {
+        let redirects = |(name, data): &(String, Vec<u8>)| match name.as_str() {
+            "dup" | "fwd" | "tproxy" => true,
+            "target" => {
+                let target = codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default();
+                matches!(target, b"TEE" | b"TPROXY" | b"NETMAP")
+            }
+            _ => false,
+        };
+        let mut found = Vec::new();
+        for chain in &self.chains {
+            // All chains of a device are uncertain: they see packets before any other.
+            let rules = chain.rules.iter().filter(|rule| chain.family == NFPROTO_NETDEV || rule.exprs.iter().any(redirects));
+            found.extend(rules.map(|rule| RuleRef {
+                family: family_name(chain.family).to_owned(),
+                table: chain.table.clone(),
+                chain: chain.name.clone(),
+                handle: Some(rule.handle),
+                comment: rule.comment.clone(),
+                path: Vec::new(),
+            }));
+        }
+        found
+    }
+
     /// Removes the tables of a name.
     #[must_use]
     pub fn without_table(mut self, name: &str) -> RulesetSnapshot {
         self.chains.retain(|chain| chain.table != name);
         self
+    }
+
+    /// Whether a table has chains; `family` is the `nft` keyword.
+    pub fn has_table(&self, family: &str, table: &str) -> bool {
+        self.chains.iter().any(|chain| chain.table == table && family_name(chain.family) == family)
     }
 
     /// The names of all chains.
@@ -152,8 +192,11 @@ pub fn legacy_tables(family: Family) -> Vec<String> {
     names
 }
 
-/// The families whose chains see IP packets, and the bridge family.
-const FAMILIES: [u8; 4] = [NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_BRIDGE];
+/// `linux/netfilter.h`: chains of a device.
+const NFPROTO_NETDEV: u8 = 5;
+
+/// The families whose chains see packets of the namespace.
+const FAMILIES: [u8; 5] = [NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6, NFPROTO_BRIDGE, NFPROTO_NETDEV];
 
 /// The `nft` keyword of a family.
 pub(super) fn family_name(family: u8) -> &'static str {
@@ -162,6 +205,7 @@ pub(super) fn family_name(family: u8) -> &'static str {
         NFPROTO_IPV4 => "ip",
         NFPROTO_IPV6 => "ip6",
         NFPROTO_BRIDGE => "bridge",
+        NFPROTO_NETDEV => "netdev",
         _ => "other",
     }
 }

@@ -3,6 +3,7 @@
 mod elements;
 mod eval;
 mod forward;
+mod isolated;
 mod monitor;
 mod networks;
 mod table;
@@ -13,6 +14,7 @@ use std::process::{Command, Stdio};
 use super::Nft;
 use crate::model::{Family, NetworkConfig, PerFamily, Subnet};
 use crate::plan::backend;
+use crate::plan::isolation::Scope;
 use crate::plan::ruleset::{InetTableSpec, Table, inet_table};
 use crate::plan::{Key, Op, Ruleset, State, Value};
 
@@ -94,6 +96,8 @@ fn spec(network: &NetworkConfig, masquerade: bool, publishes: bool) -> InetTable
         masquerade,
         publishes,
         numbered_sets: false,
+        scope: Scope::Host,
+        isolation: None,
     }
 }
 

@@ -2,8 +2,11 @@
 //!
 //! Numbers are in host byte order, addresses in network byte order. A match that is not listed here is unknown.
 
+use std::net::IpAddr;
+
 use super::codec;
 use super::expr::uapi::*;
+use super::translation::Translation;
 use crate::kernel::packet::{Packet, TCP, UDP};
 use crate::model::Family;
 
@@ -25,6 +28,7 @@ pub(super) fn evaluate_match(data: &[u8], packet: &Packet, untracked: bool) -> O
     let name = codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default();
     match (name, revision) {
         (b"comment", _) => Some(true),
+        (b"tcp" | b"udp" | b"multiport" | b"iprange", _) if packet.any_destination => None,
         // Revision 1 has states of eight bits.
         (b"conntrack", 2..) => info.conntrack(packet, untracked),
         (b"state", 0) => info.u32(0).map(|states| states & if untracked { XT_STATE_UNTRACKED } else { 8 } != 0),
@@ -36,6 +40,32 @@ pub(super) fn evaluate_match(data: &[u8], packet: &Packet, untracked: bool) -> O
         // `PACKET_HOST` is 0, and the type of a packet to this host or through it.
         (b"pkttype", 0) => info.u32(0).zip(info.u32(4)).map(|(kind, invert)| (kind == 0) != (invert != 0)),
         _ => None,
+    }
+}
+
+/// `NF_NAT_RANGE_MAP_IPS` and `NF_NAT_RANGE_PROTO_SPECIFIED`, `linux/netfilter/nf_nat.h`.
+const NF_NAT_RANGE_MAP_IPS: u32 = 1;
+const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 2;
+
+/// Decodes a target that translates addresses. A range of addresses is unknown.
+pub(super) fn translation(data: &[u8], family: Family) -> Translation {
+    let info = Info(codec::attribute(data, NFTA_MATCH_INFO).unwrap_or_default());
+    // `struct nf_nat_ipv4_multi_range_compat` before revision 1 of IPv4, else `nf_nat_range` and `nf_nat_range2`.
+    let is_compat = family == Family::V4 && codec::attribute_u32(data, NFTA_MATCH_REV).unwrap_or(0) == 0;
+    let (flags, first, last, ports) = if is_compat { (4, 8, 12, 16) } else { (0, 4, 20, 36) };
+    let flags = info.u32(flags).unwrap_or(0);
+    let address = |at: usize| match family {
+        Family::V4 => Some(IpAddr::from(<[u8; 4]>::try_from(info.0.get(at..at + 4)?).ok()?)),
+        Family::V6 => Some(IpAddr::from(<[u8; 16]>::try_from(info.0.get(at..at + 16)?).ok()?)),
+    };
+    let found = address(first).filter(|found| flags & NF_NAT_RANGE_MAP_IPS != 0 && address(last) == Some(*found));
+    let port = info.u16(ports).map(u16::from_be).filter(|_| flags & NF_NAT_RANGE_PROTO_SPECIFIED != 0);
+    match (codec::attribute(data, NFTA_MATCH_NAME).map(codec::strip_nul).unwrap_or_default(), found) {
+        (b"MASQUERADE", _) => Translation::Masquerade,
+        (b"REDIRECT", _) => Translation::Redirect,
+        (b"DNAT", Some(_)) => Translation::Destination { address: found, port },
+        (b"SNAT", Some(_)) => Translation::Source { address: found },
+        _ => Translation::Unknown,
     }
 }
 

@@ -2,10 +2,15 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
 use super::support::{TestNetns, run};
-use crate::kernel::netns::{Netns, NetnsError, named_path};
+use crate::kernel::netns::{NETNS_RUN_DIR, NETWORK_PREFIX, Netns, NetnsError, named_path, serve_name_request};
 use crate::kernel::netns_builder::NetnsBuilder;
 use crate::model::Mac;
 
@@ -116,4 +121,72 @@ fn veth_pair_connects_two_namespaces() {
         let connected = right.netns.run(|| TcpStream::connect_timeout(&target, Duration::from_secs(3))).expect("run");
         assert!(connected.is_ok(), "{family}: {connected:?}");
     }
+}
+
+/// Gives the calling thread a mount namespace like that of the packaged agent: `/run/netns` is read-only, and what is mounted there
+/// does not reach the host.
+fn confine(helper: &std::path::Path) {
+    let none = None::<&str>;
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none).expect("a slave");
+    let names = fs::File::open(NETNS_RUN_DIR).expect("the names");
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("a tmpfs");
+    fs::create_dir(NETNS_RUN_DIR).expect("a directory");
+    let names = format!("/proc/self/fd/{}", names.as_raw_fd());
+    mount(Some(names.as_str()), NETNS_RUN_DIR, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).expect("the names");
+    mount(none, NETNS_RUN_DIR, none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none).expect("read-only");
+    fs::create_dir("/run/overlayd").expect("a directory");
+    std::os::unix::fs::symlink(helper, "/run/overlayd/netns.sock").expect("a link");
+}
+
+#[test]
+fn helper_names_namespaces_of_confined_agent() {
+    // The directory exists and is shared then.
+    let plain = TestNetns::new("helper");
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("helper.sock");
+    let listener = UnixListener::bind(&socket).expect("a socket");
+    let helper = std::thread::spawn(move || {
+        for client in listener.incoming().take(5) {
+            serve_name_request(client.expect("a client")).expect("a request");
+        }
+    });
+    let name = format!("{NETWORK_PREFIX}{}", plain.name());
+    let on_host = || Netns::named(&name);
+    std::thread::scope(|scope| {
+        let (name, plain, on_host) = (&name, plain.name(), &on_host);
+        let (to_host, from_agent) = std::sync::mpsc::sync_channel(0);
+        let (to_agent, from_host) = std::sync::mpsc::sync_channel::<()>(0);
+        let agent = scope.spawn(move || {
+            confine(&socket);
+            let netns = Netns::ensure(name).expect("created");
+            let step = |id: String| {
+                to_host.send(id).expect("a receiver");
+                from_host.recv().expect("a sender");
+            };
+            step(netns.id().expect("an id"));
+            assert!(!netns.is_named(), "the host deleted the name");
+            netns.name_again().expect("named");
+            step(netns.id().expect("an id"));
+            assert!(netns.is_named());
+            let error = Netns::delete(plain).expect_err("no network's").to_string();
+            assert!(error.contains("is not an isolated network's namespace"), "{error}");
+            let error = Netns::ensure(&format!("{name}/x")).expect_err("no name");
+            assert!(matches!(error, NetnsError::InvalidName { .. }), "{error}");
+            Netns::delete(name).expect("deleted");
+            // It stays with the name that it has.
+            Netns::ensure(name).expect("created");
+        });
+        let id = from_agent.recv().expect("a sender");
+        assert_eq!(on_host().expect("named").id().expect("an id"), id, "the agent's namespace");
+        run(&format!("ip netns delete {name}"));
+        to_agent.send(()).expect("a receiver");
+        assert_eq!(from_agent.recv().expect("a sender"), id);
+        assert_eq!(on_host().expect("named").id().expect("an id"), id, "named again");
+        to_agent.send(()).expect("a receiver");
+        agent.join().expect("the agent");
+    });
+    helper.join().expect("the helper");
+    assert!(on_host().is_ok(), "it outlives the agent");
+    Netns::delete(&name).expect("deleted");
 }

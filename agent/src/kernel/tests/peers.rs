@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use crate::model::{Device, Family, Mac, NetworkConfig, PerFamily, Subnet, Vni};
 use crate::plan::backend;
+use crate::plan::isolation::Scope;
 use crate::plan::ruleset::{Element, InetTableSpec, PeerPair, Table, inet_table};
 use crate::plan::state::{NEXTHOP_IDS, RouteTarget};
 use crate::plan::{Batch, DataPath, Key, Op, State, Value};
@@ -153,6 +154,8 @@ fn failures_of_elements_and_entries_keep_their_place() {
             masquerade: true,
             publishes: false,
             numbered_sets: false,
+            scope: Scope::Host,
+            isolation: None,
         };
         let rules = inet_table(&[&spec]);
         host.apply(&vec![Op::Set(Key::Ruleset(Table::Inet), Value::Ruleset(Box::new(rules)))]).await;

@@ -122,17 +122,23 @@ fn on_host_in(
             setup.add_route(None, Some(gateway.parse().expect("address")), Some("eth0")).expect("a route");
         }
         let underlay = setup.link_index("eth0").expect("eth0");
-        let (kernel, events, monitor) = Kernel::open(&netns, &options).expect("the kernel");
-        configure(&monitor);
-        let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
-        let mut host = Host { kernel, events, monitor, underlay };
-        host.drain_events().await;
+        let mut host = Host::open(&netns, &options, configure, underlay).await;
         test(&mut host).await;
         assert!(!host.monitor.is_finished(), "the monitor still runs");
     });
 }
 
 impl Host {
+    /// Opens the data path of a namespace.
+    pub async fn open(netns: &Netns, options: &KernelOptions, configure: impl FnOnce(&Monitor), underlay: u32) -> Host {
+        let (kernel, events, monitor) = Kernel::open(netns, options).expect("the kernel");
+        configure(&monitor);
+        let monitor = tokio::spawn(async { monitor.run().await.expect("the monitor") });
+        let mut host = Host { kernel, events, monitor, underlay };
+        host.drain_events().await;
+        host
+    }
+
     /// Applies a batch that has to succeed.
     pub async fn apply(&mut self, batch: &Batch) {
         let report = self.kernel.apply(batch).await;

@@ -78,6 +78,7 @@ impl Backend for VxlanConfig {
         let (device, gateway) = (Device::vxlan(family, self.vni), subnet.base());
         let vni = host.numbered_sets.then_some(self.vni);
         let sources = allowed_sources(host, family, remote).map(|element| element.of_network(vni));
+        let sources = sources.chain(sources_in_peer_networks(host, family, remote));
         entries.extend(sources.map(|element| (Key::Element(element), Value::Element(None))));
         entries.push((Key::Fdb(device, mac), Value::Fdb(public_ip)));
         entries.push((Key::Neigh(device, gateway), Value::Neigh(mac)));
@@ -92,5 +93,14 @@ fn allowed_sources(host: &HostSpec, family: Family, remote: &RemoteSubnet) -> im
     let has_pool_length = host.network.pools.get(family).is_some_and(|pool| pool.subnet_length == subnet.length());
     let pair = PeerPair::new(public_ip, subnet.base()).filter(|_| has_pool_length);
     let source = pair.map_or_else(|| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))), Element::Peer);
-    [Some(source), (!host.masquerade).then_some(Element::Host(public_ip))].into_iter().flatten()
+    [Some(source), (!host.masquerades()).then_some(Element::Host(public_ip))].into_iter().flatten()
+}
+
+/// The same subnet in the tunnels of the peer networks: a packet to a peer network travels with that network's VNI. Always as a
+/// range, since that network's subnets may have another length.
+fn sources_in_peer_networks(host: &HostSpec, family: Family, remote: &RemoteSubnet) -> impl Iterator<Item = Element> {
+    let RemoteSubnet { subnet, public_ip, .. } = *remote;
+    let peers = host.isolation.iter().flat_map(|isolation| &isolation.peers);
+    let in_family = peers.filter(move |peer| peer.ranges.get(family).is_some());
+    in_family.map(move |peer| Element::Range(Box::new((public_ip, subnet.base(), subnet.last()))).of_network(Some(peer.vni)))
 }

@@ -1,5 +1,7 @@
 //! Tests of desired state, entry by entry.
 
+mod isolated;
+
 use std::collections::BTreeSet;
 
 use super::*;
@@ -37,6 +39,7 @@ fn host(config: &str, key: &str) -> HostSpec {
         docker: false,
         ports: Vec::new(),
         reserved: BTreeSet::new(),
+        isolation: None,
     }
 }
 
@@ -51,8 +54,8 @@ fn entries_with(host: &HostSpec, accept_ra_interfaces: &[&str]) -> State {
         accept_ra_interfaces: accept_ra_interfaces.iter().map(|name| (*name).to_owned()).collect(),
         uplinks: vec!["eth0".to_owned()],
     };
-    let mut state = host.entries();
-    state.extend(shared_entries(&[&host.shared()], &facts));
+    let mut state = host.entries(Scope::Host);
+    state.extend(shared_entries(&[&host.shared(Scope::Host)], &facts));
     state
 }
 
@@ -191,15 +194,15 @@ fn changed_entries_omit_unchanged_endpoints() {
     let unmasqueraded = HostSpec { masquerade: false, ..with(&[&a, &b]) };
     for from in hosts.iter().chain([&unmasqueraded]) {
         for to in hosts.iter().chain([&unmasqueraded]) {
-            let (removed, added) = from.changed_entries(to);
+            let (removed, added) = from.changed_entries(to, Scope::Host);
             // All entries of `from`, minus the old changed entries, plus the new ones, are all entries of `to`.
-            let mut state = from.entries();
+            let mut state = from.entries(Scope::Host);
             state.retain(|key, _| !removed.contains_key(key));
             state.extend(added);
-            assert_eq!(state, to.entries(), "{:?} to {:?}", from.ports, to.ports);
+            assert_eq!(state, to.entries(Scope::Host), "{:?} to {:?}", from.ports, to.ports);
         }
     }
-    let (removed, added) = with(&[&a, &b]).changed_entries(&with(&[&a, &other_b]));
+    let (removed, added) = with(&[&a, &b]).changed_entries(&with(&[&a, &other_b]), Scope::Host);
     let interfaces = |state: &State| lines(state).iter().filter(|line| line.starts_with("link")).count();
     assert_eq!((interfaces(&removed), interfaces(&added)), (1, 1));
     assert!(lines(&removed).iter().chain(&lines(&added)).all(|line| !line.contains("veth1")));
@@ -386,13 +389,13 @@ fn second_network() -> HostSpec {
 fn two_networks_share_no_key() {
     let networks = [host(DUAL, DUAL_KEY), second_network()];
     let facts = NamespaceFacts { forward_drops: Family::ALL.to_vec(), ..NamespaceFacts::default() };
-    let shared = shared_entries(&networks.each_ref().map(HostSpec::shared).each_ref(), &facts);
+    let shared = shared_entries(&networks.each_ref().map(|host| host.shared(Scope::Host)).each_ref(), &facts);
     let [first, second] = networks.map(|host| {
         let [a, b, c] = match host.numbered_sets {
             false => ["10.244.9.0/24", "fd00:10:244:9::/64", "10.244.10.0/25"],
             true => ["10.99.9.0/24", "fd00:99:9::/64", "10.99.10.0/25"],
         };
-        let mut state = host.entries();
+        let mut state = host.entries(Scope::Host);
         for (v4, v6) in [(a, Some(b)), (c, None)] {
             let mut peer = peer();
             peer.remote_subnets.v4.as_mut().expect("IPv4").subnet = cidr(v4);
@@ -418,7 +421,7 @@ fn two_networks_share_no_key() {
 
 #[test]
 fn tunnel_filter_of_two_networks_is_by_vni() {
-    let specs = [host(DUAL, DUAL_KEY).shared(), second_network().shared()];
+    let specs = [host(DUAL, DUAL_KEY).shared(Scope::Host), second_network().shared(Scope::Host)];
     let shared = shared_entries(&specs.each_ref(), &NamespaceFacts::default());
     let Some(Value::Ruleset(rules)) = shared.get(&Key::Ruleset(Table::Inet)) else { panic!("rules") };
     let text = rules.to_string();

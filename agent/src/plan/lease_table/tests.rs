@@ -42,6 +42,7 @@ fn local_host() -> LocalHost {
         subnet: Subnet::from_key("10.244.9.0-24").expect("a key"),
         public_ip: PerFamily { v4: "192.0.2.9".parse().ok(), v6: None },
         endpoints: PerFamily { v4: Some(PeerEndpoint::Vxlan(Mac([2, 0, 0, 0, 0, 9]))), v6: None },
+        isolated: false,
     }
 }
 
@@ -116,6 +117,13 @@ fn lease_covering_host_address_is_rejected() {
     let own = LocalHost { public_ip: PerFamily { v4: "10.200.7.1".parse().ok(), v6: None }, ..local_host() };
     let is_rejected = matches!(table.classify(stale, &wide_network(), Some(&own)), Some(Classification::Rejected(r)) if r.kind.as_str() == "covers-host");
     assert!(is_rejected, "this host's own address counts too");
+    // Outer packets never meet the routes of an isolated network.
+    let own = LocalHost { isolated: true, ..own };
+    table.upsert(record_at(host, 2, "10.20.0.2"));
+    for key in [stale, host] {
+        let classification = table.classify(key, &wide_network(), Some(&own));
+        assert!(matches!(classification, Some(Classification::Accepted(_))), "{key}: {classification:?}");
+    }
 }
 
 #[test]

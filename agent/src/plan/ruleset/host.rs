@@ -3,18 +3,23 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::spec::InetTableSpec;
 use super::{Base, Chain, ChainKind, Counter, Expr, Field, Hook, Rule, Ruleset, SetName, Table, UDP, is, is_not, rule};
-use crate::model::device::BRIDGE_PREFIX;
+use crate::model::device::{BRIDGE_PREFIX, TRANSIT_PREFIX, VXLAN_PREFIXES};
 use crate::model::network::Pool;
-use crate::model::{Cidr, Device, Family, NetworkConfig, PerFamily, Subnet, Vni};
+use crate::model::{Cidr, Family, Role, Vni, transfer_range};
+use crate::plan::isolation::Scope;
 
-/// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
+/// `NF_IP_PRI_RAW`, `NF_IP_PRI_NAT_DST`, `NF_IP_PRI_FILTER` and `NF_IP_PRI_NAT_SRC` in `linux/netfilter_ipv4.h`.
 const NF_IP_PRI_RAW: i32 = -300;
 const NF_IP_PRI_NAT_DST: i32 = -100;
+const NF_IP_PRI_FILTER: i32 = 0;
 const NF_IP_PRI_NAT_SRC: i32 = 100;
 
 /// The chain that defines the overlay's address ranges.
 pub const OVERLAY_CHAIN: &str = "overlay";
+/// The chain that drops packets between isolated networks and others.
+const ISOLATION_CHAIN: &str = "isolation";
 /// The chain of the tunnel source filter.
 const TUNNEL_CHAIN: &str = "vxlan";
 
@@ -23,56 +28,7 @@ const VNI_FIELD: Field = Field::transport(12, 3);
 const INNER_ETHERTYPE: Field = Field::transport(28, 2);
 const INNER_IP_OFFSET: u8 = 30;
 
-/// The UDP packets between hosts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tunnel {
-    /// Their destination port.
-    pub port: u16,
-    /// The VNI of VXLAN packets, whose inner source address the rules check.
-    pub vni: Option<Vni>,
-}
-
-/// A network's input of the rules.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct InetTableSpec {
-    /// The network.
-    pub network: NetworkConfig,
-    /// The bridge of this host's containers.
-    pub bridge: Device,
-    /// This host's devices towards the peers of each family; none if packets take the external interface.
-    pub devices: PerFamily<Device>,
-    /// The UDP packets between hosts; `None` if packets are not encapsulated in UDP.
-    pub tunnel: Option<Tunnel>,
-    /// This host's subnet.
-    pub subnet: Subnet,
-    /// The source addresses of its VXLAN devices, per family.
-    pub local: PerFamily<IpAddr>,
-    /// Whether traffic that leaves the overlay gets the host's address.
-    pub masquerade: bool,
-    /// Whether ports are published. Without them, their chains are left out, so that no connection pays for them.
-    pub publishes: bool,
-    /// Whether the names of its tunnel sets end with its VNI; those of the default network do not.
-    pub numbered_sets: bool,
-}
-
 impl InetTableSpec {
-    fn bridge_name(&self) -> String {
-        self.bridge.name()
-    }
-
-    /// The VNI of its tunnel, whose inner source address the rules check; `None` if there is none.
-    fn vni(&self) -> Option<Vni> {
-        self.tunnel?.vni
-    }
-
-    /// The network's sets in the tunnel source filter of a family, with the length of their inner source's prefix.
-    fn tunnel_sets(&self, family: Family, subnet_length: u8) -> impl Iterator<Item = (SetName, u8)> {
-        let (vni, bits) = (self.vni().filter(|_| self.numbered_sets), family.bits());
-        let hosts = (!self.masquerade).then_some((SetName::Hosts(family), bits));
-        let sets = [Some((SetName::Peers(family), subnet_length)), hosts, Some((SetName::Ranges(family), bits))];
-        sets.into_iter().flatten().map(move |(set, length)| (set.of_network(vni), length))
-    }
-
     /// Accepts packets with the network's VNI from its peers, and drops all others.
     fn tunnel_rules(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
@@ -92,25 +48,40 @@ impl InetTableSpec {
     }
 
     /// Drops packets that the network's containers send to a VXLAN port.
-    fn encapsulation_rule(&self) -> Rule {
-        rule([Expr::InputInterface(self.bridge_name()), Expr::Count(Counter::Encapsulation), Expr::Drop])
+    fn encapsulation_rule(&self) -> Option<Rule> {
+        let from_container = Expr::InputInterface(self.inner_device()?.name());
+        Some(rule([from_container, Expr::Count(Counter::Encapsulation), Expr::Drop]))
     }
 
     fn postrouting_rules(&self) -> Vec<Rule> {
         let mut rules = Vec::new();
-        if self.publishes {
-            let sources = self.network.families().flat_map(|family| [self.subnet.get(family), Some(loopback(family))]).flatten();
+        if let Some(inner) = self.loopback_device() {
+            let own = |family| match self.transit() {
+                Some(transit) => Some(Cidr::host(transit.network(family))),
+                None => self.subnet.get(family),
+            };
+            let sources = self.network.families().flat_map(|family| [own(family), Some(loopback(family))]).flatten();
             for cidr in sources {
                 let source = Expr::Source { cidr, negate: false };
-                rules.push(rule([Expr::OutputInterface(self.bridge_name()), Expr::Translated, source, Expr::Masquerade]));
+                rules.push(rule([Expr::OutputInterface(inner.name()), Expr::Translated, source, Expr::Masquerade]));
             }
         }
-        if self.masquerade {
+        if self.scope == Scope::Network && self.transit().is_some() {
+            rules.extend(self.network.pools.iter().map(|(family, pool)| {
+                rule([
+                    in_leased_range(Field::Source(family), pool, false),
+                    Expr::OutputInterface(self.transit_device().name()),
+                    in_leased_range(Field::Destination(family), pool, true),
+                    Expr::Masquerade,
+                ])
+            }));
+        }
+        if self.masquerade && self.isolation.is_none() {
             for (family, pool) in self.network.pools.iter() {
                 let tunnel = self.devices.get(family).map(|device| device.name());
                 let mut leaving = vec![
                     in_leased_range(Field::Source(family), pool, false),
-                    interface_is_not(Field::OutputInterface, &self.bridge_name()),
+                    interface_is_not(Field::OutputInterface, &self.bridge.name()),
                 ];
                 leaving.extend(tunnel.iter().map(|tunnel| interface_is_not(Field::OutputInterface, tunnel)));
                 leaving.extend([
@@ -150,6 +121,16 @@ impl InetTableSpec {
 ///   container's own bridge or the host's loopback are masqueraded too, so that the container answers through this host.
 ///   Traffic inside the overlay is not translated, nor is traffic from a container to a peer whose subnet the network no
 ///   longer leases.
+///
+/// An isolated network's containers are behind its transit. In the host's table its published ports lead to the transit's other
+/// end, what comes from a transit and leaves by another device gets the host's address, and there are two more chains:
+///
+/// - `forward`, `isolation`: a packet between a transit and another network of this host is dropped, unless a published port
+///   translated it. Nothing else enters a transit, except replies to connections from it, whose source was translated: otherwise
+///   a neighbour of the host who knows the transfer address would reach a port that is bound to another address of the host.
+///
+/// The network's own table has no tunnel source filter and no `output`. Its `prerouting` translates what comes by the transit,
+/// and its `postrouting` masquerades what leaves by it.
 pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     let has = |family: &Family| specs.iter().any(|spec| spec.network.families().any(|f| f == *family));
     let families: Vec<Family> = Family::ALL.into_iter().filter(has).collect();
@@ -160,12 +141,17 @@ pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
         ports.iter().map(|port| rule(to(port).into_iter().chain([statement.clone()]))).collect::<Vec<_>>()
     };
     let filter = |name, hook, rules| base_chain(name, hook, ChainKind::Filter, NF_IP_PRI_RAW, rules);
+    let in_host = specs.iter().all(|spec| spec.scope == Scope::Host);
+    let transits: Vec<&InetTableSpec> =
+        specs.iter().copied().filter(|spec| spec.is_host_end() && spec.transit().is_some()).collect();
     let mut incoming = to_tunnel_port(Expr::Jump("encapsulated".to_owned()));
     incoming.extend(loopback_rules(specs, &families));
     let mut chains = vec![filter("incoming", Hook::Prerouting, incoming), overlay_chain(specs)];
     if !ports.is_empty() {
-        chains.push(filter("outgoing", Hook::Output, to_tunnel_port(Expr::Untrack)));
         chains.push(encapsulated_chain(specs));
+        if in_host {
+            chains.push(filter("outgoing", Hook::Output, to_tunnel_port(Expr::Untrack)));
+        }
     }
     let with_vni: Vec<(&InetTableSpec, Vni)> = specs.iter().filter_map(|spec| Some((*spec, spec.vni()?))).collect();
     if !with_vni.is_empty() {
@@ -174,32 +160,45 @@ pub fn inet_table(specs: &[&InetTableSpec]) -> Ruleset {
     }
     if publishes {
         let nat = |name, hook, rules| base_chain(name, hook, ChainKind::Nat, NF_IP_PRI_NAT_DST, rules);
-        chains.push(nat("prerouting", Hook::Prerouting, publish_rules(&families, true)));
-        chains.push(nat("output", Hook::Output, publish_rules(&families, false)));
+        if in_host {
+            chains.push(nat("prerouting", Hook::Prerouting, publish_rules(&families, true)));
+            chains.push(nat("output", Hook::Output, publish_rules(&families, false)));
+        } else {
+            chains.push(nat("prerouting", Hook::Prerouting, specs.iter().flat_map(|spec| transit_port_rules(spec)).collect()));
+        }
     }
-    let postrouting: Vec<Rule> = specs.iter().flat_map(|spec| spec.postrouting_rules()).collect();
+    if !transits.is_empty() {
+        chains.extend(isolation_chains());
+    }
+    let mut postrouting: Vec<Rule> = specs.iter().flat_map(|spec| spec.postrouting_rules()).collect();
+    postrouting.extend(transfer_rules(&transits));
     if !postrouting.is_empty() {
         chains.push(base_chain("postrouting", Hook::Postrouting, ChainKind::Nat, NF_IP_PRI_NAT_SRC, postrouting));
     }
     chains.sort_by(|a, b| a.name.cmp(&b.name));
     let mut sets: Vec<SetName> = Vec::new();
     for (spec, _) in &with_vni {
-        sets.extend(spec.network.families().flat_map(|family| spec.tunnel_sets(family, 0)).map(|(set, _)| set));
+        sets.extend(spec.all_tunnel_sets());
     }
     if publishes {
-        sets.extend(families.iter().flat_map(|family| [SetName::Bound(*family), SetName::Ports(*family)]));
+        sets.extend(families.iter().map(|family| SetName::Ports(*family)));
+        sets.extend(families.iter().filter(|_| in_host).map(|family| SetName::Bound(*family)));
     }
     sets.sort();
-    let mut counters = vec![Counter::Encapsulation, Counter::Loopback, Counter::Tunnel];
-    if !families.contains(&Family::V4) {
-        counters.retain(|counter| *counter != Counter::Loopback);
-    }
+    sets.dedup();
+    let mut counters = vec![Counter::Encapsulation, Counter::Isolation, Counter::Loopback, Counter::Tunnel];
+    counters.retain(|counter| match counter {
+        Counter::Isolation => !transits.is_empty(),
+        Counter::Loopback => families.contains(&Family::V4),
+        Counter::Tunnel => in_host,
+        _ => true,
+    });
     Ruleset { table: Table::Inet, counters, sets, chains, foreign: Vec::new() }
 }
 
 /// The tunnel source filter: one chain for a single network, or one that jumps to a chain for each VNI.
 fn tunnel_chains(specs: &[(&InetTableSpec, Vni)]) -> Vec<Chain> {
-    let mut rules: Vec<Rule> = specs.iter().map(|(spec, _)| spec.encapsulation_rule()).collect();
+    let mut rules: Vec<Rule> = specs.iter().filter_map(|(spec, _)| spec.encapsulation_rule()).collect();
     let mut chains = Vec::new();
     for (spec, vni) in specs {
         let [_, field @ ..] = vni.get().to_be_bytes();
@@ -221,18 +220,30 @@ fn loopback_rules(specs: &[&InetTableSpec], families: &[Family]) -> Vec<Rule> {
     if !families.contains(&Family::V4) {
         return Vec::new();
     }
-    let not_from_container = match specs {
-        [only] => interface_is_not(Field::InputInterface, &only.bridge_name()),
-        _ => is_not(Field::InputInterface, BRIDGE_PREFIX.as_bytes()),
-    };
     let cidr = loopback(Family::V4);
     let matches = [Expr::Destination { cidr, negate: false }, Expr::Source { cidr, negate: false }];
-    let drops = matches.map(|expr| rule([expr, Expr::Count(Counter::Loopback), Expr::Drop]));
-    [rule([not_from_container, Expr::Accept])].into_iter().chain(drops).collect()
+    let drops = |from: Option<Expr>| {
+        let drop = move |expr: Expr| rule(from.iter().cloned().chain([expr, Expr::Count(Counter::Loopback), Expr::Drop]));
+        matches.clone().map(drop)
+    };
+    let comes_from = |role| specs.iter().filter_map(|spec| spec.inner_device()).any(|device| device.role == role);
+    let mut rules = Vec::new();
+    if comes_from(Role::Transit) {
+        rules.extend(drops(Some(is(Field::InputInterface, TRANSIT_PREFIX.as_bytes()))));
+    }
+    if comes_from(Role::Bridge) {
+        let not_from_bridge = match specs {
+            [only] => interface_is_not(Field::InputInterface, &only.bridge.name()),
+            _ => is_not(Field::InputInterface, BRIDGE_PREFIX.as_bytes()),
+        };
+        rules.push(rule([not_from_bridge, Expr::Accept]));
+        rules.extend(drops(None));
+    }
+    rules
 }
 
 fn encapsulated_chain(specs: &[&InetTableSpec]) -> Chain {
-    let mut rules: Vec<Rule> = specs.iter().map(|spec| spec.encapsulation_rule()).collect();
+    let mut rules: Vec<Rule> = specs.iter().filter_map(|spec| spec.encapsulation_rule()).collect();
     let mut local: Vec<IpAddr> = Vec::new();
     for spec in specs {
         let addresses = spec.network.families().filter_map(|family| spec.local.get(family).copied());
@@ -249,7 +260,7 @@ fn encapsulated_chain(specs: &[&InetTableSpec]) -> Chain {
 
 fn overlay_chain(specs: &[&InetTableSpec]) -> Chain {
     let fields = |family| [Field::Source(family), Field::Destination(family)];
-    let pools = specs.iter().flat_map(|spec| spec.network.pools.iter());
+    let pools = specs.iter().filter(|spec| !spec.is_host_end()).flat_map(|spec| spec.network.pools.iter());
     let exprs = pools.flat_map(|(family, pool)| fields(family).map(|field| in_leased_range(field, pool, false)));
     Chain { name: OVERLAY_CHAIN.to_owned(), base: None, rules: exprs.map(|expr| rule([expr, Expr::Accept])).collect() }
 }
@@ -270,6 +281,45 @@ fn publish_rules(families: &[Family], from_outside: bool) -> Vec<Rule> {
         rules.push(rule([Expr::ToThisHost, Expr::Translate { fields: port.to_vec(), map: SetName::Ports(*family) }]));
     }
     rules
+}
+
+/// Ports that the host translated to the network's end of its transit.
+fn transit_port_rules(spec: &InetTableSpec) -> Vec<Rule> {
+    let fields = vec![Field::Layer4, Field::DestinationPort];
+    let translate = |family| Expr::Translate { fields: fields.clone(), map: SetName::Ports(family) };
+    let from_host = Expr::InputInterface(spec.transit_device().name());
+    spec.network.families().map(|family| rule([from_host.clone(), translate(family)])).collect()
+}
+
+/// The chains between transits and other devices of ours.
+fn isolation_chains() -> [Chain; 2] {
+    let jump = || Expr::Jump(ISOLATION_CHAIN.to_owned());
+    let from_transit = || is(Field::InputInterface, TRANSIT_PREFIX.as_bytes());
+    let leaves_by = |prefix: &str| is(Field::OutputInterface, prefix.as_bytes());
+    let other_networks = [BRIDGE_PREFIX].into_iter().chain(VXLAN_PREFIXES);
+    let mut rules: Vec<Rule> = other_networks.map(|prefix| rule([from_transit(), leaves_by(prefix), jump()])).collect();
+    rules.push(rule([leaves_by(TRANSIT_PREFIX), jump()]));
+    let isolation = vec![rule([Expr::AddressTranslated, Expr::Accept]), rule([Expr::Count(Counter::Isolation), Expr::Drop])];
+    [
+        base_chain("forward", Hook::Forward, ChainKind::Filter, NF_IP_PRI_FILTER, rules),
+        Chain { name: ISOLATION_CHAIN.to_owned(), base: None, rules: isolation },
+    ]
+}
+
+/// Masquerades transfer addresses, which nothing outside could answer. Between transits only published ports are translated.
+fn transfer_rules(transits: &[&InetTableSpec]) -> Vec<Rule> {
+    let has = |family: &Family| transits.iter().any(|spec| spec.network.families().any(|f| f == *family));
+    let masquerade = |family| {
+        let range = transfer_range(family);
+        let in_range = |field, negate| Expr::Range { field, first: range.base(), last: range.last(), negate };
+        rule([
+            in_range(Field::Source(family), false),
+            is_not(Field::OutputInterface, TRANSIT_PREFIX.as_bytes()),
+            in_range(Field::Destination(family), true),
+            Expr::Masquerade,
+        ])
+    };
+    Family::ALL.into_iter().filter(has).map(masquerade).collect()
 }
 
 fn base_chain(name: &str, hook: Hook, kind: ChainKind, priority: i32, rules: Vec<Rule>) -> Chain {

@@ -111,6 +111,7 @@ impl fmt::Display for Expr {
             Expr::Field { field, negate, value } => write_comparison(f, *field, *negate, value),
             Expr::ToThisHost => f.write_str("fib daddr type local"),
             Expr::Translated => f.write_str("ct status dnat"),
+            Expr::AddressTranslated => f.write_str("ct status snat,dnat"),
             Expr::In { fields, set } => write!(f, "{} @{}", concatenation(fields), set.name()),
             Expr::Translate { fields, map } => {
                 let ip = match map {

@@ -59,7 +59,8 @@ fn inventory() -> HostInventory {
 }
 
 fn choose(selection: &UnderlaySelector, families: &[Family], reachable_link: Option<u32>) -> Result<Underlay, String> {
-    let choice = selection.choose(&inventory(), &pools(families), reachable_link, &CurrentUnderlay::default());
+    let choice =
+        selection.choose(&inventory(), families.iter().copied(), &pools(families), reachable_link, &CurrentUnderlay::default());
     choice.map(|choice| choice.underlay).map_err(|e| e.to_string())
 }
 
@@ -100,16 +101,16 @@ fn interface_without_ipv6_serves_ipv4_alone() {
         inventory.links[2].ipv6 = ipv6;
         let after_reboot = CurrentUnderlay { published, ..CurrentUnderlay::default() };
         for in_use in [CurrentUnderlay::default(), after_reboot] {
-            let chosen = eth1.choose(&inventory, &pools(&Family::ALL), None, &in_use).expect("IPv4");
+            let chosen = eth1.choose(&inventory, Family::ALL, &pools(&Family::ALL), None, &in_use).expect("IPv4");
             let Underlay { local, public_ip, .. } = chosen.underlay;
             assert_eq!((local.v4, public_ip.v6, chosen.reasons.v6), ("198.51.100.7".parse().ok(), None, None));
         }
         let built = CurrentUnderlay { local: published, ..CurrentUnderlay::default() };
-        let kept = eth1.choose(&inventory, &pools(&Family::ALL), None, &built).expect("both");
+        let kept = eth1.choose(&inventory, Family::ALL, &pools(&Family::ALL), None, &built).expect("both");
         assert_eq!((kept.underlay.local.v6, kept.reasons.v6), (published.v6, Some(SelectionReason::Retained)));
         let remedy = "sysctl -w net/ipv6/conf/eth1/disable_ipv6=0";
         assert!(kept.problems.concat().contains(remedy), "{:?}", kept.problems);
-        let alone = eth1.choose(&inventory, &pools(&[Family::V6]), None, &CurrentUnderlay::default());
+        let alone = eth1.choose(&inventory, [Family::V6], &pools(&[Family::V6]), None, &CurrentUnderlay::default());
         let error = alone.expect_err("nothing is left of an IPv6 network");
         assert!(error.to_string().contains(remedy), "{error}");
     }
@@ -139,7 +140,7 @@ fn choose_on_eth0(addresses: &[&str], in_use: &[&str], route: DefaultRoute) -> U
         HostInventory { links: vec![link(2, "eth0", addresses)], default_routes: vec![route], ..HostInventory::default() };
     let local = in_use.iter().map(|text| text.parse::<IpAddr>().expect(text)).map(|a| (Family::of(a), a)).collect();
     let in_use = CurrentUnderlay { link: Some(2), local, ..CurrentUnderlay::default() };
-    by_interface(&["eth0"]).choose(&inventory, &pools(families), None, &in_use).expect("a choice")
+    by_interface(&["eth0"]).choose(&inventory, families.iter().copied(), &pools(families), None, &in_use).expect("a choice")
 }
 
 fn v4(choice: &UnderlayChoice) -> (String, SelectionReason) {
@@ -270,12 +271,12 @@ fn current_interface_stays_when_configured_one_missing() {
         (by_interface(&["eth9"]), "no interface eth9", "192.0.2.7"),
         (by_interface(&["192.0.2.9"]), "no interface 192.0.2.9", "192.0.2.9"),
     ] {
-        let choice = selection.choose(&host, &pools(&Family::ALL), None, &in_use).expect(wanted);
+        let choice = selection.choose(&host, Family::ALL, &pools(&Family::ALL), None, &in_use).expect(wanted);
         assert_eq!((choice.underlay.name.as_str(), choice.underlay.local.v4), ("eth0", v4.parse().ok()), "{wanted}");
         assert_eq!(choice.underlay.local.v6, "2001:db8::7".parse().ok(), "{wanted}: the other family follows");
         assert!(choice.problems[0].contains(wanted) && choice.problems[0].contains("eth0 stays in use"), "{:?}", choice.problems);
         assert!(
-            selection.choose(&host, &pools(&Family::ALL), None, &CurrentUnderlay::default()).is_err(),
+            selection.choose(&host, Family::ALL, &pools(&Family::ALL), None, &CurrentUnderlay::default()).is_err(),
             "{wanted}: nothing is in use"
         );
     }

@@ -14,7 +14,8 @@ fn other_entry(number: u8, name: &str) -> StoreEntry {
 async fn network_without_tunnel_routes_by_the_underlay() {
     let mut fixture = Fixture::start();
     fixture.send(StoreEvent::Connection(Connection::Up { position: StorePosition(1) })).await;
-    let config = NetworkConfig { backend: BackendConfig::HostGw, ..network() };
+    let mut config = network();
+    config.config.backend = BackendConfig::HostGw;
     fixture.send(StoreEvent::Config(Some(Ok(config)))).await;
     fixture.send(StoreEvent::Snapshot(vec![other_entry(1, "host-gw"), entry(2, 2), other_entry(3, "wireguard")])).await;
     fixture.send(held_lease(100)).await;

@@ -1,7 +1,7 @@
 //! A fake kernel, which is a map of entries; a state store that forgets everything; and a clock.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,9 +11,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use crate::model::{Device, Family, Mac, PerFamily, Role, Subnet};
+use crate::model::{Device, Family, Mac, NetworkRecord, PerFamily, Role, Subnet};
 use crate::network::NetworkStateStore;
 use crate::plan::actual::LocalState;
+use crate::plan::isolation::Transit;
 use crate::plan::underlay::{DefaultRoute, ForeignLink, HostAddress, HostInventory, Ipv6Settings};
 use crate::plan::{ApplyReport, Batch, DataPath, Dump, KernelEvent, Key, Op, OpError, State};
 use crate::reconcile::SysctlStore;
@@ -162,11 +163,16 @@ impl DataPath for FakeKernel {
 pub struct FakeStateStore {
     /// Whether the next call of the network panics.
     pub panics: Arc<AtomicBool>,
+    /// The MACs that were found on devices.
+    pub found_macs: Arc<Mutex<BTreeMap<Device, Option<Mac>>>>,
+    /// The saved record.
+    pub record: Arc<Mutex<Option<NetworkRecord>>>,
 }
 
 impl NetworkStateStore for FakeStateStore {
-    fn device_mac(&mut self, device: Device, _: Option<Mac>) -> Mac {
+    fn device_mac(&mut self, device: Device, found: Option<Mac>) -> Mac {
         assert!(!self.panics.swap(false, Ordering::Relaxed), "a defect of the network");
+        self.found_macs.lock().unwrap().insert(device, found);
         Mac([2, 0, 0, 0, 0, if device.role == Role::Bridge { 0xb0 } else { 0x64 }])
     }
     fn preferred_subnet(&self) -> Option<Subnet> {
@@ -174,6 +180,12 @@ impl NetworkStateStore for FakeStateStore {
     }
     fn published_addresses(&self) -> PerFamily<IpAddr> {
         PerFamily::default()
+    }
+    fn transit(&mut self) -> Option<Transit> {
+        Transit::new(5)
+    }
+    fn save_record(&mut self, record: &NetworkRecord) {
+        *self.record.lock().unwrap() = Some(record.clone());
     }
 }
 

@@ -18,7 +18,7 @@ async fn heartbeat_stops_when_loop_is_stuck() {
     for _ in 0..10 {
         fixture.heartbeat.mark_unchanged();
         let (reply, _answer) = oneshot::channel();
-        fixture.queries.reconciler.try_send(ReconcilerQuery::Status(reply)).expect("room for a query");
+        fixture.queries.host.try_send(ReconcilerQuery::Status(reply)).expect("room for a query");
         if tokio::time::timeout(Duration::from_secs(1), fixture.heartbeat.changed()).await.is_err() {
             return;
         }

@@ -36,7 +36,7 @@ async fn drift_before_dump_is_counted_once() {
     assert_eq!(fixture.kernel.lock().state.get(&key), value.as_ref());
 }
 
-fn endpoint() -> Arc<Endpoint> {
+pub(super) fn endpoint() -> Arc<Endpoint> {
     let endpoint: Endpoint = serde_json::from_value(serde_json::json!({
         "name": "a", "netns": "/run/netns/a", "interface": "eth0", "host_interface": "ove0", "mac": "02:00:00:00:00:01",
         "addresses": {"v4": "10.244.100.2"}, "attached_at": 0

@@ -104,7 +104,7 @@ async fn contribution_for_earlier_run_is_ignored() {
 async fn restarted_network_keeps_using_ipv4_only() {
     let fixture = Fixture::start();
     let text = r#"{"Network":"10.244.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:10:244::/56"}"#;
-    let config = || StoreEvent::Config(Some(Ok(NetworkConfig::parse(text).unwrap().config)));
+    let config = || StoreEvent::Config(Some(Ok(NetworkRecord::parse(text).unwrap())));
     let requests_ipv4_only = || fixture.lease_request.borrow().as_ref().is_some_and(|request| request.public_ip.v6.is_none());
     let ipv6_is_back = |status: &api::Status| status.problems.iter().any(|problem| problem.contains("IPv6 is enabled again"));
     fixture.send(config()).await;
@@ -139,7 +139,7 @@ async fn aborted_store_restarts_network() {
 #[tokio::test]
 async fn stopped_network_leaves_its_entries_unless_withdrawn() {
     for withdraw in [false, true] {
-        let mut fixture = Fixture::ready([1, 2]).await;
+        let fixture = Fixture::ready([1, 2]).await;
         let state = fixture.kernel.lock().state.clone();
         fixture.supervisor.stop_network(&NetworkName::default(), withdraw).await;
         let is_ours = |key: &Key| !matches!(key, Key::Sysctl(_));
@@ -162,7 +162,7 @@ async fn restarted_reconciler_deletes_nothing_before_all_networks_contribute() {
     let inputs = wiring::Inputs { kernel: kernel_events, endpoints, applied_endpoints: watch::channel(Vec::new()).0 };
     let (network_channels, channels, outputs) = wiring::connect(inputs);
     let (kernel, metrics, stop) = (FakeKernel::default(), Arc::new(Metrics::new()), CancellationToken::new());
-    let mut supervisor = Supervisor::new(outputs.queries.failures.clone(), Arc::clone(&metrics), stop.clone());
+    let supervisor = Supervisor::new(outputs.queries.failures.clone(), Arc::clone(&metrics), stop.clone());
     let _stops = stop.drop_guard();
     let resync = Duration::from_secs(3600);
     let settings = Settings { namespace: NamespaceName::Host, nexthop_objects: false, resync, probe_address: None };
@@ -170,7 +170,7 @@ async fn restarted_reconciler_deletes_nothing_before_all_networks_contribute() {
     supervisor.start_reconciler(NamespaceName::Host, channels, move || {
         Reconciler::new(settings.clone(), data_path.clone(), FakeStateStore::default(), Arc::clone(&metrics))
     });
-    let mut host = network_channels.host.clone();
+    let mut host = network_channels.host.view.clone();
     let mut progress = outputs.progress.clone();
     let mut contribute = async |name: &str, run: u64, sequence: u64, routes: &[u8]| {
         let in_run = |view: &Option<Arc<HostView>>| view.as_ref().is_some_and(|view| view.run == run);
@@ -180,7 +180,7 @@ async fn restarted_reconciler_deletes_nothing_before_all_networks_contribute() {
         let change = EntryChange::Replace(routes.iter().map(entry).collect());
         let network = NetworkName::from(name);
         let contribution = Contribution { network: network.clone(), run, sequence, shared: None, change };
-        network_channels.reconciler.send(ReconcilerInput::Contribution(Box::new(contribution))).await.expect("a reconciler");
+        network_channels.host.input.send(ReconcilerInput::Contribution(Box::new(contribution))).await.expect("a reconciler");
         let applied = |progress: &Progress| progress.networks.get(&network).is_some_and(|p| p.sequence == sequence);
         tokio::time::timeout(RESTART_TIMEOUT, progress.wait_for(applied)).await.expect("it is applied").expect("a reconciler");
     };

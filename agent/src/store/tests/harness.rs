@@ -10,7 +10,7 @@ use etcd_client::{Client, GetOptions, PutOptions};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
 use crate::model::{BackendData, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
@@ -57,6 +57,16 @@ impl Etcd {
             }
         }
         panic!("etcd found no free ports in ten tries");
+    }
+
+    /// Starts a server with these networks, which all have the same range.
+    pub(super) async fn with_networks(names: &[&str]) -> Etcd {
+        let etcd = Etcd::start().await;
+        let mut client = etcd.client().await;
+        for name in names {
+            client.put(key(name, "config"), NETWORK, None).await.unwrap();
+        }
+        etcd
     }
 
     /// Starts a cluster of three members.
@@ -136,13 +146,17 @@ impl Etcd {
 
     /// Number of answered requests of this gRPC method.
     pub(super) async fn request_count(&self, method: &str) -> u64 {
+        self.metric(&["grpc_server_handled_total", &format!("grpc_method=\"{method}\"")]).await
+    }
+
+    /// Sum of the metrics whose lines contain all of these texts.
+    pub(super) async fn metric(&self, texts: &[&str]) -> u64 {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut stream = tokio::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.ports[0])).await.unwrap();
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
-        let wanted = format!("grpc_method=\"{method}\"");
-        let lines = text.lines().filter(|line| line.starts_with("grpc_server_handled_total") && line.contains(&wanted));
+        let lines = text.lines().filter(|line| !line.starts_with('#') && texts.iter().all(|text| line.contains(text)));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
 
@@ -169,22 +183,37 @@ impl Etcd {
     }
 
     pub(super) async fn put_config(&self, text: &str) {
-        self.client().await.put(format!("{PREFIX}/config"), text, None).await.unwrap();
+        self.put("config", text, None).await;
+    }
+
+    /// Writes a key below the prefix.
+    pub(super) async fn put(&self, key: &str, value: &str, etcd_lease: Option<i64>) {
+        let options = etcd_lease.map(|id| PutOptions::new().with_lease(id));
+        self.client().await.put(format!("{PREFIX}/{key}"), value, options).await.unwrap();
     }
 
     pub(super) async fn put_subnet(&self, key: &str, value: &str, etcd_lease: Option<i64>) {
-        let options = etcd_lease.map(|id| PutOptions::new().with_lease(id));
-        self.client().await.put(format!("{PREFIX}/subnets/{key}"), value, options).await.unwrap();
+        self.put(&format!("subnets/{key}"), value, etcd_lease).await;
+    }
+
+    /// The IDs of all etcd leases.
+    pub(super) async fn leases(&self) -> Vec<i64> {
+        self.client().await.leases().await.unwrap().leases().iter().map(|lease| lease.id()).collect()
     }
 
     pub(super) async fn grant(&self, seconds: i64) -> i64 {
         self.client().await.lease_grant(seconds, None).await.unwrap().id()
     }
 
-    /// All entries (key, value, etcd lease), and the revision.
+    /// All entries of the default network (key, value, etcd lease), and the revision.
     pub(super) async fn subnets(&self) -> (Vec<(String, String, i64)>, i64) {
-        let answer = self.client().await.get(format!("{PREFIX}/subnets/"), Some(GetOptions::new().with_prefix())).await.unwrap();
-        let prefix = format!("{PREFIX}/subnets/");
+        self.subnets_of("default").await
+    }
+
+    /// All entries of a network, and the revision.
+    pub(super) async fn subnets_of(&self, network: &str) -> (Vec<(String, String, i64)>, i64) {
+        let prefix = key(network, "subnets/");
+        let answer = self.client().await.get(prefix.as_str(), Some(GetOptions::new().with_prefix())).await.unwrap();
         let entries = answer.kvs().iter().map(|kv| {
             (kv.key_str().unwrap().strip_prefix(&prefix).unwrap().to_owned(), kv.value_str().unwrap().to_owned(), kv.lease())
         });
@@ -241,7 +270,20 @@ pub(super) fn lease_request(network: &str, number: u16) -> LeaseRequest {
     }
 }
 
-/// The store of one agent.
+/// A key of a network.
+pub(super) fn key(network: &str, rest: &str) -> String {
+    if network == "default" { format!("{PREFIX}/{rest}") } else { format!("{PREFIX}/networks/{network}/{rest}") }
+}
+
+/// A store whose connection is kept until the guard is dropped.
+pub(super) fn start_store(config: StoreConfig) -> (Store, DropGuard) {
+    let (store, shutdown) = (Store::new(config), CancellationToken::new());
+    let (connection, token) = (store.clone(), shutdown.clone());
+    tokio::spawn(async move { connection.run_connection(token).await });
+    (store, shutdown.drop_guard())
+}
+
+/// The store of one agent, or a network's part of it.
 pub(super) struct Agent {
     pub(super) events: mpsc::Receiver<StoreEvent>,
     pub(super) lease_request: watch::Sender<Option<LeaseRequest>>,
@@ -251,11 +293,27 @@ pub(super) struct Agent {
 
 impl Agent {
     pub(super) fn start(config: StoreConfig, lease_request: Option<LeaseRequest>) -> Agent {
+        let store = Store::new(config);
+        Agent::spawn(lease_request, |events, requests, shutdown| async move { store.run(events, requests, shutdown).await })
+    }
+
+    /// Starts a network's part of a store.
+    pub(super) fn in_network(store: &Store, name: &str, lease_request: Option<LeaseRequest>) -> Agent {
+        let network = store.network(&name.into());
+        Agent::spawn(lease_request, |events, requests, shutdown| async move { network.run(events, requests, shutdown).await })
+    }
+
+    fn spawn<F>(
+        lease_request: Option<LeaseRequest>,
+        run: impl FnOnce(mpsc::Sender<StoreEvent>, watch::Receiver<Option<LeaseRequest>>, CancellationToken) -> F,
+    ) -> Agent
+    where
+        F: Future<Output = Result<(), StoreError>> + Send + 'static,
+    {
         let (sender, events) = mpsc::channel(64);
         let (lease_request, lease_requests) = watch::channel(lease_request);
         let shutdown = CancellationToken::new();
-        let token = shutdown.clone();
-        let task = tokio::spawn(async move { Store::new(config).run(sender, lease_requests, token).await });
+        let task = tokio::spawn(run(sender, lease_requests, shutdown.clone()));
         Agent { events, lease_request, shutdown, task: Some(task) }
     }
 
@@ -291,6 +349,12 @@ impl Agent {
         .await
     }
 
+    /// Panics if an event arrives within this time.
+    pub(super) async fn assert_quiet(&mut self, time: Duration) {
+        let event = tokio::time::timeout(time, self.events.recv()).await;
+        assert!(event.is_err(), "{event:?}");
+    }
+
     pub(super) async fn next_not_held(&mut self) -> String {
         self.find(|event| match event {
             StoreEvent::Own(OwnLease::NotHeld { reason }) => Some(reason.clone()),
@@ -314,6 +378,19 @@ impl Drop for Agent {
         if let Some(task) = &self.task {
             task.abort();
         }
+    }
+}
+
+/// A network's part of the store of host 7.
+pub(super) fn start(store: &Store, network: &str) -> Agent {
+    Agent::in_network(store, network, Some(lease_request(NETWORK, 7)))
+}
+
+/// Skips the events of the next half second.
+pub(super) async fn settle(agents: &mut [Agent]) {
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    for agent in agents {
+        while tokio::time::timeout(Duration::from_millis(10), agent.events.recv()).await.is_ok() {}
     }
 }
 

@@ -1,6 +1,9 @@
-//! TCP proxy from one agent to the members of a cluster. It can be paused; data sent meanwhile arrives after it resumes.
+//! TCP proxy from one agent to the members of a cluster. It can be paused; data sent meanwhile arrives after it resumes. It can
+//! be closed; all connections end then, and new ones are refused.
 
 use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -14,6 +17,9 @@ use super::harness::Etcd;
 pub(super) struct PausableProxy {
     port: u16,
     paused: watch::Sender<bool>,
+    closed: watch::Sender<bool>,
+    /// Number of accepted connections.
+    accepted: Arc<AtomicUsize>,
     task: AbortHandle,
 }
 
@@ -25,11 +31,18 @@ impl PausableProxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
         let port = listener.local_addr().expect("its address").port();
         let (paused, paused_rx) = watch::channel(false);
+        let (closed, mut closed_rx) = watch::channel(false);
+        let accepted = Arc::<AtomicUsize>::default();
+        let count = Arc::clone(&accepted);
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             for target in targets.iter().cycle() {
                 let Ok((client, _)) = listener.accept().await else { return };
-                let (target, paused_rx) = (*target, paused_rx.clone());
+                if *closed_rx.borrow_and_update() {
+                    continue;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                let (target, paused_rx, mut closed_rx) = (*target, paused_rx.clone(), closed_rx.clone());
                 connections.spawn(async move {
                     let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await else { return };
                     let ((client_read, client_write), (server_read, server_write)) = (client.into_split(), server.into_split());
@@ -37,12 +50,13 @@ impl PausableProxy {
                     tokio::select! {
                         () = copy_stream(client_read, server_write, paused_rx.clone()) => {}
                         () = copy_stream(server_read, client_write, paused_rx) => {}
+                        _ = closed_rx.wait_for(|is_closed| *is_closed) => {}
                     }
                 });
                 while connections.try_join_next().is_some() {}
             }
         });
-        PausableProxy { port, paused, task: task.abort_handle() }
+        PausableProxy { port, paused, closed, accepted, task: task.abort_handle() }
     }
 
     pub(super) fn endpoint(&self) -> String {
@@ -52,6 +66,15 @@ impl PausableProxy {
     /// Pauses or resumes all connections.
     pub(super) fn set_paused(&self, paused: bool) {
         self.paused.send_replace(paused);
+    }
+
+    /// Closes all connections and refuses new ones, or accepts them again.
+    pub(super) fn set_closed(&self, closed: bool) {
+        self.closed.send_replace(closed);
+    }
+
+    pub(super) fn connection_count(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
     }
 
     pub(super) fn is_paused(&self) -> bool {

@@ -3,12 +3,19 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
+use std::slice;
+use std::time::Duration;
 
-use etcd_client::{Client, Permission};
+use etcd_client::{Client, ConnectOptions, Permission};
 
 use super::harness::*;
+use super::proxy::PausableProxy;
+use crate::model::NetworkChange;
 use crate::model::event::{Connection, StoreEvent};
-use crate::store::{StoreConfig, StoreError, get_config, put_config, read_all, server_clock};
+use crate::store::{
+    NetworkError, StoreConfig, StoreError, WriteKind, get_config, put_config, read_all, server_clock, write_network,
+};
 
 /// Creates a CA, and certificates signed by it for the server and a client.
 fn create_certificates(directory: &Path) {
@@ -233,4 +240,96 @@ async fn password_is_never_logged() {
     let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(text.len() > 4096, "the log is too short: {} bytes", text.len());
     assert!(!text.contains("s3cret"));
+}
+
+/// A user without permission to read one network.
+#[tokio::test(flavor = "multi_thread")]
+async fn missing_permission_of_one_network_leaves_others() {
+    let etcd = Etcd::with_networks(&["default", "blue", "green"]).await;
+    let mut client = etcd.client().await;
+    client.user_add("limited", "s3cret of all", None).await.unwrap();
+    client.role_add("limited").await.unwrap();
+    client.user_grant_role("limited", "limited").await.unwrap();
+    let permissions = |network: &str| {
+        let leases = Permission::read_write(key(network, "subnets/")).with_range_end(key(network, "subnets0"));
+        [Permission::read(key(network, "config")), leases]
+    };
+    for permission in permissions("default").into_iter().chain(permissions("blue")) {
+        client.role_grant_permission("limited", permission).await.unwrap();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("password");
+    write_secret(&file, "s3cret of all");
+    enable_auth(&etcd).await;
+    let proxy = PausableProxy::connect_to(slice::from_ref(&etcd)).await;
+    let config = StoreConfig {
+        endpoints: vec![proxy.endpoint()],
+        username: Some("limited".to_owned()),
+        password_file: Some(file),
+        ..StoreConfig::default()
+    };
+    let (store, _guard) = start_store(config);
+    let mut others = ["default", "blue"].map(|name| start(&store, name));
+    for agent in &mut others {
+        agent.next_held().await;
+    }
+    settle(&mut others).await;
+    let mut green = start(&store, "green");
+    let down = |event: &StoreEvent| match event {
+        StoreEvent::Connection(Connection::Down { error }) => Some(error.clone()),
+        _ => None,
+    };
+    let error = green.find(down).await;
+    assert!(error.contains("user `limited` may not read"), "{error}");
+    assert!(error.contains("--prefix /coreos.com/network/networks/green/`"), "{error}");
+    others[0].assert_quiet(Duration::from_secs(1)).await;
+    others[1].assert_quiet(Duration::from_millis(100)).await;
+    // Granted, it works without another connection.
+    let options = ConnectOptions::new().with_user("root", "s3cret of all");
+    let mut root = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
+    for permission in permissions("green") {
+        root.role_grant_permission("limited", permission).await.unwrap();
+    }
+    green.next_held().await;
+    assert_eq!(proxy.connection_count(), 1);
+}
+
+/// The roles of `deploy/etcd/access.sh`: an agent takes leases in the networks that it is granted, and writes no record.
+#[tokio::test(flavor = "multi_thread")]
+async fn agent_role_holds_leases_and_writes_no_records() {
+    let etcd = Etcd::with_networks(&["default", "blue", "green"]).await;
+    let directory = tempfile::tempdir().unwrap();
+    let access = |networks: &[&str]| {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/etcd/access.sh"));
+        command.arg(directory.path()).arg(PREFIX).args(networks).env("ETCDCTL_ENDPOINTS", etcd.endpoint());
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    access(&["blue"]);
+    let user = |name: &str| StoreConfig {
+        username: Some(name.to_owned()),
+        password_file: Some(directory.path().join(name)),
+        ..etcd.config()
+    };
+    let (store, _guard) = start_store(user("overlay-agent"));
+    let mut blue = start(&store, "blue");
+    let mut green = start(&store, "green");
+    let held = blue.next_held().await;
+    let reason = green.next_not_held().await;
+    assert!(reason.contains("may not write this host's lease") && reason.contains("/networks/green/"), "{reason}");
+    let change = NetworkChange { isolated: Some(true), ..NetworkChange::default() };
+    for name in ["default", "blue"] {
+        let error = write_network(&user("overlay-agent"), &name.into(), WriteKind::Change, &change).await.unwrap_err();
+        assert!(matches!(error, NetworkError::Role { .. } | NetworkError::Invalid { .. }), "{error}");
+    }
+    // It may also see which entries an etcd lease has, and so revokes none that is in use.
+    access(&["green"]);
+    assert_eq!(green.next_held().await.etcd_lease, held.etcd_lease);
+    green.stop().await;
+    store.network(&"green".into()).release("id-7").await.unwrap();
+    blue.stop().await;
+    store.network(&"blue".into()).release("id-7").await.unwrap();
+    let options = ConnectOptions::new().with_user("root", std::fs::read_to_string(directory.path().join("root")).unwrap().trim());
+    let mut root = Client::connect([etcd.endpoint()], Some(options)).await.unwrap();
+    assert!(root.leases().await.unwrap().leases().is_empty());
 }

@@ -8,8 +8,10 @@ use tokio::sync::mpsc;
 use super::harness::*;
 use crate::model::event::{Connection, StoreEvent};
 use crate::model::{ExpiryId, StorePosition};
-use crate::store::connect::connect;
+use crate::store::StoreError;
+use crate::store::connect::{Session, connect};
 use crate::store::watch::{WatchState, Watcher};
+use crate::store::watch_stream;
 
 const VALUE: &str =
     r#"{"PublicIP":"10.99.1.1","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:de:38:28:a5:6b"}}"#;
@@ -124,6 +126,21 @@ async fn replaced_etcd_data_triggers_new_snapshot() {
     agent.stop().await;
 }
 
+/// Runs a watcher over a stream of its own.
+async fn run_watcher(
+    watcher: &mut Watcher,
+    session: &Session,
+    state: &WatchState,
+    events: &mpsc::Sender<StoreEvent>,
+) -> StoreError {
+    let (watches, requests) = mpsc::channel(1);
+    watcher.begin_session(session, false);
+    tokio::select! {
+        error = watch_stream::run(session, requests) => error,
+        error = watcher.run(session, &watches, state, events) => error,
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_triggers_new_snapshot() {
     let etcd = Etcd::start().await;
@@ -140,7 +157,7 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
+        error = run_watcher(&mut watcher, &session, &state, &sender) => panic!("{error}"),
         entries = first => assert_eq!(entries, 1),
     }
     // The store changes and is compacted while no watch is connected.
@@ -161,13 +178,13 @@ async fn compaction_triggers_new_snapshot() {
         }
     };
     tokio::select! {
-        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
+        error = run_watcher(&mut watcher, &session, &state, &sender) => panic!("{error}"),
         entries = again => assert_eq!(entries, 4),
     }
     etcd.put_subnet("10.244.7.0-24", VALUE, None).await;
     let session = connect(&etcd.config()).await.unwrap();
     tokio::select! {
-        error = watcher.run(&session, &state, &sender) => panic!("{error}"),
+        error = run_watcher(&mut watcher, &session, &state, &sender) => panic!("{error}"),
         event = events.recv() => assert!(matches!(event, Some(StoreEvent::Upsert(e)) if e.key == "10.244.7.0-24")),
     }
 }

@@ -3,7 +3,8 @@
 use overlay_agent::model::Family;
 use serde::Serialize;
 
-use crate::lab::check::{Probe, Report};
+use crate::lab::check::{Isolation, Probe, Report};
+use crate::lab::crossing::Crossing;
 use crate::lab::down::TeardownSummary;
 use crate::lab::status::{ContainerStatus, HostStatus, LabStatus};
 use crate::output::{Style, Table, Tone, View, cell, joined, toned};
@@ -108,6 +109,13 @@ impl View for CheckView<'_> {
         }
         lines.push(summary(&report.overlay, style, "overlay", "each seen with its own address: no NAT inside the overlay"));
         lines.push(summary(&report.egress, style, "egress", "each seen with its host's address: masqueraded on egress"));
+        if let Some(isolation) = &report.isolation {
+            lines.push(isolation_summary(isolation, style));
+            lines.extend(isolation.crossings.iter().take(MAX_FAILURES_SHOWN).map(|crossing| {
+                let Crossing { from, from_network, to, to_network } = crossing;
+                format!("{} {from} of network {from_network} reaches {to} of network {to_network}", style.paint(Tone::Bad, "!"))
+            }));
+        }
         let failed: Vec<&Probe> = report.overlay.iter().chain(&report.egress).filter(|c| c.error.is_some()).collect();
         for call in failed.iter().take(MAX_FAILURES_SHOWN) {
             let reason = call.error.as_deref().unwrap_or_default();
@@ -141,6 +149,15 @@ fn matrix(report: &Report, style: Style) -> String {
         table.row(row);
     }
     table.text()
+}
+
+fn isolation_summary(isolation: &Isolation, style: Style) -> String {
+    let Isolation { networks, sent, crossings } = isolation;
+    let (tone, count) = match crossings.len() {
+        0 => (Tone::Good, "none".to_owned()),
+        count => (Tone::Bad, count.to_string()),
+    };
+    format!("isolation {sent} datagrams between {networks} networks: {} arrived", style.paint(tone, &count))
 }
 
 fn summary(calls: &[Probe], style: Style, label: &str, ok_note: &str) -> String {
@@ -186,6 +203,7 @@ mod tests {
                 probe("h2-c1", "h1-c1", Family::V6, Some("no answer within 5s")),
             ],
             egress: vec![probe("h1-c1", "world", Family::V4, None), probe("h2-c1", "world", Family::V4, None)],
+            isolation: None,
             remarks: vec!["a remark".to_owned()],
         };
         assert_eq!(
@@ -198,5 +216,32 @@ mod tests {
              egress   2 of 2 calls ok, median 1.25 ms; each seen with its host's address: masqueraded on egress\n\
              ! h2-c1 -> h1-c1 (::): no answer within 5s\na remark"
         );
+    }
+
+    #[test]
+    fn crossing_is_shown() {
+        let crossing = Crossing {
+            from: "h1-net1-c1".to_owned(),
+            from_network: "net1".to_owned(),
+            to: "h1-net2-c1".to_owned(),
+            to_network: "net2".to_owned(),
+        };
+        let mut isolation = Isolation { networks: 2, sent: 8, crossings: Vec::new() };
+        let text = |isolation: &Isolation| {
+            let isolation = Some(isolation.clone());
+            let report = Report {
+                ok: false,
+                containers: Vec::new(),
+                overlay: Vec::new(),
+                egress: Vec::new(),
+                isolation,
+                remarks: Vec::new(),
+            };
+            CheckView(&report).text(Style::PLAIN, false)
+        };
+        assert!(text(&isolation).ends_with("\nisolation 8 datagrams between 2 networks: none arrived"), "{}", text(&isolation));
+        isolation.crossings.push(crossing);
+        let shown = "networks: 1 arrived\n! h1-net1-c1 of network net1 reaches h1-net2-c1 of network net2";
+        assert!(text(&isolation).ends_with(shown), "{}", text(&isolation));
     }
 }

@@ -3,13 +3,6 @@
 use overlay_agent::model::{Cidr, NetworkChange, NetworkName, PerFamily, Vni};
 use overlay_agent::store::WriteKind;
 
-/// Whether agents join other networks than the default one. Without it no command writes such a network: a record that no host
-/// serves would look like a network that works.
-const AGENTS_JOIN_NAMED_NETWORKS: bool = false;
-
-/// Flags of named networks are shown once agents join such networks.
-const HIDDEN: bool = !AGENTS_JOIN_NAMED_NETWORKS;
-
 /// The fields of a network.
 #[derive(Debug, Default, clap::Args)]
 pub struct NetworkOptions {
@@ -32,22 +25,22 @@ pub struct NetworkOptions {
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1350..=65_535))]
     mtu: Option<u32>,
     /// Let the host route it, instead of a network namespace of its own
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = HIDDEN)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     routed: Option<bool>,
     /// Give it no way out
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = HIDDEN)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     internal: Option<bool>,
     /// Encrypt packets between hosts
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = HIDDEN)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", hide = true)]
     encrypt: Option<bool>,
     /// Network to route to, if it names this one, too; repeatable
-    #[arg(long = "peer", value_name = "NETWORK", hide = HIDDEN)]
+    #[arg(long = "peer", value_name = "NETWORK")]
     add_peers: Vec<NetworkName>,
     /// Network to route to no longer; repeatable
-    #[arg(long = "remove-peer", value_name = "NETWORK", hide = HIDDEN)]
+    #[arg(long = "remove-peer", value_name = "NETWORK")]
     remove_peers: Vec<NetworkName>,
     /// Domain of the endpoints' names
-    #[arg(long, value_name = "DOMAIN", hide = HIDDEN)]
+    #[arg(long, value_name = "DOMAIN", hide = true)]
     domain: Option<String>,
 }
 
@@ -59,19 +52,15 @@ fn parse_vni(text: &str) -> Result<Vni, String> {
 impl NetworkOptions {
     /// The change of a network's record; an error for flags that contradict each other or the network.
     pub fn change(&self, name: &NetworkName, kind: WriteKind) -> Result<NetworkChange, String> {
-        if !name.is_default() && !AGENTS_JOIN_NAMED_NETWORKS {
-            return Err(format!(
-                "network {name} cannot be written: agents of this version join the default network only \
-                 (overlayctl network create default --cidr CIDR)"
-            ));
-        }
         if let Some(flag) = self.named_only_flag().filter(|_| name.is_default()) {
             return Err(format!("{flag} is not for the default network, which every host routes: leave it out"));
         }
-        self.to_change(name, kind)
-    }
-
-    fn to_change(&self, name: &NetworkName, kind: WriteKind) -> Result<NetworkChange, String> {
+        // A network that its hosts do not encrypt must not look encrypted.
+        if self.encrypt == Some(true) {
+            return Err(format!(
+                "network {name} cannot be encrypted: agents of this version do not encrypt; leave out --encrypt"
+            ));
+        }
         let mut cidrs = PerFamily::default();
         for cidr in &self.cidrs {
             if let Some(other) = cidrs.slot(cidr.family()).replace(*cidr) {
@@ -154,14 +143,14 @@ mod tests {
     fn named_networks_are_isolated_by_default() {
         let record = |line: &str| {
             let (name, options, kind) = parse(line).expect(line);
-            NetworkRecord::parse(&options.to_change(&name, kind).expect(line).apply("")).expect(line)
+            NetworkRecord::parse(&options.change(&name, kind).expect(line).apply("")).expect(line)
         };
         assert!(record("create blue --cidr 10.1.0.0/16").isolated);
         assert!(!record("create blue --cidr 10.1.0.0/16 --routed").isolated);
         assert!(!record("create default --cidr 10.1.0.0/16").isolated);
         assert!(!record("set blue --cidr 10.1.0.0/16").isolated);
-        let all = record("create blue --cidr 10.1.0.0/16 --internal --encrypt --peer green --peer red --domain blue.example");
-        assert!(all.internal && all.encrypted && all.peers.len() == 2 && all.domain.is_some());
+        let all = record("create blue --cidr 10.1.0.0/16 --internal --peer green --peer red --domain blue.example");
+        assert!(all.internal && all.peers.len() == 2 && all.domain.is_some());
         assert!(!record("create blue --cidr 10.1.0.0/16 --internal=false").internal);
     }
 
@@ -179,11 +168,8 @@ mod tests {
             ("create default --cidr 10.1.0.0/16 --mtu 1000", "1000 is not in 1350..=65535"),
             ("create default --cidr 10.1.0.0/16 --internal", "--internal is not for the default network"),
             ("set default --peer blue", "--peer is not for the default network"),
-            (
-                "create blue --cidr 10.1.0.0/16",
-                "network blue cannot be written: agents of this version join the default network only",
-            ),
-            ("set blue --vni 7", "network blue cannot be written"),
+            ("create blue --cidr 10.1.0.0/16 --encrypt", "network blue cannot be encrypted: agents of this version do not"),
+            ("set blue --encrypt", "network blue cannot be encrypted"),
         ] {
             let error = change(line).expect_err(line);
             assert!(error.contains(wanted), "{line}: {error}");

@@ -1,25 +1,30 @@
 //! The testbed: two hosts with two containers each and frozen agents, and a bridge without an agent.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use nix::sys::signal::Signal;
 use overlay_agent::kernel::netns::Netns;
 use overlay_agent::kernel::netns_builder::NetnsBuilder;
 use overlay_agent::model::Family;
+use overlay_agent::model::api::Status;
+use overlayctl::lab::layout::outside_address;
 use overlayctl::lab::process::ProcessId;
 use overlayctl::lab::{Families, Lab, LabGuard, LabName, LabOptions, LabsDir, Progress, container};
 
 use super::super::netns_guard::{NetnsGuard, UNDERLAY};
+use super::super::networks::{network_status, run_overlayctl};
 use super::path::TrafficPath;
 
 /// Time limit for an agent to program the other host.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
+/// Interval of polling an agent.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Two overlay hosts.
 pub struct OverlayHosts {
     // Agents continue before their lab is taken down: fields are dropped in this order.
-    _paused: Vec<PausedAgent>,
+    paused: Vec<PausedAgent>,
     lab: LabGuard,
     family: Family,
 }
@@ -45,19 +50,54 @@ impl Drop for PausedAgent {
 impl OverlayHosts {
     /// Brings them up completely, and freezes the agents.
     pub async fn new(family: Family) -> anyhow::Result<OverlayHosts> {
+        let mut hosts = OverlayHosts::up(family).await?;
+        hosts.pause_agents()?;
+        Ok(hosts)
+    }
+
+    /// The same with a container NETWORK-c1 on each host in a new isolated network.
+    pub async fn with_isolated_network(family: Family, network: &str) -> anyhow::Result<OverlayHosts> {
+        let mut hosts = OverlayHosts::up(family).await?;
+        let name = format!("{network}-c1");
+        for host in hosts.lab.hosts() {
+            if host.name() == "h1" {
+                run_overlayctl(&host, &["network", "create", network, "--cidr", isolated_range(family)])?;
+            }
+            let netns = Netns::create(&hosts.lab.layout().namespace(&format!("{}-{name}", host.name())))?;
+            let path = netns.path().to_string_lossy().into_owned();
+            run_overlayctl(&host, &["attach", &name, "--network", network, "--netns", &path])?;
+        }
+        for host in hosts.lab.hosts() {
+            let end = Instant::now() + READY_TIMEOUT;
+            let is_complete = |status: Status| status.ready && status.data_path.peers == 1;
+            while !network_status(&host, network).is_ok_and(is_complete) {
+                ensure!(Instant::now() < end, "{} has no peer in {network}", host.name());
+                tokio::time::sleep(POLL_INTERVAL).await;
+            }
+        }
+        hosts.pause_agents()?;
+        Ok(hosts)
+    }
+
+    async fn up(family: Family) -> anyhow::Result<OverlayHosts> {
         let families = match family {
             Family::V4 => Families::V4,
             Family::V6 => Families::V6,
         };
         let options = LabOptions { hosts: 2, containers: 2, families, ..LabOptions::new(LabName::unique()) };
         let lab = Lab::up(&LabsDir::for_user(), &options, Progress::silent()).await?.guarded();
-        let mut paused = Vec::new();
         for host in lab.hosts() {
             let status = host.wait_ready(READY_TIMEOUT).await?;
             ensure!(status.data_path.failed.is_empty(), "{}: {:?}", host.name(), status.data_path.failed);
-            paused.push(PausedAgent::new(host.agent().context("the agent has ended")?)?);
         }
-        Ok(OverlayHosts { _paused: paused, lab, family })
+        Ok(OverlayHosts { paused: Vec::new(), lab, family })
+    }
+
+    fn pause_agents(&mut self) -> anyhow::Result<()> {
+        for host in self.lab.hosts() {
+            self.paused.push(PausedAgent::new(host.agent().context("the agent has ended")?)?);
+        }
+        Ok(())
     }
 
     /// The hosts' namespaces.
@@ -82,14 +122,22 @@ impl OverlayHosts {
         self.containers(("h1", "c1"), ("h1", "c2"))
     }
 
-    fn containers(&self, from: (&str, &str), to: (&str, &str)) -> anyhow::Result<TrafficPath> {
-        let find = |(host, name): (&str, &str)| -> anyhow::Result<container::AttachedContainer> {
-            let mut all = container::list_attached(&self.lab.host(host)?)?.into_iter();
-            all.find(|found| found.name == name).with_context(|| format!("{host} has no container {name}"))
-        };
-        let (from, to) = (find(from)?, find(to)?);
+    /// The path from a container, given by host and name, to another one.
+    pub fn containers(&self, from: (&str, &str), to: (&str, &str)) -> anyhow::Result<TrafficPath> {
+        let (from, to) = (self.container(from)?, self.container(to)?);
         let address = *to.addresses.get(self.family).context("a container has no address")?;
         Ok(TrafficPath { from: from.netns, to: to.netns, address })
+    }
+
+    /// The path from a container to the address outside underlay and overlay.
+    pub fn outside(&self, from: (&str, &str)) -> anyhow::Result<TrafficPath> {
+        let (from, to) = (self.container(from)?, self.lab.netns("world")?);
+        Ok(TrafficPath { from: from.netns, to, address: outside_address(self.family) })
+    }
+
+    fn container(&self, (host, name): (&str, &str)) -> anyhow::Result<container::AttachedContainer> {
+        let mut all = container::list_attached(&self.lab.host(host)?)?.into_iter();
+        all.find(|found| found.name == name).with_context(|| format!("{host} has no container {name}"))
     }
 }
 
@@ -139,6 +187,14 @@ impl Drop for PlainBridge {
                 eprintln!("overlay-bench: {error}");
             }
         }
+    }
+}
+
+/// The range of an isolated network, apart from the lab's networks so that a wrong path is not a working one.
+const fn isolated_range(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "10.0.0.0/16",
+        Family::V6 => "fd0b::/56",
     }
 }
 

@@ -24,6 +24,7 @@ fn any_expr() -> impl Strategy<Value = Expr> {
         proptest::sample::select(Counter::ALL.to_vec()).prop_map(Expr::Count),
         Just(Expr::ToThisHost),
         Just(Expr::Translated),
+        Just(Expr::AddressTranslated),
         Just(Expr::Return),
         Just(Expr::Counter),
         Just(Expr::Accept),

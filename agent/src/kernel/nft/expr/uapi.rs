@@ -75,6 +75,8 @@ pub const NFTA_CT_DIRECTION: u16 = 3;
 pub const NFT_CT_STATUS: u32 = 2;
 /// `IPS_DST_NAT`, `linux/netfilter/nf_conntrack_common.h`.
 pub const IPS_DST_NAT: u32 = 1 << 5;
+/// `IPS_NAT_MASK`, source or destination, ibid.
+pub const IPS_NAT_MASK: u32 = IPS_DST_NAT | 1 << 4;
 
 pub const NFTA_OBJREF_IMM_TYPE: u16 = 1;
 pub const NFTA_OBJREF_IMM_NAME: u16 = 2;

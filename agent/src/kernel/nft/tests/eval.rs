@@ -239,6 +239,55 @@ fn iptables_rules_and_nat_are_evaluated() {
     });
 }
 
+/// A packet that stands for all of its source finds every translation that its sender can choose.
+#[test]
+fn any_destination_finds_possible_translations() {
+    in_netns(|| {
+        nft("table ip n {
+ map ports { type inet_proto . inet_service : ipv4_addr . inet_service; elements = { tcp . 80 : 10.9.0.1 . 8080, udp . 53 : 10.9.0.2 . 5353 }; }
+ chain p { type nat hook prerouting priority -100;
+  iifname \"other\" dnat to 10.9.0.3
+  ip saddr 10.0.0.0/8 ip daddr 192.0.2.1 tcp dport 90 dnat to 10.9.0.4:9090
+  dnat ip to meta l4proto . th dport map @ports
+  udp dport 70 dnat to 10.9.0.5-10.9.0.6
+  udp dport 71 redirect
+ }\n}");
+        iptables("iptables -t nat -A PREROUTING -i in -p tcp --dport 99 -j DNAT --to-destination 10.9.0.7:9999");
+        iptables("iptables -t nat -A PREROUTING -s 10.1.0.0/16 -j DNAT --to-destination 10.9.0.8");
+        let [source, destination] = ["10.0.0.1", "192.0.2.9"].map(|text| text.parse().expect("ip"));
+        let input = Some(Interface { index: 7, name: "in".to_owned() });
+        let packet = Packet { input, any_destination: true, ..Packet::new(&Flow::echo_request(source, destination)) };
+        let result = RulesetSnapshot::read().expect("the rules").evaluate(Hook::Prerouting, false, &packet);
+        assert_eq!((result.translation, result.dropped), (None, None));
+        let found: Vec<(Translation, Option<(u8, u16)>)> =
+            result.possible_translations.into_iter().map(|possible| (possible.translation, possible.published)).collect();
+        let to = |address: &str, port| Translation::Destination { address: Some(address.parse().expect("ip")), port };
+        for wanted in [
+            (to("10.9.0.4", Some(9090)), None),
+            (to("10.9.0.1", Some(8080)), Some((TCP, 80))),
+            (to("10.9.0.2", Some(5353)), Some((UDP, 53))),
+            (Translation::Unknown, None),
+            (Translation::Redirect, None),
+            (to("10.9.0.7", Some(9999)), None),
+        ] {
+            assert!(found.contains(&wanted), "{wanted:?} in {found:?}");
+        }
+        assert_eq!(found.len(), 6, "{found:?}");
+    });
+}
+
+#[test]
+fn rules_that_redirect_packets_are_listed() {
+    in_netns(|| {
+        let listed = || RulesetSnapshot::read().expect("the rules").redirections().len();
+        nft("table ip t { chain c { type filter hook prerouting priority 0; ip daddr 10.0.0.1 drop; }; }");
+        assert_eq!(listed(), 0);
+        nft("add rule ip t c dup to 10.0.0.2");
+        nft("table netdev d { chain c { type filter hook ingress device lo priority 0; accept; }; }");
+        assert_eq!(listed(), 2);
+    });
+}
+
 #[test]
 fn nat_of_untracked_packet_does_not_apply() {
     in_netns(|| {

@@ -8,6 +8,9 @@ use crate::kernel::nft::{Nft, NftChange, NftMonitor};
 use crate::model::Family;
 use crate::plan::ruleset::source_filter;
 
+/// Receive buffer of the tested monitors.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
 /// Longer than any event takes: the kernel delivers it before the command returns.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -43,7 +46,7 @@ async fn expect_no_event(monitor: &mut NftMonitor) {
 fn foreign_changes_emit_events_own_do_not() {
     with_runtime(|| async {
         let mut tables = Tables::open();
-        let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(tables.nft.port_id()), RECEIVE_BUFFER).expect("monitor");
         for (what, script) in ALTERATIONS {
             tables.set([rules(), source_filter()]);
             expect_no_event(&mut monitor).await;
@@ -61,7 +64,7 @@ fn changes_by_another_socket_emit_events() {
     with_runtime(|| async {
         let nft = Nft::open().expect("open");
         let mut other = Tables::open();
-        let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(nft.port_id()), RECEIVE_BUFFER).expect("monitor");
         other.set([rules()]);
         assert_eq!(monitor.changed().await.expect("event"), NftChange::OwnTables);
     });
@@ -71,7 +74,7 @@ fn changes_by_another_socket_emit_events() {
 fn only_forward_chains_of_foreign_tables_emit_events() {
     with_runtime(|| async {
         let mut nft = Nft::open().expect("open");
-        let mut monitor = NftMonitor::open(Some(nft.port_id())).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(nft.port_id()), RECEIVE_BUFFER).expect("monitor");
         let forward = [
             "iptables -P FORWARD DROP",
             "iptables -P FORWARD ACCEPT",
@@ -120,7 +123,7 @@ fn one_transaction_on_both_emits_two_events() {
         let mut tables = Tables::open();
         iptables("iptables -P FORWARD DROP");
         tables.set([rules()]);
-        let mut monitor = NftMonitor::open(Some(tables.nft.port_id())).expect("monitor");
+        let mut monitor = NftMonitor::open(Some(tables.nft.port_id()), RECEIVE_BUFFER).expect("monitor");
         super::nft("flush ruleset");
         let seen = collect_events(&mut monitor).await;
         assert!(seen.contains(&NftChange::OwnTables) && seen.contains(&NftChange::Forward), "{seen:?}");
@@ -130,7 +133,7 @@ fn one_transaction_on_both_emits_two_events() {
 #[test]
 fn cancelled_wait_loses_no_event() {
     with_runtime(|| async {
-        let mut monitor = NftMonitor::open(None).expect("monitor");
+        let mut monitor = NftMonitor::open(None, RECEIVE_BUFFER).expect("monitor");
         for _ in 0..20 {
             assert!(tokio::time::timeout(Duration::from_millis(1), monitor.changed()).await.is_err());
         }
@@ -143,7 +146,7 @@ fn cancelled_wait_loses_no_event() {
 fn lost_events_are_reported() {
     with_runtime(|| async {
         let mut tables = Tables::open();
-        let mut monitor = NftMonitor::open(None).expect("monitor");
+        let mut monitor = NftMonitor::open(None, RECEIVE_BUFFER).expect("monitor");
         // Some KiB per event and no reads: the receive buffer overflows long before the loop ends.
         for _ in 0..4_000 {
             tables.set([rules()]);
@@ -164,7 +167,7 @@ fn lost_events_are_reported() {
 #[test]
 fn unrelated_rule_storm_is_skipped() {
     with_runtime(|| async {
-        let mut monitor = NftMonitor::open(None).expect("monitor");
+        let mut monitor = NftMonitor::open(None, RECEIVE_BUFFER).expect("monitor");
         super::nft("add table inet storm\nadd chain inet storm c");
         let rule = |i: u32| format!("add rule inet storm c ip saddr 10.{}.{}.0/24 accept\n", i / 256, i % 256);
         // In parts, because without root `nft` cannot send more than net.core.wmem_max at once.

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::super::{diff, is_satisfied};
-use super::simulation::{Setup, SimulatedKernel, subnet};
+use super::simulation::{Setup, SimulatedKernel, normalise, subnet};
 use crate::model::{Family, Mac};
 use crate::plan::Op;
 use crate::plan::nexthop_ids::NexthopIds;
@@ -38,12 +38,13 @@ fn host(families: u8) -> Setup {
         flags: [true, true, false, true],
         ports: Vec::new(),
         peers: [peer, peer, peer, None, None],
+        isolated: false,
     }
 }
 
 /// A case: actual state is that of `before`, changed by `mutate_actual`; desired state is that of the setup after `mutate_setup`.
 fn case(name: &'static str, before: Setup, mutate_actual: impl Fn(&mut State), mutate_setup: impl Fn(&mut Setup)) -> Case {
-    let mut actual = before.desired(&mut NexthopIds::default());
+    let mut actual = normalise(before.desired(&mut NexthopIds::default()));
     mutate_actual(&mut actual);
     let mut after = before;
     mutate_setup(&mut after);
@@ -74,6 +75,7 @@ fn ports_without_bridge(state: &mut State, host: &Setup) {
 fn cases() -> Vec<Case> {
     let link = |name: &str| Key::Link(name.into());
     let with_ports = || Setup { ports: vec![1, 2], ..host(V4) };
+    let isolated = || Setup { isolated: true, vni: 2, ..host(DUAL) };
     let foreign = |state: &mut State| {
         for (key, value) in state.iter_mut() {
             if let Value::Link(found) = value
@@ -129,6 +131,9 @@ fn cases() -> Vec<Case> {
         ),
         case("ports-lost-their-bridge", with_ports(), |state| ports_without_bridge(state, &with_ports()), |_| {}),
         case("bridge-is-gone", with_ports(), |state| Op::Delete(link("ovb.1"), Value::Address).apply_to(state), |_| {}),
+        case("empty-to-isolated", isolated(), State::clear, |_| {}),
+        case("isolated-nothing-to-do", isolated(), no_change, |_| {}),
+        case("transit-is-gone", isolated(), |state| Op::Delete(link("ovt.2"), Value::Address).apply_to(state), |_| {}),
         case(
             "drift",
             host(V4),
@@ -193,6 +198,7 @@ fn cases_match_fixtures() {
         let mut kernel = SimulatedKernel::new(actual);
         let applied = batch.iter().filter(|op| kernel.apply(op)).count();
         if applied == batch.len() {
+            assert_eq!(normalise(kernel.state.clone()), kernel.state, "{name}: as the kernel reports it");
             for (key, wanted) in &desired {
                 assert!(kernel.state.get(key).is_some_and(|found| is_satisfied(wanted, found)), "{name}: {key}");
             }

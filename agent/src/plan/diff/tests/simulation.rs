@@ -15,6 +15,7 @@ use crate::model::{
 use crate::plan::Op;
 use crate::plan::backend;
 use crate::plan::desired::HostSpec;
+use crate::plan::isolation::{Isolation, PeerNetwork, Scope, Transit};
 use crate::plan::nexthop_ids::NexthopIds;
 use crate::plan::ruleset::{Element, Expr, PeerPair, Rule, Table};
 use crate::plan::shared::{NamespaceFacts, shared_entries};
@@ -48,6 +49,8 @@ impl SimulatedKernel {
                         (LinkKind::Vxlan(wanted), LinkKind::Vxlan(found)) => {
                             assert!(found.changes_in_place(wanted), "`{op}`: {key} has to be deleted first");
                         }
+                        // The other namespace has created a pair without a target.
+                        (LinkKind::Pair(_), LinkKind::Pair(_)) => {}
                         (wanted, found) => assert_eq!(wanted, found, "`{op}`: the kind of a link cannot change"),
                     },
                     _ => {}
@@ -84,7 +87,7 @@ fn is_foreign(link: &LinkState) -> bool {
 }
 
 /// Removes impossible entries from a generated state: entries on missing links, routes with missing next hops, next hops and
-/// routes on links that are down, and elements without their table.
+/// routes on links that are down, and elements without their table. The kernel does not report the other end of a pair.
 pub fn normalise(mut state: State) -> State {
     loop {
         let old = state.clone();
@@ -104,6 +107,11 @@ pub fn normalise(mut state: State) -> State {
             }
         });
         for value in state.values_mut() {
+            if let Value::Link(link) = value
+                && let LinkKind::Pair(target) = &mut link.kind
+            {
+                *target = None;
+            }
             if let Value::Link(link) = value
                 && link.master.is_some_and(|master| !old.contains_key(&Key::Link(master.name().into())))
             {
@@ -129,6 +137,8 @@ pub struct Setup {
     pub flags: [bool; 4],
     pub ports: Vec<u8>,
     pub peers: [Option<(u8, u8, u8)>; 5],
+    /// Whether the entries are those of an isolated network in its own namespace.
+    pub isolated: bool,
 }
 
 impl Setup {
@@ -178,7 +188,29 @@ impl Setup {
             docker: false,
             ports: self.ports.iter().map(|i| self.endpoint(*i)).collect(),
             reserved: BTreeSet::new(),
+            isolation: self.isolated.then(|| self.isolation()),
         }
+    }
+
+    /// A transit, and a peer network with a larger VNI. If there is room, another with a smaller one.
+    fn isolation(&self) -> Isolation {
+        let cidr = |text: &str| text.parse().expect(text);
+        let ranges = [
+            PerFamily { v4: Some(cidr("10.99.0.0/16")), v6: Some(cidr("fd00:99::/48")) },
+            PerFamily { v4: Some(cidr("10.98.0.0/16")), v6: None },
+        ];
+        let peers = [("red", 3), ("green", 1)].into_iter().zip(ranges).filter(|((_, vni), _)| *vni != self.vni);
+        let peer = |((name, vni), ranges): ((&str, u32), _)| PeerNetwork {
+            name: name.into(),
+            namespace: format!("ov-{name}"),
+            vni: Vni::try_from(vni).expect("a VNI"),
+            ranges,
+        };
+        Isolation { transit: Transit::new(self.own_subnet.into()), peers: peers.map(peer).collect() }
+    }
+
+    fn scope(&self) -> Scope {
+        if self.isolated { Scope::Network } else { Scope::Host }
     }
 
     /// The entries without those of peers.
@@ -190,8 +222,8 @@ impl Setup {
             uplinks: vec!["eth0".to_owned()],
         };
         let host = self.host();
-        let mut state = host.entries();
-        state.extend(shared_entries(&[&host.shared()], &facts));
+        let mut state = host.entries(self.scope());
+        state.extend(shared_entries(&[&host.shared(self.scope())], &facts));
         state
     }
 
@@ -210,7 +242,8 @@ impl Setup {
 
     pub fn desired(&self, ids: &mut NexthopIds) -> State {
         let host = self.host();
-        let mut state = self.entries();
+        let mut resolve = |entries: Vec<_>| if self.flags[3] { ids.resolve(entries) } else { entries };
+        let mut state: State = resolve(self.entries().into_iter().collect()).into_iter().collect();
         for (i, peer) in (10u8..).zip(&self.peers) {
             let Some((address, mac, families)) = *peer else { continue };
             let remote_subnets: PerFamily<RemoteSubnet> = peer_families(families, self)
@@ -227,8 +260,9 @@ impl Setup {
                 })
                 .collect();
             if !remote_subnets.is_empty() {
-                let entries = host.peer_entries(&Peer { remote_subnets });
-                state.extend(if self.flags[3] { ids.resolve(entries) } else { entries });
+                let mut entries = host.peer_entries(&Peer { remote_subnets });
+                entries.retain(|(key, _)| host.peer_entry_scope(key) == self.scope());
+                state.extend(resolve(entries));
             }
         }
         state
@@ -260,8 +294,9 @@ pub fn any_setup() -> impl Strategy<Value = Setup> {
     let vxlan = (prop_oneof![4 => Just(1u32), 1 => Just(2)], prop_oneof![4 => Just(8472u16), 1 => Just(4789)]);
     let own = (1u8..3, 1u8..4, prop_oneof![4 => Just(1u8), 1 => Just(2)]);
     let ports = prop::collection::btree_set(0u8..3, 0..3).prop_map(|ports| ports.into_iter().collect());
-    (0u8..3, vxlan, select(vec![1400u32, 1500]), own, flags, ports, prop::array::uniform5(peer)).prop_map(
-        |(families, (vni, port), underlay_mtu, (own_subnet, own_address, own_mac), flags, ports, peers)| Setup {
+    let isolated = prop::bool::weighted(0.3);
+    (0u8..3, vxlan, select(vec![1400u32, 1500]), own, flags, ports, prop::array::uniform5(peer), isolated).prop_map(
+        |(families, (vni, port), underlay_mtu, (own_subnet, own_address, own_mac), flags, ports, peers, isolated)| Setup {
             families,
             vni,
             port,
@@ -272,6 +307,7 @@ pub fn any_setup() -> impl Strategy<Value = Setup> {
             flags,
             ports,
             peers,
+            isolated,
         },
     )
 }
@@ -286,7 +322,7 @@ pub fn similar_setups() -> impl Strategy<Value = (Setup, Setup)> {
             }
         }
         // Ports exist in both setups.
-        let after = Setup { families: before.families, ports: before.ports.clone(), peers, ..after };
+        let after = Setup { families: before.families, ports: before.ports.clone(), peers, isolated: before.isolated, ..after };
         (before, after)
     })
 }

@@ -5,10 +5,11 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
-use overlay_tests::ExpectContext;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
+
+use crate::ExpectContext;
 
 /// Time limit of a call: a lost SYN is retransmitted after one and three seconds (RFC 6298).
 const CALL_TIMEOUT: Duration = Duration::from_secs(8);
@@ -16,7 +17,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(8);
 /// The protocol of a call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Protocol {
+    /// A connection.
     Tcp,
+    /// A datagram.
     Udp,
 }
 
@@ -87,10 +90,20 @@ pub struct Connection(tokio::net::TcpStream);
 impl Connection {
     /// Connects from a namespace.
     pub async fn open(from: &Netns, to: SocketAddr) -> Result<Connection, String> {
-        let socket = from
-            .run(|| if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() })
-            .expect_ok("enter")
-            .expect_ok("a socket");
+        Connection::open_from(from, 0, to).await
+    }
+
+    /// Connects from a port of a namespace.
+    pub async fn open_from(from: &Netns, port: u16, to: SocketAddr) -> Result<Connection, String> {
+        let open = || {
+            let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+            if port != 0 {
+                let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
+                socket.bind(SocketAddr::new(any, port))?;
+            }
+            Ok::<_, io::Error>(socket)
+        };
+        let socket = from.run(open).expect_ok("enter").expect_ok("a socket");
         Ok(Connection(socket.connect(to).await.map_err(|error| error.to_string())?))
     }
 
