@@ -94,7 +94,11 @@ async fn leave_and_removal_touch_no_other_network() {
     for host in HOSTS {
         networks::detach(lab, host, "green", "green-c1").await;
     }
-    networks::network_command(lab, &["rm", "green"]).assert_code(1).assert_stderr_contains(&["green is in use by", "h1 (", "h2 ("]);
+    networks::network_command(lab, &["rm", "green"]).assert_code(1).assert_stderr_contains(&[
+        "green is in use by",
+        "h1 (",
+        "h2 (",
+    ]);
     for host in HOSTS {
         networks::wait_left(lab, host, "green").await;
     }
