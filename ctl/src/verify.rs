@@ -3,7 +3,7 @@
 //! `spaces` reads the host's namespace, those of the networks, and those of their containers. `segments` finds the devices that
 //! one frame reaches: ports of a bridge, ends of a veth pair, VXLAN devices with one VNI. `packets` chooses packets that stand for
 //! all that a network can send. `walk` follows each through the namespaces: the kernel looks up the routes, the rules are
-//! evaluated. A drop counts only if it is certain. What cannot be judged is reported as unknown, never as isolated.
+//! evaluated. A drop counts only if it is certain. What it cannot decide is reported as unknown, never as isolated.
 
 mod packets;
 mod report;

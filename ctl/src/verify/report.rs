@@ -10,7 +10,7 @@ pub enum Verdict {
     Isolated,
     /// Packets pass only by ways that the networks are configured to have.
     ByDesign,
-    /// Whether packets pass cannot be judged.
+    /// Whether packets pass cannot be decided.
     Unknown,
     /// Packets pass by a way that no configuration has.
     Reachable,
@@ -53,7 +53,7 @@ pub struct Pair {
     pub verdict: Verdict,
     /// The ways that were found.
     pub ways: Vec<Way>,
-    /// What could not be judged.
+    /// What could not be decided.
     pub unknown: Vec<String>,
 }
 

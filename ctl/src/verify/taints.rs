@@ -21,7 +21,7 @@ pub(super) fn fdb_vnis(spaces: &mut Spaces) -> Result<BTreeMap<(usize, u32), Vec
     Ok(found)
 }
 
-/// What a namespace may do with packets that cannot be judged.
+/// What a namespace may do with packets that the evaluation does not cover.
 pub(super) fn of_space(space: &mut Space) -> Result<Vec<String>, TraceError> {
     let place = space.view.place.clone();
     let mut found = Vec::new();
