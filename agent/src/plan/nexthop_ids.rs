@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::state::{Key, NEXTHOP_IDS, RouteTarget, State, Value};
-use crate::model::Device;
+use crate::model::{Device, Role};
 
 /// Ids of the next-hop objects, by gateway.
 ///
@@ -24,11 +24,13 @@ impl Default for NexthopIds {
 }
 
 impl NexthopIds {
-    /// Replaces the gateways of routes by next-hop objects, whose entries it adds.
+    /// Replaces the gateways of routes over VXLAN devices by next-hop objects, whose entries it adds. Other devices are ends of
+    /// veth pairs, without a carrier while the other end is down: the kernel then accepts a route with a gateway, but rejects a
+    /// next-hop object, and deletes an existing one.
     pub fn resolve(&mut self, entries: Vec<(Key, Value)>) -> Vec<(Key, Value)> {
         let mut resolved = Vec::with_capacity(entries.len() + entries.len() / 4);
         for (key, value) in entries {
-            if let Value::Route(RouteTarget::Gateway(device, gateway)) = value {
+            if let Value::Route(RouteTarget::Gateway(device @ Device { role: Role::Vxlan(_), .. }, gateway)) = value {
                 let id = self.id_for(device, gateway);
                 resolved.push((Key::Nexthop(id), Value::Nexthop { device, gateway }));
                 resolved.push((key, Value::Route(RouteTarget::Nexthop(id))));

@@ -38,6 +38,23 @@ fn existing_nexthop_ids_are_adopted() {
     assert_eq!(ids.id_for(ovx(), gateway(3)), start + 4, "an id outside our range is not ours");
 }
 
+/// A veth pair's end may be without a carrier, with which next-hop objects are rejected.
+#[test]
+fn only_routes_over_vxlan_devices_get_nexthop_objects() {
+    let route = |device, i| {
+        let subnet = crate::model::Cidr::containing(gateway(i), 24).expect("a subnet");
+        (Key::Route(subnet), Value::Route(RouteTarget::Gateway(device, gateway(i))))
+    };
+    let others = [Device::transit(Vni::DEFAULT), Device::peer_link(Vni::DEFAULT)].map(|device| route(device, 1)).to_vec();
+    let mut ids = NexthopIds::default();
+    assert_eq!(ids.resolve(others.clone()), others);
+    let resolved = ids.resolve(vec![route(ovx(), 2)]);
+    assert!(
+        matches!(resolved[..], [(Key::Nexthop(_), _), (Key::Route(_), Value::Route(RouteTarget::Nexthop(_)))]),
+        "{resolved:?}"
+    );
+}
+
 #[test]
 fn nexthop_ids_are_not_reused_immediately() {
     let mut ids = NexthopIds::default();
