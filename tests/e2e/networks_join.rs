@@ -7,7 +7,7 @@ use overlay_tests::ping::PingFlow;
 use overlay_tests::prober::Prober;
 use overlay_tests::test_lab::CONVERGE_TIMEOUT;
 use overlay_tests::wait::eventually_async;
-use overlay_tests::{ExpectContext, TestLab, eventually_true, kernel};
+use overlay_tests::{ExpectContext, TestLab, kernel};
 
 /// The hosts of the networks.
 const HOSTS: [&str; 2] = ["h1", "h2"];
@@ -122,7 +122,12 @@ async fn network_of_the_settings_is_joined_once_it_exists() {
     })
     .await;
     networks::create_all(&lab, &["red"]);
-    eventually_true("h1 has joined red", CONVERGE_TIMEOUT, || networks::has_namespace(&lab, "h1", "red")).await;
+    // Not the namespace, which the agent makes before it lists the network.
+    eventually_async("h1 has joined red", CONVERGE_TIMEOUT, || async {
+        let listed = lab.host("h1").client().networks().await.expect_ok("networks");
+        if listed.networks.iter().any(|entry| entry.name == networks::name("red")) { Ok(()) } else { Err(format!("{listed:?}")) }
+    })
+    .await;
     networks::wait_ready(&lab, "red", &["h1"]).await;
     assert_eq!(lab.status("h1").await.problems, Vec::<String>::new());
 }
