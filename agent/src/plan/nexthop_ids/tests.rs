@@ -38,7 +38,7 @@ fn existing_nexthop_ids_are_adopted() {
     assert_eq!(ids.id_for(ovx(), gateway(3)), start + 4, "an id outside our range is not ours");
 }
 
-/// A veth pair's end may be without a carrier, with which next-hop objects are rejected.
+/// Over a veth pair the kernel rejects a next-hop object while the other end is down.
 #[test]
 fn only_routes_over_vxlan_devices_get_nexthop_objects() {
     let route = |device, i| {
