@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, UdpSocket};
 use tokio::task::JoinSet;
 
-use crate::ExpectContext;
+use crate::{ExpectContext, bind};
 
 /// Time limit of a call: a lost SYN is retransmitted after one and three seconds (RFC 6298).
 const CALL_TIMEOUT: Duration = Duration::from_secs(8);
@@ -31,28 +31,14 @@ pub fn serve(netns: &Netns, ports: &[(Protocol, u16)]) -> JoinSet<()> {
         let what = format!("serve {protocol:?} {port}");
         match protocol {
             Protocol::Tcp => {
-                let bind = || std::net::TcpListener::bind(at).and_then(nonblocking_listener);
-                let bound = netns.run(bind).expect_ok("enter").expect_ok(&what);
-                tasks.spawn(serve_tcp(TcpListener::from_std(bound).expect_ok(&what)));
+                tasks.spawn(serve_tcp(TcpListener::from_std(bind::tcp(netns, at)).expect_ok(&what)));
             }
             Protocol::Udp => {
-                let bound = netns.run(|| bind_nonblocking_udp(at)).expect_ok("enter").expect_ok(&what);
-                tasks.spawn(serve_udp(UdpSocket::from_std(bound).expect_ok(&what)));
+                tasks.spawn(serve_udp(UdpSocket::from_std(bind::udp(netns, at)).expect_ok(&what)));
             }
         }
     }
     tasks
-}
-
-fn nonblocking_listener(listener: std::net::TcpListener) -> io::Result<std::net::TcpListener> {
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-fn bind_nonblocking_udp(at: SocketAddr) -> io::Result<std::net::UdpSocket> {
-    let socket = std::net::UdpSocket::bind(at)?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
 }
 
 /// Answers each line of a caller, so that a test can check that its connection still works.
@@ -145,8 +131,7 @@ pub async fn observe_source_within(from: &Netns, to: SocketAddr, protocol: Proto
 
 async fn observe_source_udp(from: &Netns, to: SocketAddr) -> Result<IpAddr, String> {
     let any: IpAddr = if to.is_ipv4() { [0_u8; 4].into() } else { [0_u16; 8].into() };
-    let socket = UdpSocket::from_std(from.run(|| bind_nonblocking_udp((any, 0).into())).expect_ok("enter").expect_ok("a socket"))
-        .expect_ok("a socket");
+    let socket = UdpSocket::from_std(bind::udp(from, (any, 0).into())).expect_ok("a socket");
     let exchange = async {
         socket.connect(to).await?;
         socket.send(b"?").await?;

@@ -4,6 +4,7 @@
 //! A lab is the result of `overlayctl lab up`. Every test has its own lab with a unique name, so that tests run in parallel. The
 //! harness does not touch the machine's own network namespace. A missing program fails the test with advice; it is never skipped.
 
+pub mod bind;
 pub mod calls;
 pub mod capture;
 pub mod churn;

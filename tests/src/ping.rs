@@ -14,7 +14,7 @@ use tokio::net::UdpSocket;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::test_lab::CONVERGE_TIMEOUT;
-use crate::{ExpectContext, eventually};
+use crate::{ExpectContext, bind, eventually};
 
 /// The port of the echo server: in the dynamic range, and different from the lab check's.
 const ECHO_PORT: u16 = 49_773;
@@ -165,13 +165,7 @@ fn lock(counts: &Mutex<Counts>) -> std::sync::MutexGuard<'_, Counts> {
 }
 
 fn socket(netns: &Netns, at: SocketAddr) -> UdpSocket {
-    let bind = || -> io::Result<std::net::UdpSocket> {
-        let socket = std::net::UdpSocket::bind(at)?;
-        socket.set_nonblocking(true)?;
-        Ok(socket)
-    };
-    let bound = netns.run(bind).expect_ok("enter the container").expect_ok(&format!("a socket at {at}"));
-    UdpSocket::from_std(bound).expect_ok("a socket of the runtime")
+    UdpSocket::from_std(bind::udp(netns, at)).expect_ok("a socket of the runtime")
 }
 
 async fn send(socket: Arc<UdpSocket>, counts: Arc<Mutex<Counts>>, stop: Arc<AtomicBool>, start: Instant) {

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-use crate::ExpectContext;
+use crate::{ExpectContext, bind};
 
 /// The port of the receiver: in the dynamic range, next to the ping flow's.
 const RECEIVER_PORT: u16 = 49_774;
@@ -64,9 +64,7 @@ impl Transfer {
     /// Starts a transfer to a container's address, and waits for the first bytes.
     pub async fn start(from: &Netns, to: &Netns, address: IpAddr) -> Transfer {
         let at = SocketAddr::new(address, RECEIVER_PORT);
-        let listen = || std::net::TcpListener::bind(at).and_then(|l| l.set_nonblocking(true).map(|()| l));
-        let listener = to.run(listen).expect_ok("enter the container").expect_ok(&format!("listen at {at}"));
-        let listener = TcpListener::from_std(listener).expect_ok("a listener of the runtime");
+        let listener = TcpListener::from_std(bind::tcp(to, at)).expect_ok("a listener of the runtime");
         // The kernel completes the handshake before accept().
         let connect = || {
             let stream = std::net::TcpStream::connect_timeout(&at, Duration::from_secs(10))?;

@@ -77,7 +77,8 @@ impl UsedLease {
 
 /// When an etcd lease is renewed next.
 struct Schedule {
-    id: i64,
+    /// Not its id: a network that starts again uses the same etcd lease by another value, which waits for a renewal of its own.
+    lease: Weak<UsedLease>,
     /// `None` until its TTL was read.
     interval: Option<Duration>,
     due: Instant,
@@ -143,22 +144,23 @@ impl HostLease {
         let mut random = SmallRng::from_rng(&mut rand::rng());
         let mut schedules: Vec<Schedule> = Vec::new();
         loop {
-            let used = self.used_ids();
-            schedules.retain(|schedule| used.contains(&schedule.id));
-            for id in used {
-                if !schedules.iter().any(|schedule| schedule.id == id) {
-                    schedules.push(Schedule { id, interval: None, due: Instant::now(), backoff: ERROR_BACKOFF });
+            let used = self.used();
+            schedules.retain(|schedule| used.iter().any(|lease| lease.ptr_eq(&schedule.lease)));
+            for lease in used {
+                if !schedules.iter().any(|schedule| schedule.lease.ptr_eq(&lease)) {
+                    schedules.push(Schedule { lease, interval: None, due: Instant::now(), backoff: ERROR_BACKOFF });
                 }
             }
             for schedule in schedules.iter_mut().filter(|schedule| schedule.due <= Instant::now()) {
-                let delay = match self.renew_once(session, schedule.id, schedule.interval).await {
+                let Some(id) = schedule.lease.upgrade().map(|lease| lease.id) else { continue };
+                let delay = match self.renew_once(session, id, schedule.interval).await {
                     Ok(interval) => {
                         schedule.backoff.reset();
-                        self.set_state(schedule.id, RenewalState::Renewed);
+                        self.set_state(id, RenewalState::Renewed);
                         *schedule.interval.insert(interval)
                     }
                     Err(StoreError::LeaseNotFound { .. }) => {
-                        self.set_lost(schedule.id);
+                        self.set_lost(id);
                         continue;
                     }
                     Err(error) if error.ends_session() => return error,
@@ -188,10 +190,10 @@ impl HostLease {
         Ok(keep_alive_interval(ttl, self.keep_alive).max(MIN_INTERVAL))
     }
 
-    fn used_ids(&self) -> Vec<i64> {
+    fn used(&self) -> Vec<Weak<UsedLease>> {
         let mut leases = self.lock();
         leases.retain(|lease| lease.strong_count() > 0);
-        leases.iter().filter_map(|lease| lease.upgrade().map(|lease| lease.id)).collect()
+        leases.clone()
     }
 
     fn set_state(&self, id: i64, new: RenewalState) {

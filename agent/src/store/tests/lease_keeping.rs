@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use super::harness::*;
 use crate::model::event::{LeaseOrigin, OwnLease, StoreEvent};
 use crate::model::{PeerEndpoint, PerFamily};
+use crate::store::host_lease::HostLease;
 use crate::store::lease::HeldLease;
-use crate::store::release;
+use crate::store::{connect, release};
 
 const FLANNEL: &str =
     r#"{"PublicIP":"192.168.0.7","PublicIPv6":null,"BackendType":"vxlan","BackendData":{"VNI":1,"VtepMAC":"4a:de:38:28:a5:6b"}}"#;
@@ -403,4 +404,23 @@ async fn unseen_configuration_delays_acquisition() {
     agent.lease_request.send(Some(request)).unwrap();
     agent.find(|event| matches!(event, StoreEvent::Upsert(e) if e.key == held.subnet.to_key()).then_some(())).await;
     agent.stop().await;
+}
+
+/// A network that stops and starts again at once uses its etcd lease by another value. It does not wait for the renewal that is
+/// due for the first one.
+#[tokio::test]
+async fn lease_that_is_used_again_is_renewed_at_once() {
+    let etcd = Etcd::start().await;
+    let session = connect::connect(&etcd.config()).await.unwrap();
+    let (leases, id) = (HostLease::new(&etcd.config()), etcd.grant(3600).await);
+    let first = leases.use_lease(id);
+    let used_again = async {
+        first.renewed().await.unwrap();
+        drop(first);
+        tokio::time::timeout(Duration::from_secs(10), leases.use_lease(id).renewed()).await
+    };
+    tokio::select! {
+        renewed = used_again => renewed.expect("renewed at once").unwrap(),
+        error = leases.renew(&session) => panic!("{error}"),
+    }
 }
