@@ -41,7 +41,7 @@ pub(super) struct LeaseKeeper<'a> {
     state: HolderState,
     /// The state that was reported last.
     last_reported: Option<OwnLease>,
-    /// The held entry is known up to this revision.
+    /// The entries are known up to this revision.
     known_revision: i64,
     /// The etcd lease of the held entry.
     held_lease: Option<Arc<UsedLease>>,
@@ -172,11 +172,11 @@ impl<'a> LeaseKeeper<'a> {
         }
     }
 
-    /// Waits for a new lease request, a removed entry, or the end of the delay.
+    /// Waits for a new lease request, an entry that was removed after the snapshot, or the end of the delay.
     async fn wait_for_change(&mut self, delay: Duration) {
+        let known_revision = self.known_revision;
         let mut progress = self.watch_state.progress.subscribe();
-        let removals = progress.borrow_and_update().removals;
-        let removed = wait_until(&mut progress, |current| current.removals != removals);
+        let removed = wait_until(&mut progress, |current| current.removal_revision > known_revision);
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = request_changed(&mut self.lease_request) => {}
@@ -479,3 +479,6 @@ async fn wait_until(progress: &mut watch::Receiver<WatchProgress>, predicate: im
     // The sender in `WatchState` outlives every receiver, so this cannot fail.
     let _ = progress.wait_for(predicate).await;
 }
+
+#[cfg(test)]
+mod tests;

@@ -39,8 +39,8 @@ pub(super) struct WatchProgress {
     pub(super) revision: i64,
     /// The revision of the last change of the held entry or of another entry of this host.
     pub(super) held_revision: i64,
-    /// Number of removals seen.
-    pub(super) removals: u64,
+    /// The revision of the last removal.
+    pub(super) removal_revision: i64,
 }
 
 impl WatchState {
@@ -205,7 +205,7 @@ impl Watcher {
             progress.revision = listing.revision;
             // Changes since the last watch are unknown: wakes the lease keeper, which reads its own snapshot.
             progress.held_revision = listing.revision;
-            progress.removals += 1;
+            progress.removal_revision = listing.revision;
         });
         Ok(listing.revision + 1)
     }
@@ -232,7 +232,7 @@ impl Watcher {
                         || entry.as_ref().is_some_and(|e| watch_state.is_own_entry(e));
                     watch_state.progress.send_if_modified(|progress| {
                         progress.held_revision = if is_own { revision } else { progress.held_revision };
-                        progress.removals += u64::from(deleted);
+                        progress.removal_revision = if deleted { revision } else { progress.removal_revision };
                         is_own || deleted
                     });
                     let event = match entry {

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::model::event::{LeaseRequest, OwnLease, StoreEvent};
+use crate::model::event::{LeaseRequest, OwnLease, StoreEntry, StoreEvent};
 use crate::model::{BackendData, Family, Mac, NetworkConfig, Node, PerFamily, Subnet, Vni};
 use crate::store::lease::HeldLease;
 use crate::store::{Store, StoreConfig, StoreError};
@@ -337,6 +337,20 @@ impl Agent {
             }
             skipped.push(event);
         }
+    }
+
+    /// Waits for the snapshot and for the state of the own lease. The watch and the lease keeper report them in any order.
+    pub(super) async fn snapshot_and_own(&mut self) -> (Vec<StoreEntry>, OwnLease) {
+        let (mut snapshot, mut own) = (None, None);
+        self.find(|event| {
+            match event {
+                StoreEvent::Snapshot(entries) => snapshot = Some(entries.clone()),
+                StoreEvent::Own(state) => own = Some(state.clone()),
+                _ => {}
+            }
+            snapshot.clone().zip(own.clone())
+        })
+        .await
     }
 
     pub(super) async fn next_held(&mut self) -> HeldLease {

@@ -324,14 +324,10 @@ async fn hostile_entries_do_not_block_acquisition() {
         etcd.put_subnet(key, value, None).await;
     }
     let mut agent = Agent::start(etcd.config(), Some(lease_request(NETWORK, 9)));
-    let refused = agent
-        .find(|event| match event {
-            StoreEvent::Snapshot(entries) => Some(entries.iter().filter(|entry| entry.value.is_err()).count()),
-            _ => None,
-        })
-        .await;
+    let (snapshot, own) = agent.snapshot_and_own().await;
+    let refused = snapshot.iter().filter(|entry| entry.value.is_err()).count();
     assert_eq!(refused, 7, "the store accepts the default route's key; only the plan rejects it");
-    agent.next_held().await;
+    assert!(matches!(own, OwnLease::Held(_)), "{own:?}");
     agent.stop().await;
 }
 

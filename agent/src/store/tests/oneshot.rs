@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use etcd_client::{PutOptions, Txn, TxnOp};
 
 use super::harness::*;
-use crate::model::event::StoreEvent;
+use crate::model::event::OwnLease;
 use crate::store::{ReplaceCondition, StoreError, get_config, put_config, read_all, release};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,10 +76,9 @@ async fn ten_thousand_leases_are_paginated() {
     assert!(all.entries.iter().all(|entry| entry.value.is_ok()));
     let begun = Instant::now();
     let mut agent = Agent::start(etcd.config(), Some(lease_request(network, 0xffff)));
-    agent.find(|event| matches!(event, StoreEvent::Snapshot(all) if all.len() == 10_000).then_some(())).await;
-    println!("10,000 leases delivered {:?} after start", begun.elapsed());
-    agent.next_held().await;
-    println!("own lease among 10,000 held {:?} after start", begun.elapsed());
+    let (snapshot, own) = agent.snapshot_and_own().await;
+    println!("10,000 leases delivered and an own one held {:?} after start", begun.elapsed());
+    assert!(snapshot.len() >= 10_000 && matches!(own, OwnLease::Held(_)), "{} leases, {own:?}", snapshot.len());
     agent.stop().await;
 }
 

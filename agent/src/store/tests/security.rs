@@ -12,7 +12,7 @@ use etcd_client::{Client, ConnectOptions, Permission};
 use super::harness::*;
 use super::proxy::PausableProxy;
 use crate::model::NetworkChange;
-use crate::model::event::{Connection, StoreEvent};
+use crate::model::event::{Connection, OwnLease, StoreEvent};
 use crate::store::{
     NetworkError, StoreConfig, StoreError, WriteKind, get_config, put_config, read_all, server_clock, write_network,
 };
@@ -177,9 +177,8 @@ async fn password_authentication_works() {
     // A user with read permission only still watches the network, and the missing permission is reported.
     let reader = StoreConfig { username: Some("reader".to_owned()), ..good };
     let mut agent = Agent::start(reader, Some(lease_request(NETWORK, 8)));
-    agent.find(|event| matches!(event, StoreEvent::Snapshot(_)).then_some(())).await;
-    let reason = agent.next_not_held().await;
-    assert!(reason.contains("user `reader` may not write"), "{reason}");
+    let (_, own) = agent.snapshot_and_own().await;
+    assert!(matches!(&own, OwnLease::NotHeld { reason } if reason.contains("user `reader` may not write")), "{own:?}");
     let quiet = tokio::time::timeout(std::time::Duration::from_secs(2), agent.events.recv()).await;
     assert!(!matches!(quiet, Ok(Some(StoreEvent::Connection(Connection::Down { .. })))), "{quiet:?}");
     agent.stop().await;
