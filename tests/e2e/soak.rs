@@ -71,6 +71,8 @@ struct Soak {
     max_fault_duration: Duration,
     /// Participating hosts, with their containers.
     containers_by_host: BTreeMap<&'static str, BTreeMap<String, AttachKind>>,
+    /// The VNIs of the isolated networks.
+    vnis: BTreeMap<&'static str, u64>,
     /// Containers in isolated networks: host, network and name.
     in_networks: BTreeSet<(&'static str, &'static str, String)>,
     /// Peers that exist only as leases.
@@ -118,6 +120,7 @@ impl Soak {
             rng: SmallRng::seed_from_u64(seed),
             max_fault_duration: if long { Duration::from_secs(14) } else { Duration::from_millis(1500) },
             containers_by_host: BTreeMap::new(),
+            vnis: BTreeMap::new(),
             in_networks: BTreeSet::new(),
             peers: BTreeSet::new(),
             fault: None,

@@ -19,9 +19,11 @@ const MAX_CONTAINERS: usize = 3;
 
 impl Soak {
     /// Creates the networks.
-    pub fn create_networks(&self) {
+    pub fn create_networks(&mut self) {
         for network in NETWORKS {
             networks::create(&self.lab, network, &["--cidr", networks::RANGE, "--cidr", "fd00:10::/56"]);
+            // A later step cannot read it while the store is down.
+            self.vnis.insert(network, networks::vni(&self.lab, network));
         }
     }
 
@@ -68,7 +70,7 @@ impl Soak {
         let Some((_, network, _)) = self.network_containers(host).choose(&mut self.rng).cloned() else { return };
         let fault = kernel_fault::ALL.choose(&mut self.rng).expect_ok("a kernel fault");
         self.record_step(&format!("{host}.{network}"), format!("kernel fault in a network: {}", fault.name));
-        fault.try_inject_in(&self.lab, &format!("{host}.{network}"), networks::vni(&self.lab, network));
+        fault.try_inject_in(&self.lab, &format!("{host}.{network}"), self.vnis[network]);
     }
 
     /// Detaches all containers of a host in networks.
