@@ -19,12 +19,12 @@ const BLOCK_TIMEOUT: Duration = Duration::from_secs(120);
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Reads run modes and file names, and runs each file. The commands have no standard input, because the shell's input is the list
-/// of files. A background block ends with its host.
+/// of files. A background block ends with its host; it is read first, because the page that ends removes its files.
 const SHELL_LOOP: &str = r#"set -eu -o pipefail
 while read -r __way __step; do
     case $__way in
     plain) . "$__step" </dev/null; __code=0 ;;
-    on) ( . "$__step" ) </dev/null & __code=0 ;;
+    on) __commands=$(<"$__step"); ( eval "$__commands" ) </dev/null & __code=0 ;;
     own) set +e; ( set -e; . "$__step" ) </dev/null; __code=$?; set -e ;;
     esac
     printf '\001%s %s\n' "$__step" "$__code"
