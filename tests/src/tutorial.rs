@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use overlay_agent::kernel::netns::Netns;
+use overlayctl::lab::process::TERM_GRACE;
 use overlayctl::lab::{Lab, LabName};
 
 use crate::output_match::matches;
@@ -152,6 +153,24 @@ impl Tutorial {
         let leftovers: Vec<String> =
             Netns::list().expect_ok("the namespaces").into_iter().filter(|name| name.starts_with(&prefix)).collect();
         assert!(leftovers.is_empty(), "namespaces left behind: {leftovers:?}");
+        eventually("no process is left behind", TERM_GRACE, || match self.processes() {
+            left if left.is_empty() => Ok(()),
+            left => Err(left.join(", ")),
+        })
+        .await;
+    }
+
+    /// The section's processes besides its shell, by their environment.
+    fn processes(&self) -> Vec<String> {
+        let own = format!("OVERLAY_LAB={}", self.name);
+        let all = std::fs::read_dir("/proc").expect_ok("/proc").flatten().map(|entry| entry.path());
+        // Those that end meanwhile have no files any more.
+        let is_own = |path: &PathBuf| {
+            let environment = std::fs::read(path.join("environ")).unwrap_or_default();
+            environment.split(|byte| *byte == 0).any(|variable| variable == own.as_bytes())
+        };
+        let others = all.filter(|path| !path.ends_with(self.bash.id().to_string())).filter(is_own);
+        others.map(|path| format!("{} {:?}", path.display(), std::fs::read_link(path.join("exe")).unwrap_or_default())).collect()
     }
 
     fn output(&self) -> String {
