@@ -198,11 +198,11 @@ impl<'a> LeaseKeeper<'a> {
                 if watched_revision > snapshot.revision {
                     // The watch has already passed the snapshot's revision, at a time when it did not track this entry.
                     drop(snapshot);
-                    let (current, revision) = session.get_entry(&held.key).await?;
+                    let current = session.get_entry(&held.key).await?;
                     if current.is_none_or(|entry| entry.mod_revision != held.mod_revision) {
                         return Ok(ActionOutcome::Retry);
                     }
-                    self.known_revision = revision;
+                    // Another entry of this host that came after the snapshot is not known: the wait ends at once then.
                 }
                 self.record_held(held);
                 Ok(ActionOutcome::Hold)

@@ -73,12 +73,11 @@ impl Session {
         Ok((response.kvs().first().map(RawConfig::from_kv), cluster_state(response.header())))
     }
 
-    /// Reads one entry, and the revision of the read.
-    pub(super) async fn get_entry(&self, key: &str) -> Result<(Option<RawEntry>, i64), StoreError> {
+    /// Reads one entry.
+    pub(super) async fn get_entry(&self, key: &str) -> Result<Option<RawEntry>, StoreError> {
         let mut kv = self.kv();
         let response = self.with_timeout("read a lease", kv.get(self.keys.subnet(key), None)).await?;
-        let entry = response.kvs().first().map(|kv| RawEntry::from_kv(key.to_owned(), kv));
-        Ok((entry, cluster_state(response.header()).revision))
+        Ok(response.kvs().first().map(|kv| RawEntry::from_kv(key.to_owned(), kv)))
     }
 
     /// Reads the configuration and all entries at one revision.

@@ -196,13 +196,14 @@ async fn late_second_lease_is_released() {
     let held = agent.next_held().await;
     let (entries, _) = etcd.subnets().await;
     let late = if held.subnet == subnet("10.244.5.0-24") { "10.244.6.0-24" } else { "10.244.5.0-24" };
-    // Both entries are bound to the same etcd lease, so it must not be revoked: the second round needs it.
-    for _ in 0..2 {
+    // Both entries are bound to the same etcd lease, so it must not be revoked: the next round needs it. A round begins while the
+    // keeper may still handle the one before. The events of all fit into the channel.
+    for _ in 0..25 {
         etcd.put_subnet(late, &entries[0].1, held.etcd_lease).await;
         let deadline = Instant::now() + TEST_TIMEOUT;
         while etcd.subnets().await.0 != entries {
             assert!(Instant::now() < deadline, "the second lease is not released: {:?}", etcd.subnets().await.0);
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
     agent.stop().await;
