@@ -15,7 +15,7 @@ use crate::plan::state::{PROTOCOL, RouteTarget, UNREACHABLE_METRIC};
 use crate::plan::{Key, Value};
 
 /// Length of `struct ndmsg`.
-const NDMSG_LEN: usize = 12;
+pub const NDMSG_LEN: usize = 12;
 /// Length of `struct nhmsg`.
 pub const NHMSG_LEN: usize = 8;
 /// Length of `struct rtmsg`.

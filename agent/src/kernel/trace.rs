@@ -7,6 +7,7 @@
 //! All calls block. They apply to the network namespace that was given, or to the calling thread's.
 
 mod capture;
+mod neighbours;
 mod tables;
 
 use std::net::IpAddr;
@@ -21,7 +22,7 @@ use super::netns::Netns;
 use super::nft::{Nft, NftState};
 use super::nlmsg::{Message, address, attributes, mac, u16_at, u32_at};
 use super::objects::{self, LinkInfo, raw_attributes};
-use super::peer_messages::{AF_BRIDGE, EntryQuery, KernelEntry, NHMSG_LEN, family_of};
+use super::peer_messages::{AF_BRIDGE, EntryQuery, KernelEntry, NDMSG_LEN, NHMSG_LEN, family_of};
 use super::route_socket::{Request, RouteSocket};
 use super::uapi::*;
 use crate::model::{Cidr, Device, Family, Mac, PerFamily, Role};
@@ -34,12 +35,11 @@ pub use super::nft::{
 };
 pub use super::packet;
 pub use capture::{Capture, CaptureFilter, CapturedPacket};
+pub use neighbours::Neighbour;
 pub use tables::{PolicyRule, RouteEntry};
 
 /// Length of `struct ifinfomsg`.
 const IFINFOMSG_LEN: usize = 16;
-/// Length of `struct ndmsg`.
-const NDMSG_LEN: usize = 12;
 /// Length of `struct rtmsg`.
 const RTMSG_LEN: usize = 12;
 /// `linux/rtnetlink.h`: return the matching route entry instead of the lookup result.
@@ -134,22 +134,6 @@ pub struct Nexthop {
     pub blackhole: bool,
 }
 
-/// A neighbour.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Neighbour {
-    /// The MAC, if known.
-    pub mac: Option<Mac>,
-    /// `PERMANENT`, `REACHABLE`, `STALE`, `INCOMPLETE`, `FAILED`, ...
-    pub state: String,
-}
-
-impl Neighbour {
-    /// Whether the kernel can send to it without resolution.
-    pub fn is_usable(&self) -> bool {
-        self.mac.is_some() && !matches!(self.state.as_str(), "FAILED" | "INCOMPLETE")
-    }
-}
-
 /// The overlay's address ranges, as the rules of the host define them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct OverlayRanges {
@@ -186,29 +170,6 @@ impl Request for RouteRequest {
         if let Some(input) = lookup.input {
             m.put_u32(RTA_IIF, input);
         }
-    }
-}
-
-/// A request for one neighbour, or for one FDB entry.
-enum NeighbourRequest {
-    Neighbour(u32, IpAddr),
-    Fdb(u32, Mac),
-}
-
-impl Request for NeighbourRequest {
-    fn write(&self, buffer: &mut Vec<u8>, flags: u16, sequence: u32) {
-        let mut m = Message::begin(buffer, libc::RTM_GETNEIGH, flags, sequence);
-        match self {
-            NeighbourRequest::Neighbour(index, address) => {
-                let number = if address.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-                m.body(&[u8::try_from(number).unwrap_or_default(), 0, 0, 0]).body(&index.to_ne_bytes()).body(&[0; 4]);
-                m.put_address(NDA_DST, *address);
-            }
-            NeighbourRequest::Fdb(index, mac) => {
-                m.body(&[AF_BRIDGE, 0, 0, 0]).body(&index.to_ne_bytes()).body(&[0, 0, NTF_SELF, 0]);
-                m.put(NDA_LLADDR, &mac.0);
-            }
-        };
     }
 }
 
@@ -320,22 +281,6 @@ impl KernelQuery {
             }
         });
         read.unwrap_or_default()
-    }
-
-    /// A neighbour of an interface; `None` if the kernel has no entry.
-    pub fn neighbour(&mut self, interface: u32, address: IpAddr) -> Option<Neighbour> {
-        let read = |body: &[u8]| {
-            let state = u16_at(body, 8)?;
-            let mac = attributes(body, NDMSG_LEN).find(|(kind, _)| *kind == NDA_LLADDR).and_then(|(_, value)| mac(value));
-            Some(Neighbour { mac, state: nud_state_name(state) })
-        };
-        self.socket.get(&NeighbourRequest::Neighbour(interface, address), read).ok()
-    }
-
-    /// The VXLAN device's remote address for a MAC; `None` if it has no FDB entry.
-    pub fn fdb_destination(&mut self, interface: u32, mac: Mac) -> Option<IpAddr> {
-        let read = |body: &[u8]| attributes(body, NDMSG_LEN).find(|(kind, _)| *kind == NDA_DST).and_then(|(_, v)| address(v));
-        self.socket.get(&NeighbourRequest::Fdb(interface, mac), read).ok()
     }
 
     /// The overlay's address ranges, from the table `inet overlayd`.
@@ -477,19 +422,4 @@ fn route_type_name(kind: u8) -> &'static str {
         8 => "prohibit",
         _ => "of unknown type",
     }
-}
-
-/// `NUD_...` in `linux/neighbour.h`, with the names of `ip neigh`.
-fn nud_state_name(state: u16) -> String {
-    let words = [
-        (0x80, "PERMANENT"),
-        (0x40, "NOARP"),
-        (0x20, "FAILED"),
-        (0x10, "PROBE"),
-        (0x08, "DELAY"),
-        (0x04, "STALE"),
-        (0x02, "REACHABLE"),
-    ];
-    let word = words.iter().find(|(bit, _)| state & bit != 0).map(|(_, word)| *word);
-    word.unwrap_or(if state & 0x01 != 0 { "INCOMPLETE" } else { "NONE" }).to_owned()
 }

@@ -1,8 +1,39 @@
 //! Policy rules, routes of all tables, and numbers of namespaces.
 
-use super::support::{TestNetns, run};
+use super::support::{TestNetns, ip, run};
 use crate::kernel::trace::KernelQuery;
 use crate::model::Family;
+
+#[test]
+fn neighbour_in_resolution_is_awaited() {
+    let netns = TestNetns::new("resolution");
+    let silent = TestNetns::new("silent");
+    netns
+        .netns
+        .run(|| {
+            run("ip link add left type veth peer name right");
+            run(&format!("ip link set right netns {}", silent.name()));
+            run("ip link set left up");
+            run("ip address add 10.0.0.1/24 dev left");
+            run(&format!("ip -n {} link set right up", silent.name()));
+            let socket = std::net::UdpSocket::bind("10.0.0.1:0").expect("a socket");
+            let mut kernel = KernelQuery::open_in(&netns.netns).expect("a query");
+            let interface = kernel.links().expect("links").into_iter().find(|link| link.name == "left").expect("left").index;
+            socket.send_to(b"x", "10.0.0.2:9").expect("sent");
+            assert!(run("ip neigh show 10.0.0.2").contains("INCOMPLETE"));
+            let address = format!("ip -n {} address add 10.0.0.2/24 dev right", silent.name());
+            let neighbour = std::thread::scope(|scope| {
+                // The first request, sent above, stays without an answer; the second one has an answer.
+                scope.spawn(|| netns.netns.run_in_place(|| run(&address)).expect("the address"));
+                kernel.neighbour(interface, ip("10.0.0.2")).expect("an entry")
+            });
+            assert!(neighbour.is_usable(), "{neighbour:?}");
+            socket.send_to(b"x", "10.0.0.3:9").expect("sent");
+            let neighbour = kernel.neighbour(interface, ip("10.0.0.3")).expect("an entry");
+            assert_eq!((neighbour.state.as_str(), neighbour.is_usable()), ("FAILED", false));
+        })
+        .expect("a thread inside");
+}
 
 #[test]
 fn rules_and_routes_of_all_tables_are_read() {
